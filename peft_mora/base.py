@@ -1,0 +1,491 @@
+"""The base that every method of this package stands on: config fields, layer, model.
+
+A method adds a file with three small classes: a config with its own fields, a layer that says which weights it keeps
+and what they add to the output, and a model that names the two. Injection, dtypes, quantised bases, several adapters,
+merging, mixed batches and the file format are written here, once.
+
+Layout (it decides the file format): everything of an adapter hangs directly on the layer as `<prefix>xxx`, keyed by
+adapter name. Trainable weights are `nn.Linear` entries of an `nn.ModuleDict` (`mora_B.default.weight`), because TRL
+finds them by `.default.` in the name; frozen tensors are persistent buffers in a `BufferDict`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft.config import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    PeftType,
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .quantization import use_exact_4bit_kernels
+
+
+BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+def check_field(ok: bool, name: str, value: Any, rule: str) -> None:
+    """Refuse a config value.
+
+    Raises:
+        ValueError: `ok` is false; the message names the field, the value and the rule it breaks.
+    """
+    if not ok:
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Fields that all methods share; their names and meaning are those of PEFT's own configs.
+
+    Raises:
+        ValueError: on construction, naming the field whose value is out of range.
+    """
+
+    method: ClassVar[str]  # name of the PeftType
+
+    r: int = field(
+        default=8, metadata={"help": "Rank: rank-1 experts a module (and, where the method grows, a task)."}
+    )
+    alpha: float = field(default=16, metadata={"help": "The update is scaled by alpha / r."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to adapt: name endings, a regular expression, or 'all-linear'. None takes PEFT's default "
+            "for the architecture."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: name endings or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. Needs `target_modules` as a list."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list that `layers_to_transform` counts in, e.g. 'layers'."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module name or regular expression -> r, where it differs."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Module name or regular expression -> alpha, where it differs."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and save, e.g. a classification head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained as well; see PEFT's LoraConfig."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts as an identity (B = 0). False starts with a random update, for tests."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(self.method)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        check_field(is_int(self.r) and self.r > 0, "r", self.r, "a positive integer")
+        check_field(is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a positive number")
+        check_field(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
+        check_field(isinstance(self.init_weights, bool), "init_weights", self.init_weights, "True or False")
+        for key, rank in self.rank_pattern.items():
+            check_field(is_int(rank) and rank > 0, f"rank_pattern[{key!r}]", rank, "a positive integer")
+        for key, alpha in self.alpha_pattern.items():
+            check_field(is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", alpha, "a positive number")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` has no effect with `target_modules` as a regular expression: give `target_modules` "
+                        "as a list of name endings, or put the layers into the expression."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`: say which layers, e.g. [0, 1].")
+
+
+class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for "Linear" in the name
+    """One adapted linear module: `y = base(x) + (alpha / r) · update(x)`, whatever the base's class or precision.
+
+    A method implements `create_weights` and `update`, and `factors` where its update is a static ΔW.
+    """
+
+    prefix: ClassVar[str]
+    merge_refusal: ClassVar[str] = ""  # why an adapter of this method has no static ΔW, and what to call instead
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._before_merge: list[Any] = []  # what `unmerge` puts back; in a list so that it is no submodule
+
+    # What a method says
+
+    def create_weights(self, adapter_name: str, config: Any, module_name: str, twin: str | None) -> None:
+        """Make the weights of a new adapter on the base's device, in the base's dtype where that is a float.
+
+        Args:
+            adapter_name: key of the new entries.
+            config: the adapter's config; `self.r[adapter_name]` is set already.
+            module_name: name of this module in the model, for weights that come from a seed.
+            twin: an adapter on this layer made from the very same config object, or None. TRL's preference trainers
+                make their reference so and then copy the parameters, but not the buffers: copy those here.
+        """
+        raise NotImplementedError
+
+    def update(self, adapter_name: str, x: Tensor) -> Tensor:
+        """What the adapter adds to the output before scaling.
+
+        Args:
+            x: (..., I) input after dropout, in the dtype to compute in: cast weights to it, never x to theirs.
+
+        Returns:
+            (..., O) in x's dtype (autocast may narrow it).
+        """
+        raise NotImplementedError
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R), float32 or wider, of the static ΔW = scaling · B·A."""
+        raise NotImplementedError
+
+    def is_static(self, adapter_name: str) -> bool:
+        """Whether the adapter's update is one ΔW for all inputs, so that it can be merged."""
+        return not self.merge_refusal
+
+    # Adding an adapter
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        alpha: float,
+        config: AdapterConfig,
+        module_name: str = "",
+        inference_mode: bool = False,
+        twin: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter to this layer; PEFT calls this for each module that the config matches."""
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = alpha / r
+        self.dropout[adapter_name] = config.dropout
+        self.create_weights(adapter_name, config, module_name, twin)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def new_linear(self, in_features: int, out_features: int, zero: bool) -> nn.Linear:
+        """A trainable weight (out, in) on the base's device: zeros, or kaiming-uniform(a=√5) as `nn.Linear` does."""
+        linear = nn.Linear(in_features, out_features, bias=False)
+        if zero:
+            nn.init.zeros_(linear.weight)
+        device, dtype = self._weight_placement()
+        return linear if linear.weight.is_meta else linear.to(device, dtype)
+
+    def _weight_placement(self) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is not None and device.type == "meta":
+            device = None
+        return device, dtype if dtype is not None and dtype.is_floating_point else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move, never cast. PEFT calls this after loading with `low_cpu_mem_usage=True`; its own version rounds a
+        float32 file to the dtype of a bfloat16 base and breaks the bit-exact round trip."""
+        device = device if device is not None else self._weight_placement()[0]
+        if device is None or self.is_empty(adapter_name):
+            return
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            entries = getattr(self, name)
+            if isinstance(entries, (nn.ModuleDict, BufferDict)) and adapter_name in entries:
+                entries[adapter_name] = entries[adapter_name].to(device)
+
+    def is_empty(self, adapter_name: str) -> bool:
+        """Whether the adapter's weights are still on the meta device, to be filled from a file."""
+        weights = [getattr(self, name) for name in self.adapter_layer_names]
+        return any(p.is_meta for w in weights if adapter_name in w for p in w[adapter_name].parameters())
+
+    # Computing
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.r:
+                result = result + self._scaled_update(adapter_name, x).to(result.dtype)
+        return result
+
+    def _scaled_update(self, adapter_name: str, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout[adapter_name], self.training)
+        return self.update(adapter_name, x) * self.scaling[adapter_name]
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Row i of the batch goes through adapter `adapter_names[i]`."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter_name in dict.fromkeys(adapter_names):
+            if adapter_name == BASE_ADAPTER or adapter_name not in self.r:
+                continue
+            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
+            update = self._scaled_update(adapter_name, x.index_select(0, rows))
+            result = result.index_add(0, rows, update.to(result.dtype))
+        return result
+
+    # Merging
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """ΔW = (alpha / r) · B·A in the layout of the base's weight ((O, I), or (I, O) for `Conv1D`), float32 or wider.
+
+        Raises:
+            ValueError: the update depends on the input, so there is no ΔW; the message says what to call instead.
+        """
+        if not self.is_static(adapter_name):
+            raise ValueError(self.merge_refusal)
+        A, B = self.factors(adapter_name)
+        delta = self.scaling[adapter_name] * (B @ A)
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW of the given (default: the active) adapters to the base's weight.
+
+        The weight before the merge is kept until `unmerge`, which puts it back bit for bit. `merge_and_unload` drops
+        it again layer by layer.
+
+        Raises:
+            ValueError: an adapter has no static ΔW, the base's quantisation cannot be written to, or, with
+                `safe_merge`, the result is not finite. Nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        if not names:
+            return
+        # ΔW first: reading a quantised weight is only worth it once the merge is known to be possible.
+        delta = sum(self.get_delta_weight(name) for name in names)
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"Cannot merge into a base quantised with {backend.backend_name}: its weight cannot be written back. "
+                "Keep the adapter unmerged, or reload the base in 16 bits and merge there."
+            )
+        weight = self.get_base_weight()
+        merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
+        if not self.merged:
+            self._before_merge = [weight if backend is None else self.base_layer]
+            if backend is not None:
+                self.base_layer = copy.deepcopy(self.base_layer)
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the weight from before `merge` back, bit for bit, for all merged adapters at once."""
+        if not self.merged:
+            return
+        (before,) = self._before_merge
+        weight = self.get_base_layer().weight
+        if self.quantization_backend is None:
+            weight.data = before.to(weight.device, weight.dtype)
+        else:
+            self.base_layer = before.to(weight.device)
+        self._before_merge = []
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` gives an equal plain LoRA: it does where ΔW is static."""
+        names = [adapter_name] if adapter_name in self.r else self.active_adapters
+        return all(self.is_static(name) for name in names if name in self.r)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+class AdapterModel(BaseTuner):
+    """Puts `layer_cls` around the matched modules of a model; PEFT makes it from the config's `peft_type`."""
+
+    tuner_layer_cls: type[AdapterLinear]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._dtype_settled: set[str] = set()
+
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        use_exact_4bit_kernels(model)
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if parameter_name is not None:
+            raise ValueError(
+                f"{peft_config.method} adapts linear modules, not single parameters, got `{current_key}`. Name modules "
+                "in `target_modules` instead of `target_parameters`."
+            )
+        # get_pattern_key falls back to the key itself, which no pattern holds
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        arguments = {
+            "r": peft_config.rank_pattern.get(rank_key, peft_config.r),
+            "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha),
+            "config": peft_config,
+            "module_name": current_key,
+            "inference_mode": peft_config.inference_mode,
+            "twin": next((n for n, c in self.peft_config.items() if c is peft_config and n != adapter_name), None),
+        }
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, **arguments)
+            return
+        layer = self._wrap(target, peft_config, current_key)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, **arguments)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trainable until it is set active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _wrap(self, target: nn.Module, config: AdapterConfig, module_name: str) -> AdapterLinear:
+        kwargs = get_quantization_kwargs(self)
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        backend = resolve_quantization_backend(base_layer, **kwargs)
+        is_linear = isinstance(base_layer, (nn.Linear, Conv1D)) if backend is None else backend.layer_type == "linear"
+        if not is_linear:
+            raise ValueError(
+                f"Target module {module_name} ({type(base_layer).__name__}) is not supported: {config.method} adapts "
+                "torch.nn.Linear, transformers' Conv1D and the quantised linear layers that PEFT knows. Leave it out of "
+                "`target_modules`, or train it in full with `modules_to_save`."
+            )
+        return self.tuner_layer_cls(target, **kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Upcast 16-bit weights when the adapter is made, once.
+
+        PEFT asks for it again whenever weights are loaded into an adapter that is there already, which is how the
+        trainer resumes. TRL has cast the adapter to bfloat16 on a quantised base by then; upcasting it would go on in
+        another precision than the run that was interrupted.
+        """
+        if adapter_name not in self._dtype_settled:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        layers = [layer for layer in self.model.modules() if isinstance(layer, AdapterLinear)]
+        if not any(layer.is_empty(adapter_name) for layer in layers):
+            self._dtype_settled.add(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._dtype_settled.discard(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse before the first module is touched, so that a refused merge leaves the model as it was."""
+        super()._check_merge_allowed()
+        for layer in self.model.modules():
+            if isinstance(layer, AdapterLinear):
+                for name in layer.active_adapters:
+                    if name in layer.r and not layer.is_static(name):
+                        raise ValueError(layer.merge_refusal)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one a row of the batch, to every adapted layer for the length of one call."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode: call model.eval() first."
+            )
+        unknown = sorted(set(adapter_names) - {BASE_ADAPTER} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        num_beams = kwargs.get("num_beams") or 1
+        beams = [name for name in adapter_names for _ in range(num_beams)]
+        # Beam search repeats the inputs of the decoder only.
+        encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_add_adapter_names, adapter_names=list(adapter_names) if module in in_encoder else beams),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, (AdapterLinear, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict, adapter_names: list[str]) -> tuple[Any, dict]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLinear]) -> dict[str, Any]:
+    """The layers of `model` that hold the adapter, by name.
+
+    Raises:
+        ValueError: there is none; the message lists the adapters of that method that the model has.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, layer_cls)}
+    found = {name: layer for name, layer in layers.items() if adapter_name in layer.r}
+    if not found:
+        method = layer_cls.prefix.removesuffix("_").upper()
+        names = sorted({n for layer in layers.values() for n in layer.r})
+        raise ValueError(
+            f"The model has no {method} adapter named {adapter_name!r}; it has "
+            + (f"{', '.join(map(repr, names))}: pass adapter_name=..." if names else f"no {method} adapter at all.")
+        )
+    return found

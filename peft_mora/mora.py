@@ -1,0 +1,246 @@
+"""MORA: rank-1 experts that activate themselves. No router, no router parameters.
+
+Every row of A with its column of B is one expert; for each token, over the R experts of a group:
+    h = x Aᵀ                                    s = h / max(||h||_2, eps)             (float32)
+    w = softmax over the K largest s of s / temperature, else 0                      (eval: 0 where s < threshold)
+    y = base(x) + (alpha / r) · Σ_i w_i h_i B_i
+A new task freezes the experts and appends r fresh ones with B = 0. `routing` says what a group is: "task", the r
+experts of each task on their own; "bank", all experts together (the paper's rule); "dense", no gate at all (w = 1).
+
+Source: "Little By Little: Continual Learning via Self-Activated Sparse Mixture-of-Rank Adaptive Learning",
+arXiv 2506.21035 (MoRAM from its third version). Not the high-rank "MoRA" of arXiv 2405.12130.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from .base import AdapterConfig, AdapterLinear, AdapterModel, adapter_layers, check_field, is_int, is_number
+from .routing import softmax_gate
+
+
+Routing = Literal["task", "bank", "dense"]
+
+
+@dataclass
+class MoraConfig(AdapterConfig):
+    """Config of a MORA adapter. All that routing depends on is in here, and so in adapter_config.json.
+
+    Example:
+        >>> MoraConfig(r=16, target_modules="all-linear")
+    """
+
+    method: ClassVar[str] = "MORA"
+
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "K: experts that a token may wake, a task's block each ('bank': in all). None is r."},
+    )
+    routing: Routing = field(
+        default="task",
+        metadata={
+            "help": "'task' gates the r experts of each task on their own; 'bank' gates all experts together, as the "
+            "paper does; 'dense' has no gate: a LoRA that grows, mergeable."
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of the gate, > 0."})
+    threshold: float = field(
+        default=0.0, metadata={"help": "In eval mode, experts that score below do nothing. In [0, 1]; 0 is off."}
+    )
+    tasks: list[str] = field(
+        default_factory=lambda: ["initial"],
+        metadata={"help": "Names of the tasks learned, the one in training last. `start_task` appends to it."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self.routing in get_args(Routing), "routing", self.routing, "'task', 'bank' or 'dense'")
+        if self.top_k is not None:
+            check_field(is_int(self.top_k) and self.top_k >= 1, "top_k", self.top_k, "an integer >= 1, or None for r")
+            smallest = min([self.r, *self.rank_pattern.values()])
+            check_field(self.top_k <= smallest, "top_k", self.top_k, f"<= r (here {smallest} at the least)")
+        check_field(
+            is_number(self.temperature) and self.temperature > 0, "temperature", self.temperature, "a number > 0"
+        )
+        check_field(
+            is_number(self.threshold) and 0 <= self.threshold <= 1, "threshold", self.threshold, "a number in [0, 1]"
+        )
+        self.tasks = list(self.tasks)
+        check_field(
+            len(self.tasks) > 0 and all(isinstance(name, str) and name for name in self.tasks),
+            "tasks",
+            self.tasks,
+            "a list of at least one name",
+        )
+        check_field(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "a list without repeats")
+
+
+class Gate(NamedTuple):
+    """The routing fields of an adapter as one of its layers uses them."""
+
+    routing: Routing
+    top_k: int
+    temperature: float
+    threshold: float
+
+
+class MoraLinear(AdapterLinear):
+    """`mora_A` (r, I) and `mora_B` (O, r) are this task's experts; `mora_bank_A` (R - r, I) and `mora_bank_B`
+    (O, R - r) the frozen ones of earlier tasks, oldest first. No bank entry during the first task."""
+
+    prefix = "mora_"
+    adapter_layer_names = ("mora_A", "mora_B")
+    other_param_names = ("mora_bank_A", "mora_bank_B", "mora_gate", "r", "scaling", "dropout")
+    merge_refusal = (
+        "Cannot merge a MORA adapter with routing 'task' or 'bank': which experts are active depends on the input, so "
+        "no single weight equals it. Keep it unmerged (model.unload() gives the base back), or train with "
+        "MoraConfig(routing='dense'), which merges exactly."
+    )
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.mora_A = nn.ModuleDict()
+        self.mora_B = nn.ModuleDict()
+        self.mora_bank_A = BufferDict(persistent=True)
+        self.mora_bank_B = BufferDict(persistent=True)
+        self.mora_gate: dict[str, Gate] = {}
+
+    def create_weights(self, adapter_name: str, config: MoraConfig, module_name: str, twin: str | None) -> None:
+        r = self.r[adapter_name]
+        self.mora_gate[adapter_name] = Gate(config.routing, config.top_k or r, config.temperature, config.threshold)
+        self._add_fresh_experts(adapter_name, zero_B=config.init_weights)
+        frozen = r * (len(config.tasks) - 1)
+        if twin in self.mora_bank_A:
+            self.mora_bank_A[adapter_name] = self.mora_bank_A[twin].clone()
+            self.mora_bank_B[adapter_name] = self.mora_bank_B[twin].clone()
+        elif frozen:  # about to be filled from a file
+            device, dtype = self._weight_placement()
+            self.mora_bank_A[adapter_name] = torch.zeros(frozen, self.in_features, device=device, dtype=dtype)
+            self.mora_bank_B[adapter_name] = torch.zeros(self.out_features, frozen, device=device, dtype=dtype)
+
+    def _add_fresh_experts(self, adapter_name: str, zero_B: bool) -> None:
+        r = self.r[adapter_name]
+        self.mora_A[adapter_name] = self.new_linear(self.in_features, r, zero=False)
+        self.mora_B[adapter_name] = self.new_linear(r, self.out_features, zero=zero_B)
+
+    def blocks(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """A (r, I) and B (O, r) of each task, oldest first, the one in training last."""
+        if adapter_name in self.mora_bank_A:
+            r = self.r[adapter_name]
+            bank_A, bank_B = self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name]
+            # Contiguous, so that a block computes bit for bit what it did before it was frozen.
+            yield from ((A, B.contiguous()) for A, B in zip(bank_A.split(r), bank_B.split(r, dim=1), strict=True))
+        yield self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight
+
+    def update(self, adapter_name: str, x: Tensor) -> Tensor:
+        # Block by block, and the newest last: with B = 0 it adds exact zeros, so growing changes no output.
+        blocks = [(A.to(x.dtype), B.to(x.dtype)) for A, B in self.blocks(adapter_name)]
+        hs = [F.linear(x, A) for A, _ in blocks]
+        outputs = [F.linear(h, B) for h, (_, B) in zip(self._gated(adapter_name, hs), blocks, strict=True)]
+        return sum(outputs[1:], start=outputs[0])
+
+    def _gated(self, adapter_name: str, hs: list[Tensor]) -> list[Tensor]:
+        """w·h for each block's projections h (..., r), in their dtype."""
+        gate = self.mora_gate[adapter_name]
+        if gate.routing == "dense":
+            return hs
+        threshold = 0.0 if self.training else gate.threshold
+        groups = hs if gate.routing == "task" else [torch.cat(hs, dim=-1)]
+        gated = [(softmax_gate(h, gate.top_k, gate.temperature, threshold) * h).to(h.dtype) for h in groups]
+        return gated if gate.routing == "task" else list(gated[0].split(hs[0].shape[-1], dim=-1))
+
+    def is_static(self, adapter_name: str) -> bool:
+        return self.mora_gate[adapter_name].routing == "dense"
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        A, B = zip(*self.blocks(adapter_name), strict=True)
+        return torch.cat(A).detach().float(), torch.cat(B, dim=1).detach().float()
+
+    @torch.no_grad()
+    def grow(self, adapter_name: str) -> None:
+        """Freeze this task's experts into the bank and put r fresh ones (B = 0) in their place."""
+        A, B = self.mora_A[adapter_name].weight.detach(), self.mora_B[adapter_name].weight.detach()
+        if adapter_name in self.mora_bank_A:
+            A = torch.cat([self.mora_bank_A[adapter_name], A])
+            B = torch.cat([self.mora_bank_B[adapter_name], B], dim=1)
+        old = self.mora_A[adapter_name].weight
+        self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name] = A.clone(), B.clone()
+        self._add_fresh_experts(adapter_name, zero_B=True)
+        for fresh in (self.mora_A[adapter_name], self.mora_B[adapter_name]):
+            fresh.to(old.device, old.dtype).requires_grad_(adapter_name in self.active_adapters)
+
+
+class MoraModel(AdapterModel):
+    """A model with MORA layers; made by `get_peft_model(model, MoraConfig(...))`."""
+
+    prefix = "mora_"
+    tuner_layer_cls = MoraLinear
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """What `start_task` did: the task's name, experts a module now frozen and in training, trainable parameters."""
+
+    task: str
+    frozen_experts: int
+    trainable_experts: int
+    trainable_parameters: int
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.task!r}: {self.frozen_experts} experts frozen, {self.trainable_experts} in training, over all "
+            f"modules; {self.trainable_parameters:,} trainable parameters"
+        )
+
+
+def start_task(model: nn.Module, name: str, adapter_name: str = "default") -> TaskSummary:
+    """Begin a new task on a trained MORA adapter: freeze its experts and append r fresh ones to every module.
+
+    With routing "task" or "dense" this changes no output by one bit. Make a new trainer (and so a new optimizer)
+    afterwards: the trainable parameters are new objects.
+
+    Args:
+        model: a PeftModel, or any model with an injected MORA adapter.
+        name: the new task's name; kept in the adapter's config.
+        adapter_name: which adapter grows.
+
+    Returns:
+        A `TaskSummary`, with counts over all modules; `print` it.
+
+    Raises:
+        ValueError: no such MORA adapter, a name that the adapter already has, or an adapter that is merged.
+    """
+    layers = adapter_layers(model, adapter_name, MoraLinear)
+    config = model.peft_config[adapter_name]
+    check_field(isinstance(name, str) and bool(name), "name", name, "a non-empty string")
+    if name in config.tasks:
+        raise ValueError(
+            f"The adapter already has a task named {name!r} (its tasks: {', '.join(config.tasks)}). Give the new task a "
+            "name of its own."
+        )
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError("Cannot start a task on a merged adapter: call model.unmerge_adapter() first.")
+    for layer in layers.values():
+        layer.grow(adapter_name)
+    # A copy: TRL gives its reference adapter the same config object, and the reference does not grow.
+    config = copy.deepcopy(config)
+    config.tasks.append(name)
+    model.peft_config[adapter_name] = config
+    return TaskSummary(
+        task=name,
+        frozen_experts=sum(layer.mora_bank_A[adapter_name].shape[0] for layer in layers.values()),
+        trainable_experts=sum(layer.r[adapter_name] for layer in layers.values()),
+        trainable_parameters=sum(
+            p.numel()
+            for layer in layers.values()
+            for p in (layer.mora_A[adapter_name].weight, layer.mora_B[adapter_name].weight)
+        ),
+    )

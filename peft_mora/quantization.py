@@ -1,0 +1,65 @@
+"""Keep bitsandbytes' 4-bit layers on the kernels that training uses.
+
+On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode. The packed weight
+has no correct backward: gradients through it are wrong by 44-99 % without an error, merges read garbage, and scores
+differ by 2 % from the training path. Clearing one flag on the layer keeps it unpacked.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from torch import nn
+
+
+def use_exact_4bit_kernels(model: nn.Module) -> int:
+    """Make every bitsandbytes `Linear4bit` in `model` compute the same thing in training and in evaluation.
+
+    Every MORA, LORI and FLYLORA adapter does this when it is added to a model. Call it yourself on a bare 4-bit model
+    that you evaluate before the adapter exists.
+
+    A layer that has already been repacked is unpacked. Its 4-bit codes come back exactly; bitsandbytes rounded the
+    block scales to bfloat16 when it packed them and that cannot be undone, so a warning says to reload the base where
+    bit-exactness matters.
+
+    Args:
+        model: any module tree.
+
+    Returns:
+        How many `Linear4bit` layers the model has. 0 where bitsandbytes is not in use.
+    """
+    if "bitsandbytes" not in sys.modules:  # then no layer can be one of its classes
+        return 0
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    unpacked = sum(_unpack(layer) for layer in layers)
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    if unpacked:
+        warnings.warn(
+            f"{unpacked} 4-bit layers had been repacked by an evaluation on this CPU before the adapter was added. "
+            "They are unpacked again, with block scales that bitsandbytes has rounded to bfloat16 (relative error up "
+            "to 0.4 %). Where that matters, reload the base model and call peft_mora.use_exact_4bit_kernels(model) "
+            "before the first evaluation.",
+            stacklevel=2,
+        )
+    return len(layers)
+
+
+def _unpack(layer: Any) -> bool:
+    """Undo the CPU packing of one `Linear4bit` in place; say whether there was anything to undo."""
+    state: Any = getattr(layer.weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return False
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    # The inverse would quantise the already rounded scales a second time: keep them as they are instead.
+    scales = state.absmax.T.reshape(-1).float()
+    state.original_nested = False
+    layer.weight.data, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    state.absmax = scales
+    layer.weight.quant_state = layer.quant_state = state
+    return True

@@ -1,0 +1,84 @@
+"""Makes the methods known to an unmodified PEFT. The only file that touches PEFT's registration.
+
+PEFT finds everything about a method by its member of the enum `PeftType`. Enums are closed, so the member is added in
+place, in the fields that CPython has used for members since 3.4, and the rest goes through PEFT's own
+`register_peft_method`. Importing `peft_mora` runs this once; running it again changes nothing.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import peft
+
+
+CHECKED = "0.21.0 to 0.21.2"  # releases of PEFT that the test-suite was run against
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Add one method: enum member, config, model and parameter prefix.
+
+    Args:
+        config_cls: has `method`, the member's name in capitals.
+        model_cls: has `prefix`, the method's name in lower case with a trailing underscore.
+
+    Raises:
+        ImportError: this PEFT has a method of that name, or no longer registers methods the way it did.
+    """
+    name = config_cls.method  # type: ignore[attr-defined]
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft.utils import PeftType, register_peft_method
+
+        registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
+        if registered is not None and registered.__module__ == config_cls.__module__:
+            return
+        if name in PeftType.__members__:
+            raise ImportError(
+                f"peft {peft.__version__} has a method named {name} of its own, which peft_mora cannot replace. Use a "
+                f"peft that peft_mora was checked with ({CHECKED}), or a newer peft_mora."
+            )
+        add_member(PeftType, name)
+        try:
+            register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
+        except Exception:
+            remove_member(PeftType, name)  # a second import must say the same
+            raise
+    except (ImportError, AttributeError, TypeError, KeyError, ValueError) as error:
+        if isinstance(error, ImportError) and "peft_mora" in str(error):
+            raise
+        raise does_not_fit(error) from error
+
+
+def add_member(enum: type[Enum], name: str) -> None:
+    """Add `name = "name"` to an enum of strings: lookup by name, lookup by value and iteration see it afterwards."""
+    member: Any = str.__new__(enum, name)  # type: ignore[type-var]
+    member._name_ = name
+    member._value_ = name
+    member._sort_order_ = len(enum._member_names_)
+    member.__objclass__ = enum
+    type.__setattr__(enum, name, member)  # the enum's own __setattr__ guards existing members
+    enum._member_names_.append(name)
+    enum._member_map_[name] = member
+    enum._value2member_map_[name] = member
+    if hasattr(enum, "_hashable_values_"):  # Python 3.14 looks values up here first
+        enum._hashable_values_.append(name)
+
+
+def remove_member(enum: type[Enum], name: str) -> None:
+    """Undo `add_member`."""
+    type.__delattr__(enum, name)
+    enum._member_names_.remove(name)
+    for by_name in (enum._member_map_, enum._value2member_map_):
+        del by_name[name]
+    if hasattr(enum, "_hashable_values_"):
+        enum._hashable_values_.remove(name)
+
+
+def does_not_fit(error: Exception) -> ImportError:
+    """One line for a PEFT release that changed under us."""
+    return ImportError(
+        f"peft_mora was checked with peft {CHECKED} and does not fit peft {peft.__version__} "
+        f"({type(error).__name__}: {error}). Install a peft from that range, or a newer peft_mora."
+    )

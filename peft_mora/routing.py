@@ -1,0 +1,58 @@
+"""Routing rules as pure functions: tensors in, tensors out.
+
+Letters as in the docs: T tokens (any leading shape), R rank-1 experts, K active experts a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+# Below this norm a token has no direction among the experts; scores go to 0 instead of to infinity.
+NORM_EPS = 1e-12
+
+
+def at_least_float32(h: Tensor) -> Tensor:
+    """Scores live in float32 (or wider): at temperature 0.01 logits reach 100, where bfloat16 has steps of 0.5."""
+    return h.to(torch.promote_types(h.dtype, torch.float32))
+
+
+def expert_scores(h: Tensor) -> Tensor:
+    """Signed share of each expert in a token's projection (MoRAM, arXiv 2506.21035, self-activation).
+
+    `s = h / max(||h||_2, eps)`, the norm taken over the experts.
+
+    Args:
+        h: (..., R) projections x·Aᵀ, any float dtype.
+
+    Returns:
+        (..., R) scores in [-1, 1], float32 (float64 for float64 input).
+    """
+    h = at_least_float32(h)
+    return h / torch.linalg.vector_norm(h, dim=-1, keepdim=True).clamp_min(NORM_EPS)
+
+
+def softmax_gate(h: Tensor, top_k: int, temperature: float, threshold: float = 0.0) -> Tensor:
+    """Weights of the experts that activate themselves: top-k of the signed scores, then a softmax over those kept.
+
+    Args:
+        h: (..., R) projections x·Aᵀ, any float dtype.
+        top_k: K, how many experts a token may wake; K >= R keeps all.
+        temperature: softmax temperature, > 0.
+        threshold: experts whose score is below get weight 0, without renormalising; 0 turns this off. For inference
+            only: pass 0 in training.
+
+    Returns:
+        (..., R) weights, float32 (float64 for float64 input), at most K of them non-zero, summing to 1 (less with
+        `threshold`).
+    """
+    scores = expert_scores(h)
+    if top_k < scores.shape[-1]:
+        kept, index = scores.topk(top_k, dim=-1)
+        weights = torch.zeros_like(scores).scatter(-1, index, torch.softmax(kept / temperature, dim=-1))
+    else:
+        weights = torch.softmax(scores / temperature, dim=-1)
+    if threshold > 0:
+        weights = torch.where(scores < threshold, 0.0, weights)
+    return weights

@@ -1,0 +1,126 @@
+"""Tiny models and the one list of methods that the whole suite is parametrised over. CPU, no network."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from peft_mora import MoraConfig
+
+
+torch.set_num_threads(1)  # two test processes on two cores; OpenMP threads fighting over them cost 4x
+
+# A new method is a row here.
+METHODS = {
+    "mora": lambda **kw: MoraConfig(r=4, top_k=2, **kw),
+    "mora-bank": lambda **kw: MoraConfig(r=4, top_k=2, routing="bank", temperature=0.1, threshold=0.2, **kw),
+    "mora-dense": lambda **kw: MoraConfig(r=4, routing="dense", **kw),
+}
+STATIC = ("mora-dense",)
+
+WORDS = "the a cat dog sat ran on under mat log red blue big small yes no north south east west".split()
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def make_config(method):
+    return METHODS[method]
+
+
+def tiny_llama(seed: int = 0, **kwargs) -> nn.Module:
+    """Two layers, hidden size 64, 64 words: everything that real Llamas have, in 0.1 M parameters."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config, **kwargs)
+
+
+def tiny_gpt2(seed: int = 0) -> nn.Module:
+    """Its linear layers are transformers' `Conv1D`, which keeps the weight transposed."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(
+        GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=64, n_positions=64, bos_token_id=1, eos_token_id=2)
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> str:
+    """A saved bf16 tiny Llama with a word-level tokenizer beside it."""
+    folder = str(tmp_path_factory.mktemp("llama"))
+    tiny_llama().to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {w: i + 4 for i, w in enumerate(WORDS)}, "<unk>"
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def quantized(folder: str, bits: int = 4) -> nn.Module:
+    config = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        if bits == 4
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map="cpu", dtype=torch.bfloat16
+    )
+
+
+@pytest.fixture
+def inputs() -> torch.Tensor:
+    """(3, 11) token ids; odd on purpose."""
+    return torch.randint(4, 24, (3, 11), generator=torch.Generator().manual_seed(7))
+
+
+def randomize(model: nn.Module, prefixes: tuple[str, ...] = ("mora_", "lori_", "flylora_"), seed: int = 3) -> None:
+    """Give the trainable adapter weights values as training would: an adapter with B = 0 tests nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and any(prefix in name for prefix in prefixes):
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def gradients(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,337 @@
+"""PEFT's duties, one matrix: what every method must do the same way. A new method is a row in conftest.METHODS."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import METHODS, STATIC, gradients, quantized, randomize, tiny_gpt2, tiny_llama
+from peft import PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from peft_mora.base import AdapterLinear
+
+
+def adapted(make_config, base=None, **kwargs) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(base or tiny_llama(), make_config(target_modules="all-linear", **kwargs))
+    randomize(model)
+    return model.eval()
+
+
+def test_output_changes_with_the_adapter_and_not_without(make_config, inputs):
+    want = tiny_llama()(inputs).logits
+    fresh = get_peft_model(tiny_llama(), make_config(target_modules="all-linear")).eval()
+    assert torch.equal(fresh(inputs).logits, want)
+    model = adapted(make_config)
+    assert not torch.allclose(model(inputs).logits, want)
+    with model.disable_adapter():
+        assert torch.equal(model(inputs).logits, want)
+    assert torch.equal(model.unload()(inputs).logits, want)
+
+
+def test_init_weights_false_is_not_an_identity(make_config, inputs):
+    model = get_peft_model(tiny_llama(), make_config(target_modules="all-linear", init_weights=False)).eval()
+    assert not torch.allclose(model(inputs).logits, tiny_llama()(inputs).logits)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_is_bit_exact(make_config, inputs, tmp_path, low_cpu_mem_usage, dtype):
+    model = adapted(make_config, tiny_llama().to(dtype))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama().to(dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+    saved, loaded = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[k], loaded[k]) and saved[k].dtype == loaded[k].dtype for k in saved)
+    want, got = model.peft_config["default"].to_dict(), again.peft_config["default"].to_dict()
+    for values in (want, got):  # what PEFT itself sets while saving and loading
+        for name in ("inference_mode", "auto_mapping", "base_model_name_or_path"):
+            values.pop(name)
+    assert want == got
+
+
+def test_the_config_file_holds_plain_json(make_config, tmp_path):
+    config = make_config(target_modules=["q_proj"], rank_pattern={"q_proj": 5}, alpha_pattern={"q_proj": 3})
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == config.method and saved["rank_pattern"] == {"q_proj": 5}
+    assert type(config).from_pretrained(str(tmp_path)) == config
+
+
+def test_several_adapters_of_different_rank_do_not_disturb_each_other(make_config, inputs, tmp_path):
+    model = adapted(make_config)
+    first = model(inputs).logits
+    model.add_adapter("other", make_config(target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 6}))
+    assert torch.equal(model(inputs).logits, first)
+    model.set_adapter("other")
+    randomize(model, seed=11)
+    second = model(inputs).logits
+    assert not torch.allclose(first, second)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable and all(".other." in name for name in trainable)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="default").eval()
+    again.load_adapter(str(tmp_path / "other"), "other")
+    assert torch.equal(again(inputs).logits, first)
+    again.set_adapter("other")
+    assert torch.equal(again(inputs).logits, second)
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    assert torch.equal(model(inputs).logits, first)
+    assert not any(".other" in key for key in model.state_dict())
+    assert not any("other" in layer.r for layer in model.modules() if isinstance(layer, AdapterLinear))
+
+
+def test_two_active_adapters_add_up(make_config, inputs):
+    model = adapted(make_config)
+    model.add_adapter("other", make_config(target_modules=["q_proj"]))
+    model.set_adapter("other")
+    randomize(model, seed=11)
+    layer = next(m for m in model.modules() if isinstance(m, AdapterLinear))
+    x = torch.randn(2, 3, 64)
+    outputs = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        outputs[name] = layer(x) - layer.base_layer(x)
+    model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), outputs["default"] + outputs["other"])
+
+
+def test_each_row_of_a_mixed_batch_gets_its_own_adapter(make_config, inputs):
+    model = adapted(make_config)
+    model.add_adapter("other", make_config(target_modules="all-linear"))
+    model.set_adapter("other")
+    randomize(model, seed=11)
+    want = [None] * 3
+    for row, name in enumerate(["default", "other"]):
+        model.set_adapter(name)
+        want[row] = model(inputs[row : row + 1]).logits[0]
+    with model.disable_adapter():
+        want[2] = model(inputs[2:]).logits[0]
+    got = model(inputs, adapter_names=["default", "other", "__base__"]).logits
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
+    generated = model.generate(inputs, adapter_names=["default", "other", "__base__"], max_new_tokens=3, num_beams=2)
+    assert generated.shape == (3, 14)
+    with pytest.raises(ValueError, match="non-existing adapter.*typo"):
+        model(inputs, adapter_names=["default", "typo", "__base__"])
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        model(inputs, adapter_names=["default"])
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(inputs, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_any_base_dtype_trains_and_keeps_its_output_dtype(make_config, inputs, base_dtype, autocast_adapter_dtype):
+    config = make_config(target_modules="all-linear")
+    model = get_peft_model(tiny_llama().to(base_dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    randomize(model)
+    trainable = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert trainable == {torch.float32 if autocast_adapter_dtype else base_dtype}
+    assert model(inputs).logits.dtype == base_dtype
+    assert all(torch.isfinite(g).all() for g in gradients(model, inputs).values())
+
+
+def test_float32_and_bfloat16_adapters_agree_on_a_bfloat16_base(make_config, inputs):
+    model = adapted(make_config, tiny_llama().to(torch.bfloat16))
+    want = model(inputs).logits.float()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()  # what TRL does on a quantised base
+    torch.testing.assert_close(model(inputs).logits.float(), want, rtol=0.05, atol=0.05)
+
+
+def test_half_after_the_fact(make_config, inputs):
+    assert adapted(make_config).half()(inputs).logits.dtype == torch.float16
+
+
+def test_autocast_runs(make_config, inputs):
+    model = adapted(make_config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(inputs).logits
+    close = torch.isclose(got.float(), model(inputs).logits, rtol=0.1, atol=0.1)
+    assert close.float().mean() > 0.95  # a near-tie may wake another expert in bfloat16
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(make_config, inputs, use_reentrant):
+    model = adapted(make_config).train()
+    want = gradients(model, inputs)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    got = gradients(model, inputs)
+    assert want.keys() == got.keys() and len(want) > 0
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_computes_as_its_dequantised_twin(make_config, inputs, llama_folder, bits):
+    model = adapted(make_config, quantized(llama_folder, bits))
+    for layer in model.modules():
+        if isinstance(layer, AdapterLinear):
+            x = torch.randn(2, 3, layer.in_features, dtype=torch.bfloat16)
+            update = layer(x) - layer.base_layer(x)
+            twin = copy.deepcopy(layer)
+            twin.base_layer = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.bfloat16)
+            torch.testing.assert_close(update, twin(x) - twin.base_layer(x), rtol=0.05, atol=0.1)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(gradients(model.train(), inputs)) == trainable
+
+
+def test_conv1d_bases_work(make_config, inputs):
+    model = adapted(make_config, tiny_gpt2())
+    assert not torch.allclose(model(inputs).logits, tiny_gpt2()(inputs).logits)
+    assert len(gradients(model.train(), inputs)) == len([p for p in model.parameters() if p.requires_grad])
+
+
+def test_static_methods_merge_and_unmerge_exactly_and_others_refuse(method, make_config, inputs):
+    model = adapted(make_config)
+    if method not in STATIC:
+        with pytest.raises(ValueError, match="depends on the input"):
+            model.merge_adapter()
+        with pytest.raises(ValueError, match="depends on the input"):
+            model.merge_and_unload()
+        with pytest.raises(TypeError, match="LoRA conversion"):
+            convert_to_lora(model, rank=4)
+        return
+    want, base = model(inputs).logits, tiny_llama().state_dict()
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(inputs).logits, want, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(model(inputs).logits, want)
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[key], base[key]) for key in base)
+
+
+@pytest.mark.parametrize("method", STATIC, indirect=True)
+def test_static_methods_merge_into_a_16_bit_base_and_come_back_bit_for_bit(make_config, inputs):
+    model = adapted(make_config, tiny_llama().to(torch.bfloat16))
+    before = model(inputs).logits
+    model.merge_adapter()
+    assert not torch.equal(model(inputs).logits, before)
+    model.unmerge_adapter()
+    assert torch.equal(model(inputs).logits, before)
+
+
+@pytest.mark.parametrize("method", STATIC, indirect=True)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_static_methods_merge_into_a_quantised_base_and_come_back_bit_for_bit(make_config, inputs, llama_folder, bits):
+    model = adapted(make_config, quantized(llama_folder, bits))
+    before = model(inputs).logits
+    layer = next(m for m in model.modules() if isinstance(m, AdapterLinear))
+    want = layer.get_base_weight().float() + layer.get_delta_weight("default")
+    model.merge_adapter()
+    error = (layer.get_base_weight().float() - want).norm() / want.norm()
+    assert error < (0.15 if bits == 4 else 0.02)  # requantising; NF4's own error on a Gaussian is 0.09
+    model.unmerge_adapter()
+    assert torch.equal(model(inputs).logits, before)
+
+
+@pytest.mark.parametrize("method", STATIC, indirect=True)
+def test_a_broken_adapter_is_not_merged(make_config):
+    model = adapted(make_config)
+    layer = next(m for m in model.modules() if isinstance(m, AdapterLinear))
+    weight = layer.base_layer.weight.clone()
+    next(p for p in layer.parameters() if p.requires_grad).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
+
+
+def test_state_dict_round_trip_beside_another_adapter(make_config, inputs):
+    model = adapted(make_config)
+    model.add_adapter("other", make_config(target_modules="all-linear"))
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(model, adapter_name="default").items()}
+    want = model(inputs).logits
+    assert not any("other" in key or "default" in key for key in state)
+    result = set_peft_model_state_dict(model, state, adapter_name="other")
+    assert not result.unexpected_keys
+    model.set_adapter("other")
+    assert torch.equal(model(inputs).logits, want)
+
+
+def test_patterns_choose_rank_scale_and_layers(make_config):
+    model = adapted(
+        lambda **kw: make_config(**{**kw, "target_modules": ["q_proj", "v_proj"]}),
+        rank_pattern={"v_proj": 7, "layers.1.self_attn.q_proj": 6},
+        alpha_pattern={"v_proj": 21},
+        layers_to_transform=[1],
+        exclude_modules=["k_proj", "layers.9.q_proj"],
+    )
+    layers = {
+        name.split("base_model.model.model.")[1]: m
+        for name, m in model.named_modules()
+        if isinstance(m, AdapterLinear)
+    }
+    assert sorted(layers) == ["layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]
+    assert layers["layers.1.self_attn.v_proj"].r["default"] == 7
+    assert layers["layers.1.self_attn.v_proj"].scaling["default"] == 3
+    assert layers["layers.1.self_attn.q_proj"].r["default"] == 6
+
+
+def test_the_default_targets_of_an_architecture_are_peft_s(make_config):
+    model = get_peft_model(tiny_llama(), make_config())
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+
+
+def test_modules_and_tokens_to_train_beside_the_adapter_are_saved(make_config, inputs, tmp_path):
+    config = make_config(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    config.trainable_token_indices = {"embed_tokens": [5, 6]}
+    model = get_peft_model(tiny_llama(), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+
+
+def test_unsupported_modules_are_refused_by_name(make_config):
+    with pytest.raises(ValueError, match=r"embed_tokens \(Embedding\) is not supported.*modules_to_save"):
+        get_peft_model(tiny_llama(), make_config(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(tiny_llama(), make_config(target_modules=["nothing_like_this"]))
+
+
+def test_dropout_acts_in_training_only(make_config, inputs):
+    model = adapted(make_config, dropout=0.5)
+    assert torch.equal(model(inputs).logits, adapted(make_config)(inputs).logits)
+    model.train()
+    assert not torch.equal(model(inputs).logits, model(inputs).logits)
+
+
+def test_deepcopy_computes_the_same(make_config, inputs):
+    model = adapted(make_config)
+    assert torch.equal(copy.deepcopy(model)(inputs).logits, model(inputs).logits)
+
+
+def test_generation_with_and_without_cache_gives_the_same_tokens(make_config, inputs):
+    model = adapted(make_config)
+    with_cache = model.generate(inputs, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert torch.equal(with_cache, model.generate(inputs, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+def test_transformers_own_add_and_load_adapter(make_config, inputs, tmp_path):
+    model = adapted(make_config)
+    model.save_pretrained(tmp_path)
+    plain = tiny_llama().eval()
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(plain(inputs).logits, model(inputs).logits)
+    fresh = tiny_llama()
+    fresh.add_adapter(make_config(target_modules=["q_proj"]))
+    assert any(p.requires_grad for p in fresh.parameters())
+
+
+def test_every_method_in_the_matrix_has_a_help_text_for_every_field():
+    from dataclasses import fields
+
+    for make in METHODS.values():
+        config = make()
+        own = [f for f in fields(config) if f.name not in {"peft_type", "task_type"}]
+        assert all(f.metadata.get("help") for f in own if f.name not in _PEFT_FIELDS), config.method
+
+
+_PEFT_FIELDS = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}

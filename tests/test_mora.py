@@ -1,0 +1,281 @@
+"""What only MORA does: the layer against a float64 reference, growth, and the three routings."""
+
+import copy
+
+import pytest
+import torch
+from conftest import gradients, randomize, tiny_gpt2, tiny_llama
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from torch import nn
+
+from peft_mora import MoraConfig, MoraLinear, start_task
+from peft_mora.routing import softmax_gate
+
+
+class Net(nn.Module):
+    """One linear module with odd sizes."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.lin = nn.Linear(13, 9).to(dtype)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def grown(routing: str, tasks: int = 3, dtype=torch.float64, **kwargs) -> nn.Module:
+    """A `Net` with `tasks` blocks of four experts, all of them trained (random)."""
+    torch.manual_seed(0)
+    config = MoraConfig(r=4, alpha=6, target_modules=["lin"], routing=routing, **kwargs)
+    model = get_peft_model(Net(dtype), config)
+    randomize(model)
+    for task in range(1, tasks):
+        start_task(model, f"task{task}")
+        randomize(model, seed=task)
+    return model
+
+
+def reference(layer: MoraLinear, x, training: bool):
+    """The rule of the module docstring, written out, over all experts at once."""
+    gate = layer.mora_gate["default"]
+    A = torch.cat([A for A, _ in layer.blocks("default")])
+    B = torch.cat([B for _, B in layer.blocks("default")], dim=1)
+    h = x @ A.T
+    threshold = 0.0 if training else gate.threshold
+    if gate.routing == "dense":
+        w = torch.ones_like(h)
+    elif gate.routing == "bank":
+        w = softmax_gate(h, gate.top_k, gate.temperature, threshold)
+    else:
+        w = torch.cat([softmax_gate(b, gate.top_k, gate.temperature, threshold) for b in h.split(4, -1)], -1)
+    return layer.base_layer(x) + layer.scaling["default"] * (w * h) @ B.T
+
+
+@pytest.mark.parametrize("routing", ["task", "bank", "dense"])
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_equals_the_reference_in_values_and_gradients(routing, training):
+    model = grown(routing, top_k=2, temperature=0.3, threshold=0.3).train(training)
+    layer = model.base_model.model.lin
+    x = torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True)
+    twin_x = x.detach().clone().requires_grad_()
+    got, want = model(x), reference(layer, twin_x, training)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    upstream = torch.randn_like(got)
+    weights = [layer.mora_A["default"].weight, layer.mora_B["default"].weight]
+    got_grads = torch.autograd.grad(got, [x, *weights], upstream)
+    want_grads = torch.autograd.grad(want, [twin_x, *weights], upstream)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("routing", ["task", "bank", "dense"])
+def test_gradients_pass_gradcheck(routing):
+    model = grown(routing, tasks=2, top_k=3, temperature=0.5)
+    x = torch.randn(3, 13, dtype=torch.float64, requires_grad=True)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *weights))
+
+
+def test_fresh_adapter_is_exactly_the_base(inputs):
+    base = tiny_llama()
+    want = base(inputs).logits
+    for routing in ("task", "bank", "dense"):
+        model = get_peft_model(copy.deepcopy(base), MoraConfig(routing=routing, target_modules="all-linear"))
+        assert torch.equal(model(inputs).logits, want)
+
+
+@pytest.mark.parametrize("routing", ["task", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_starting_a_task_changes_no_output_by_one_bit(routing, dtype, training, inputs):
+    model = get_peft_model(tiny_llama().to(dtype), MoraConfig(r=5, routing=routing, target_modules="all-linear"))
+    model.train(training)
+    randomize(model)
+    for task in ("b", "c", "d"):
+        before = model(inputs).logits
+        start_task(model, task)
+        assert torch.equal(model(inputs).logits, before)
+        randomize(model, seed=ord(task))
+        assert not torch.equal(model(inputs).logits, before)
+
+
+def test_a_frozen_block_keeps_its_routing_when_the_bank_grows():
+    """routing="task": what block 1 adds to the output is the same number whatever comes after it."""
+    alone, three = grown("task", tasks=1, top_k=2), grown("task", tasks=3, top_k=2)
+    x = torch.randn(7, 13, dtype=torch.float64)
+    lin = three.base_model.model.lin
+    for value in (lin.mora_B["default"].weight.data, lin.mora_bank_B["default"][:, 4:]):
+        value.zero_()
+    assert torch.equal(three(x), alone(x))
+
+
+def test_no_gradient_reaches_a_frozen_expert_and_none_is_a_parameter():
+    model = grown("bank")
+    names = [name for name, _ in model.named_parameters() if "mora_" in name]
+    assert all("bank" not in name for name in names) and len(names) == 2
+    model(torch.randn(4, 13, dtype=torch.float64)).sum().backward()
+    lin = model.base_model.model.lin
+    assert lin.mora_bank_A["default"].grad is None and not lin.mora_bank_A["default"].requires_grad
+
+
+def test_permuting_experts_changes_nothing():
+    model = grown("bank", tasks=1, top_k=2)
+    x, order = torch.randn(6, 13, dtype=torch.float64), torch.tensor([2, 0, 3, 1])
+    before = model(x)
+    lin = model.base_model.model.lin
+    lin.mora_A["default"].weight.data = lin.mora_A["default"].weight.data[order]
+    lin.mora_B["default"].weight.data = lin.mora_B["default"].weight.data[:, order]
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-13)
+
+
+def test_all_experts_at_infinite_temperature_are_a_mean_of_experts():
+    model = grown("bank", tasks=1, top_k=4, temperature=1e9)
+    lin, x = model.base_model.model.lin, torch.randn(6, 13, dtype=torch.float64)
+    A, B = lin.mora_A["default"].weight, lin.mora_B["default"].weight
+    want = lin.base_layer(x) + (6 / 4) * (1 / 4) * x @ A.T @ B.T
+    torch.testing.assert_close(model(x), want, rtol=1e-7, atol=1e-9)
+
+
+def test_a_padded_batch_gives_each_row_what_it_gets_alone():
+    model = get_peft_model(tiny_llama(), MoraConfig(r=4, top_k=2, target_modules="all-linear")).eval()
+    randomize(model)
+    long, short = torch.randint(4, 24, (1, 9)), torch.randint(4, 24, (1, 5))
+    batch = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)])
+    mask = (batch != 0).long()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    padded = model(batch, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(padded[0], model(long).logits[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded[1, 4:], model(short).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_threshold_acts_in_eval_mode_only():
+    with_threshold, without = grown("task", threshold=0.6), grown("task")
+    x = torch.randn(8, 13, dtype=torch.float64)
+    assert torch.equal(with_threshold.train()(x), without.train()(x))
+    assert not torch.allclose(with_threshold.eval()(x), without.eval()(x))
+
+
+@pytest.mark.parametrize("routing", ["task", "bank"])
+def test_merging_a_routed_adapter_is_refused_and_changes_nothing(routing):
+    model = grown(routing)
+    weight = model.base_model.model.lin.base_layer.weight.clone()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="depends on the input.*routing='dense'"):
+            merge()
+    assert torch.equal(model.base_model.model.lin.base_layer.weight, weight)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=4)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_dense_merges_and_converts_to_a_plain_lora(make, inputs):
+    model = get_peft_model(make(), MoraConfig(r=3, routing="dense", target_modules="all-linear")).eval()
+    randomize(model)
+    start_task(model, "b")
+    randomize(model, seed=5)
+    want = model(inputs).logits
+    lora_config, state = convert_to_lora(model, rank=6)
+    lora = get_peft_model(make(), lora_config).eval()
+    result = set_peft_model_state_dict(lora, state)
+    assert not result.unexpected_keys and isinstance(lora_config, LoraConfig)
+    torch.testing.assert_close(lora(inputs).logits, want, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.merge_and_unload()(inputs).logits, want, rtol=1e-3, atol=1e-4)
+
+
+def test_the_bank_survives_saving_bit_for_bit(tmp_path, inputs):
+    model = get_peft_model(tiny_llama(), MoraConfig(r=3, top_k=2, temperature=0.2, target_modules="all-linear")).eval()
+    for task in ("b", "c"):
+        randomize(model, seed=ord(task))
+        start_task(model, task)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    for low_memory in (False, True):
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_memory).eval()
+        assert again.peft_config["default"].tasks == ["initial", "b", "c"]
+        assert torch.equal(again(inputs).logits, model(inputs).logits)
+    trained_on = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+    assert start_task(trained_on, "d").frozen_experts == 14 * 3 * 3  # modules x tasks x r
+    assert set(gradients(trained_on, inputs)) == {n for n, p in trained_on.named_parameters() if p.requires_grad}
+
+
+def test_start_task_says_what_it_did_and_refuses_what_would_be_wrong():
+    model = grown("dense", tasks=1)
+    summary = start_task(model, "second")
+    assert (summary.task, summary.frozen_experts, summary.trainable_experts) == ("second", 4, 4)
+    assert "4 experts frozen" in str(summary)
+    with pytest.raises(ValueError, match="already has a task named 'second'"):
+        start_task(model, "second")
+    with pytest.raises(ValueError, match="no MORA adapter named 'other'; it has 'default'"):
+        start_task(model, "third", adapter_name="other")
+    with pytest.raises(ValueError, match="`name` must be a non-empty string"):
+        start_task(model, "")
+    with pytest.raises(ValueError, match="no MORA adapter at all"):
+        start_task(get_peft_model(Net(), LoraConfig(target_modules=["lin"])), "x")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        start_task(model, "third")
+
+
+def test_new_experts_take_the_place_of_the_trained_ones_in_an_optimizer_made_afterwards():
+    model = grown("task", tasks=2)
+    before = model(torch.ones(2, 13, dtype=torch.float64)).detach()
+    bank = model.base_model.model.lin.mora_bank_B["default"].clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    model(torch.ones(2, 13, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.base_model.model.lin.mora_bank_B["default"], bank)
+    assert not torch.equal(model(torch.ones(2, 13, dtype=torch.float64)), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", 2.5),
+        ("alpha", 0),
+        ("dropout", 1.0),
+        ("top_k", 0),
+        ("top_k", 9),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("threshold", -0.1),
+        ("threshold", 1.5),
+        ("routing", "router"),
+        ("tasks", []),
+        ("tasks", ["a", "a"]),
+        ("init_weights", "yes"),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": -1}),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name_at_construction(field, value):
+    with pytest.raises(ValueError, match=f"`{field}"):
+        MoraConfig(r=value) if field == "r" else MoraConfig(r=8, **{field: value})
+
+
+def test_top_k_must_fit_the_smallest_rank():
+    with pytest.raises(ValueError, match="`top_k` must be <= r"):
+        MoraConfig(r=8, top_k=4, rank_pattern={"k_proj": 2})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": 6},
+        {"alpha": 32},
+        {"top_k": 1},
+        {"temperature": 0.05},
+        {"threshold": 0.5},
+        {"routing": "dense"},
+        {"rank_pattern": {"lin": 2}},
+        {"alpha_pattern": {"lin": 3}},
+    ],
+)
+def test_every_field_of_the_rule_has_an_effect(change):
+    def output(**kwargs):
+        torch.manual_seed(0)
+        model = get_peft_model(Net(), MoraConfig(**{"r": 4, "target_modules": ["lin"], **kwargs})).eval()
+        randomize(model)
+        return model(torch.linspace(-1, 1, 26, dtype=torch.float64).reshape(2, 13))
+
+    assert not torch.allclose(output(), output(**change))

@@ -1,0 +1,1 @@
+"""Callbacks for TRL's trainers that go with peft_mora's adapters."""
