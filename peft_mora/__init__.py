@@ -8,13 +8,31 @@ from . import registry
 
 
 try:
+    from .flylora import FlyLoraConfig, FlyLoraLinear, FlyLoraModel
+    from .lori import LoriConfig, LoriLinear, LoriModel, SparsitySummary, sparsify
     from .mora import MoraConfig, MoraLinear, MoraModel, TaskSummary, start_task
     from .quantization import use_exact_4bit_kernels
 except (ImportError, AttributeError) as error:
     raise registry.does_not_fit(error) from error
 
-registry.register(MoraConfig, MoraModel)
+for _config, _model in ((MoraConfig, MoraModel), (LoriConfig, LoriModel), (FlyLoraConfig, FlyLoraModel)):
+    registry.register(_config, _model)
 
 __version__ = "0.1.0"
 
-__all__ = ["MoraConfig", "MoraLinear", "MoraModel", "TaskSummary", "start_task", "use_exact_4bit_kernels"]
+__all__ = [
+    "FlyLoraConfig",
+    "FlyLoraLinear",
+    "FlyLoraModel",
+    "LoriConfig",
+    "LoriLinear",
+    "LoriModel",
+    "MoraConfig",
+    "MoraLinear",
+    "MoraModel",
+    "SparsitySummary",
+    "TaskSummary",
+    "sparsify",
+    "start_task",
+    "use_exact_4bit_kernels",
+]

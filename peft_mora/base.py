@@ -278,7 +278,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
     # Merging
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """ΔW = (alpha / r) · B·A in the layout of the base's weight ((O, I), or (I, O) for `Conv1D`), float32 or wider.
+        """ΔW = (alpha / r) · B·A, float32 or wider, in the layout of the base's weight: (O, I), for `Conv1D` (I, O).
 
         Raises:
             ValueError: the update depends on the input, so there is no ΔW; the message says what to call instead.
@@ -371,8 +371,8 @@ class AdapterModel(BaseTuner):
     ) -> None:
         if parameter_name is not None:
             raise ValueError(
-                f"{peft_config.method} adapts linear modules, not single parameters, got `{current_key}`. Name modules "
-                "in `target_modules` instead of `target_parameters`."
+                f"{peft_config.method} adapts linear modules, not single parameters, got `{current_key}`. Name "
+                "modules in `target_modules` instead of `target_parameters`."
             )
         # get_pattern_key falls back to the key itself, which no pattern holds
         alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
@@ -403,8 +403,8 @@ class AdapterModel(BaseTuner):
         if not is_linear:
             raise ValueError(
                 f"Target module {module_name} ({type(base_layer).__name__}) is not supported: {config.method} adapts "
-                "torch.nn.Linear, transformers' Conv1D and the quantised linear layers that PEFT knows. Leave it out of "
-                "`target_modules`, or train it in full with `modules_to_save`."
+                "torch.nn.Linear, transformers' Conv1D and the quantised linear layers that PEFT knows. Leave it out "
+                "of `target_modules`, or train it in full with `modules_to_save`."
             )
         return self.tuner_layer_cls(target, **kwargs)
 

@@ -196,8 +196,8 @@ class TaskSummary:
 
     def __str__(self) -> str:
         return (
-            f"task {self.task!r}: {self.frozen_experts} experts frozen, {self.trainable_experts} in training, over all "
-            f"modules; {self.trainable_parameters:,} trainable parameters"
+            f"task {self.task!r}: {self.frozen_experts} experts frozen, {self.trainable_experts} in training, over "
+            f"all modules; {self.trainable_parameters:,} trainable parameters"
         )
 
 
@@ -223,8 +223,8 @@ def start_task(model: nn.Module, name: str, adapter_name: str = "default") -> Ta
     check_field(isinstance(name, str) and bool(name), "name", name, "a non-empty string")
     if name in config.tasks:
         raise ValueError(
-            f"The adapter already has a task named {name!r} (its tasks: {', '.join(config.tasks)}). Give the new task a "
-            "name of its own."
+            f"The adapter already has a task named {name!r} (its tasks: {', '.join(config.tasks)}). Give the new task "
+            "a name of its own."
         )
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError("Cannot start a task on a merged adapter: call model.unmerge_adapter() first.")

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peft_mora import MoraConfig
+from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
 
 
 torch.set_num_threads(1)  # two test processes on two cores; OpenMP threads fighting over them cost 4x
@@ -30,8 +30,14 @@ METHODS = {
     "mora": lambda **kw: MoraConfig(r=4, top_k=2, **kw),
     "mora-bank": lambda **kw: MoraConfig(r=4, top_k=2, routing="bank", temperature=0.1, threshold=0.2, **kw),
     "mora-dense": lambda **kw: MoraConfig(r=4, routing="dense", **kw),
+    "lori": lambda **kw: LoriConfig(r=4, alpha=8, **kw),
+    "lori-sparse": lambda **kw: LoriConfig(r=4, alpha=8, sparsity=0.5, save_projection=False, **kw),
+    "flylora": lambda **kw: FlyLoraConfig(r=4, top_k=2, alpha=32, **kw),
+    "flylora-signed": lambda **kw: FlyLoraConfig(
+        r=4, top_k=2, alpha=32, selection="signed", save_projection=False, **kw
+    ),
 }
-STATIC = ("mora-dense",)
+STATIC = ("mora-dense", "lori", "lori-sparse")
 
 WORDS = "the a cat dog sat ran on under mat log red blue big small yes no north south east west".split()
 
@@ -121,6 +127,11 @@ def randomize(model: nn.Module, prefixes: tuple[str, ...] = ("mora_", "lori_", "
 
 
 def gradients(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of one step; FLYLORA's load-balance offset, which moves with every backward, is put back."""
+    offsets = {name: buffer.clone() for name, buffer in model.named_buffers() if "flylora_offset" in name}
     model.zero_grad()
     model(input_ids=inputs, labels=inputs).loss.backward()
+    for name, buffer in model.named_buffers():
+        if name in offsets:
+            buffer.copy_(offsets[name])
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -22,7 +22,7 @@ def sft(model, folder, output, peft_config=None, **kwargs) -> SFTTrainer:
         "max_steps": 6,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
+        "learning_rate": 3e-2,
         "logging_steps": 1,
         "save_steps": 3,
         "report_to": "none",

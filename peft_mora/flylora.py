@@ -1,0 +1,158 @@
+"""FLYLORA: the frozen sparse projection is the router.
+
+    h = x Aᵀ                         A frozen: each row has p = round(density · I) non-zeros ~ N(0, 1 / r²)
+    S = the K experts with the largest |h_i| + d_i                              ("signed": the largest h_i + d_i)
+    y = base(x) + (alpha / r) · Σ_{i in S} h_i B_i
+    d_i += balance_rate · sign(mean(c) - c_i)       once per backward in training; c_i = how often i was chosen
+d only ranks; it never multiplies the output. The gradient flows to x through the selected experts.
+
+Source: "FlyLoRA: Boosting Task Decoupling and Parameter Efficiency via Implicit Rank-Wise Mixture-of-Experts",
+arXiv 2510.08396, whose text selects by magnitude (the default here) and whose code selects by sign.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from .base import check_field, is_int, is_number
+from .routing import balance_step, select_by_magnitude, select_by_sign
+from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
+
+
+Selection = Literal["magnitude", "signed"]
+
+
+@dataclass
+class FlyLoraConfig(SeededConfig):
+    """Config of a FLYLORA adapter.
+
+    Example:
+        >>> FlyLoraConfig(r=32, top_k=8, target_modules="all-linear")
+    """
+
+    method: ClassVar[str] = "FLYLORA"
+
+    r: int = field(default=32, metadata={"help": "Rank: how many rank-1 experts a module has."})
+    alpha: float = field(default=64, metadata={"help": "The update is scaled by alpha / r."})
+    top_k: int = field(default=8, metadata={"help": "K: experts that are active for a token, 1 <= top_k <= r."})
+    density: float | None = field(
+        default=None, metadata={"help": "Share of non-zeros in each row of A, in (0, 1]. None is top_k / r."}
+    )
+    selection: Selection = field(
+        default="magnitude",
+        metadata={"help": "Select by |h| + d ('magnitude', the paper) or h + d ('signed', its code)."},
+    )
+    balance_rate: float = field(
+        default=1e-3, metadata={"help": "Step of the load-balance offset d, >= 0. Half of a typical |h| is too much."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        smallest = min([self.r, *self.rank_pattern.values()])
+        check_field(is_int(self.top_k) and self.top_k >= 1, "top_k", self.top_k, "an integer >= 1")
+        check_field(self.top_k <= smallest, "top_k", self.top_k, f"<= r (here {smallest} at the least)")
+        check_field(
+            self.density is None or (is_number(self.density) and 0 < self.density <= 1),
+            "density",
+            self.density,
+            "a number in (0, 1], or None for top_k / r",
+        )
+        check_field(self.selection in get_args(Selection), "selection", self.selection, "'magnitude' or 'signed'")
+        check_field(
+            is_number(self.balance_rate) and self.balance_rate >= 0, "balance_rate", self.balance_rate, "a number >= 0"
+        )
+
+
+class _CountOnBackward(torch.autograd.Function):
+    """Identity that moves the load-balance offset when the gradient comes through it.
+
+    Backward runs once per micro-batch, whatever recomputes the forward. The counts are a saved tensor on purpose:
+    under non-reentrant checkpointing, reading them recomputes the block first, with the offset that the forward used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, update: Tensor, counts: Tensor, offset: Tensor, rate: float) -> Tensor:
+        ctx.save_for_backward(counts)
+        ctx.offset, ctx.rate = offset, rate
+        return update.view_as(update)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (counts,) = ctx.saved_tensors
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            counts = counts.clone()
+            dist.all_reduce(counts)
+        ctx.offset.copy_(balance_step(ctx.offset, counts, ctx.rate))
+        return grad, None, None, None
+
+
+class FlyLoraLinear(SeededLinear):
+    """`flylora_A` (r, p) values and `flylora_index` (r, p) their columns, frozen; `flylora_B` (O, r) trained;
+    `flylora_offset` (r,) the load-balance offset d, float32."""
+
+    prefix = "flylora_"
+    adapter_layer_names = ("flylora_B",)
+    projection_names = ("flylora_A", "flylora_index")
+    other_param_names = (
+        "flylora_A", "flylora_index", "flylora_checksum", "flylora_offset", "flylora_rule", "r", "scaling", "dropout",
+    )  # fmt: skip
+    merge_refusal = (
+        "Cannot merge a FLYLORA adapter: which experts are active depends on the input, so no single weight equals "
+        "it. Keep it unmerged (model.unload() gives the base back), or train with LoriConfig, whose frozen projection "
+        "merges exactly."
+    )
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.flylora_offset = BufferDict(persistent=True)
+        self.flylora_rule: dict[str, tuple[Selection, int, float]] = {}
+
+    def create_weights(self, adapter_name: str, config: FlyLoraConfig, module_name: str, twin: str | None) -> None:
+        r = self.r[adapter_name]
+        self.flylora_rule[adapter_name] = (config.selection, config.top_k, config.balance_rate)
+        self.create_projection(adapter_name, config, module_name, twin)
+        self.flylora_B[adapter_name] = self.new_linear(r, self.out_features, zero=config.init_weights)
+        offset = torch.zeros(r) if twin not in self.flylora_offset else self.flylora_offset[twin].clone()
+        self.flylora_offset[adapter_name] = offset.to(self._weight_placement()[0])
+
+    def draw_projection(self, adapter_name: str, config: FlyLoraConfig, module_name: str) -> tuple[Tensor, ...]:
+        r = self.r[adapter_name]
+        density = config.top_k / r if config.density is None else config.density
+        p = max(1, round(density * self.in_features))
+        if config.seed is None:
+            return torch.zeros(r, p), torch.zeros(r, p, dtype=torch.int32)
+        random = generator(config.seed, module_name)
+        columns = np.stack([np.sort(random.permutation(self.in_features)[:p]) for _ in range(r)])
+        return as_projection(random.standard_normal((r, p)) / r), torch.from_numpy(columns.astype(np.int32))
+
+    def dense_A(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        """A (r, I) in `dtype`. Stored sparse; at densities of 1/4 a dense product is the faster one."""
+        values, index = self.flylora_A[adapter_name], self.flylora_index[adapter_name]
+        return values.new_zeros(len(values), self.in_features, dtype=dtype).scatter_(1, index.long(), values.to(dtype))
+
+    def update(self, adapter_name: str, x: Tensor) -> Tensor:
+        selection, k, rate = self.flylora_rule[adapter_name]
+        offset = self.flylora_offset[adapter_name]
+        h = F.linear(x, self.dense_A(adapter_name, x.dtype))
+        index = (select_by_magnitude if selection == "magnitude" else select_by_sign)(h, offset, k)
+        chosen = torch.zeros_like(h).scatter_(-1, index, 1)
+        update = F.linear(h * chosen, self.flylora_B[adapter_name].weight.to(h.dtype))
+        if self.training and update.requires_grad and rate > 0:
+            counts = torch.bincount(index.flatten(), minlength=h.shape[-1])
+            update = _CountOnBackward.apply(update, counts, offset, rate)
+        return update
+
+
+class FlyLoraModel(SeededModel):
+    """A model with FLYLORA layers; made by `get_peft_model(model, FlyLoraConfig(...))`."""
+
+    prefix = "flylora_"
+    tuner_layer_cls = FlyLoraLinear

@@ -1,0 +1,150 @@
+"""Frozen random projections from a seed: what LORI and FLYLORA share.
+
+Each module has its own generator, seeded by (seed, module name), so the projection depends neither on the order of
+modules nor on device or dtype. It is saved with the adapter unless `save_projection=False`; then it is drawn again on
+load, and a checksum in the file decides whether it is the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from .base import AdapterConfig, AdapterLinear, AdapterModel, check_field, is_int
+
+
+@dataclass
+class SeededConfig(AdapterConfig):
+    """Fields of a method whose projection A is random and frozen."""
+
+    seed: int | None = field(
+        default=0,
+        metadata={
+            "help": "A is drawn from (seed, module name). None: A comes from nowhere but the adapter file, as after "
+            "`add_weighted_adapter` over different seeds."
+        },
+    )
+    save_projection: bool = field(
+        default=True, metadata={"help": "Save A. False leaves it out of the file and draws it again from the seed."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(
+            self.seed is None or (is_int(self.seed) and self.seed >= 0), "seed", self.seed, "an integer >= 0 or None"
+        )
+        check_field(isinstance(self.save_projection, bool), "save_projection", self.save_projection, "True or False")
+        check_field(
+            self.save_projection or self.seed is not None,
+            "save_projection",
+            self.save_projection,
+            "True when `seed` is None: nothing could draw this projection again",
+        )
+
+
+def generator(seed: int, module_name: str, purpose: str = "A") -> np.random.RandomState:
+    """A random stream for one module.
+
+    NumPy's `RandomState` because its streams are frozen by NumPy's own policy; torch's normal generator takes another
+    path on other CPUs.
+    """
+    digest = hashlib.sha256(f"{seed}/{module_name}/{purpose}".encode()).digest()
+    return np.random.RandomState(np.frombuffer(digest, dtype=np.uint32))
+
+
+def as_projection(values: np.ndarray) -> Tensor:
+    """float32 values that bfloat16 holds exactly: a projection is then the same number in every dtype."""
+    return torch.from_numpy(values.astype(np.float32)).bfloat16().float()
+
+
+def checksum(*tensors: Tensor) -> Tensor:
+    """() int64, the first 63 bits of a SHA-256 over the tensors, float ones as bfloat16."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        exact = tensor.bfloat16().view(torch.int16) if tensor.is_floating_point() else tensor
+        digest.update(exact.numpy().tobytes())
+    return torch.tensor(int.from_bytes(digest.digest()[:8], "little") >> 1)
+
+
+class SeededLinear(AdapterLinear):
+    """A layer with a frozen projection in buffers, next to a trainable `<prefix>B`."""
+
+    projection_names: ClassVar[tuple[str, ...]]  # the buffers that the seed draws; `<prefix>checksum` is over them
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        for name in (*self.projection_names, f"{self.prefix}checksum"):
+            setattr(self, name, BufferDict(persistent=True))
+        setattr(self, f"{self.prefix}B", nn.ModuleDict())
+
+    def draw_projection(self, adapter_name: str, config: Any, module_name: str) -> tuple[Tensor, ...]:
+        """The tensors of `projection_names`, on the CPU, from `config.seed`; zeros of the right shape for None."""
+        raise NotImplementedError
+
+    def create_projection(self, adapter_name: str, config: Any, module_name: str, twin: str | None) -> None:
+        """Put the projection of a new adapter in place: drawn, or copied from its twin, which may have no seed."""
+        drawn = (
+            self.projection(twin)
+            if twin is not None and twin in self.r
+            else self.draw_projection(adapter_name, config, module_name)
+        )
+        self.set_projection(adapter_name, tuple(tensor.clone() for tensor in drawn))
+
+    def projection(self, adapter_name: str) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name)[adapter_name] for name in self.projection_names)
+
+    def set_projection(self, adapter_name: str, tensors: tuple[Tensor, ...]) -> None:
+        device, _ = self._weight_placement()
+        for name, tensor in zip(self.projection_names, tensors, strict=True):
+            getattr(self, name)[adapter_name] = tensor.to(device)
+        getattr(self, f"{self.prefix}checksum")[adapter_name] = checksum(*tensors).to(device)
+
+
+class SeededModel(AdapterModel):
+    """Leaves the projection out of the file where the config says so, and checks it on load."""
+
+    tuner_layer_cls: type[SeededLinear]
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.save_projection:
+            return state
+        endings = tuple(f".{name}.{adapter_name}" for name in cls.tuner_layer_cls.projection_names)
+        return {key: value for key, value in state.items() if not key.endswith(endings)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """PEFT's remapping, with what the seed draws put in where the file left it out.
+
+        Raises:
+            ValueError: the file's checksum is not that of the projection; names the module and what to do.
+        """
+        state = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=dict(state_dict)
+        )
+        for module_name, layer in model.named_modules():
+            if not isinstance(layer, cls.tuner_layer_cls) or adapter_name not in layer.r:
+                continue
+            keys = [f"{module_name}.{name}.{adapter_name}" for name in layer.projection_names]
+            expected = state.get(f"{module_name}.{layer.prefix}checksum.{adapter_name}")
+            if expected is None:  # no file of ours, or a module that the file does not have: PEFT reports it missing
+                continue
+            drawn = layer.projection(adapter_name)
+            tensors = tuple(state.setdefault(key, tensor) for key, tensor in zip(keys, drawn, strict=True))
+            if int(checksum(*tensors)) != int(expected):
+                raise ValueError(
+                    f"The projection A of module {module_name!r} is not the one that this adapter was trained with: "
+                    f"its checksum is {int(checksum(*tensors))}, the file says {int(expected)}. The file is damaged, "
+                    f"or it was saved with save_projection=False and the seed (here {config.seed}) or the module's "
+                    "name in the model has changed since. Load it into the model class that it was trained with, or "
+                    "save it again there with save_projection=True."
+                )
+        return state

@@ -1,0 +1,63 @@
+"""LoriCalibrationCallback inside one SFTTrainer run over NF4."""
+
+import pytest
+import torch
+from conftest import quantized
+from peft import PeftModel
+from test_trl import losses, sft
+
+from peft_mora import LoriConfig, MoraConfig
+from trl_callbacks import LoriCalibrationCallback
+
+
+def trainer(folder, output, callback=None, config=None, **kwargs):
+    torch.manual_seed(0)
+    config = config or LoriConfig(r=4, target_modules="all-linear")
+    made = sft(quantized(folder), folder, output, config, **{"max_steps": 6, "save_steps": 2, **kwargs})
+    made.add_callback(callback or LoriCalibrationCallback(0.75, calibration_steps=3))
+    return made
+
+
+def test_dense_then_sparse_in_one_run(llama_folder, tmp_path, inputs):
+    run = trainer(llama_folder, tmp_path / "run")
+    dense = run.model.get_nb_trainable_parameters()[0]
+    run.train()
+    config = run.model.peft_config["default"]
+    kept = run.model.get_nb_trainable_parameters()[0]
+    assert config.sparsity == 0.75 and kept == round(0.25 * dense) == sum(config.kept_entries.values())
+    trained = {id(p) for p in run.model.parameters() if p.requires_grad}
+    assert {id(p) for group in run.optimizer.param_groups for p in group["params"]} == trained
+    state = run.optimizer.state
+    assert {id(p) for p in state} == trained  # nothing of the dense run is left
+    assert all(s["exp_avg"].numel() == p.numel() for p, s in state.items())
+    assert {int(s["step"]) for s in state.values()} == {3}  # three of the six steps
+    assert any(p.abs().sum() > 0 for p in run.model.parameters() if p.requires_grad)
+    run.save_model(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(quantized(llama_folder), str(tmp_path / "adapter")).eval()
+    assert torch.equal(again(inputs).logits, run.model.eval()(inputs).logits)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_on_either_side_of_the_switch_repeats_the_run(llama_folder, tmp_path, step):
+    whole = trainer(llama_folder, tmp_path / "whole")
+    whole.train()
+    resumed = trainer(llama_folder, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert losses(resumed)[-(6 - step) :] == losses(whole)[-(6 - step) :]
+    want = whole.model.state_dict()
+    got = resumed.model.state_dict()
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want if "lori_" in key)
+
+
+def test_it_refuses_runs_that_would_not_do_what_was_asked(llama_folder, tmp_path):
+    with pytest.raises(ValueError, match="run has 6 steps and calibration_steps=6"):
+        trainer(llama_folder, tmp_path, LoriCalibrationCallback(calibration_steps=6)).train()
+    with pytest.raises(ValueError, match="sparse already"):
+        trainer(llama_folder, tmp_path, config=LoriConfig(r=4, sparsity=0.5, target_modules="all-linear")).train()
+    with pytest.raises(ValueError, match="no LORI adapter at all"):
+        trainer(llama_folder, tmp_path, config=MoraConfig(r=4, target_modules="all-linear")).train()
+    with pytest.raises(ValueError, match="`sparsity`"):
+        LoriCalibrationCallback(sparsity=1.0)
+    with pytest.raises(ValueError, match="`calibration_steps`"):
+        LoriCalibrationCallback(calibration_steps=0)

@@ -1,0 +1,270 @@
+"""What only FLYLORA does: sparse seeded projections, the implicit router, and a load-balance offset that moves once."""
+
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import quantized, randomize, tiny_llama
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from peft_mora import FlyLoraConfig, FlyLoraLinear
+from peft_mora.routing import balance_step, select_by_magnitude, select_by_sign
+
+
+def flylora(base=None, **kwargs) -> PeftModel:
+    config = FlyLoraConfig(**{"r": 6, "top_k": 2, "alpha": 12, "target_modules": "all-linear", **kwargs})
+    model = get_peft_model(base or tiny_llama(), config)
+    randomize(model)
+    return model
+
+
+def layers(model) -> list[FlyLoraLinear]:
+    return [m for m in model.modules() if isinstance(m, FlyLoraLinear)]
+
+
+def offsets(model) -> list[torch.Tensor]:
+    return [layer.flylora_offset["default"].clone() for layer in layers(model)]
+
+
+def reference(layer: FlyLoraLinear, x: torch.Tensor, selection: str, k: int) -> torch.Tensor:
+    """The rule, one token and one expert at a time, in float64."""
+    A = torch.zeros(layer.r["default"], layer.in_features, dtype=torch.float64)
+    for i, (columns, values) in enumerate(
+        zip(layer.flylora_index["default"], layer.flylora_A["default"], strict=True)
+    ):  # fmt: skip
+        for column, value in zip(columns, values, strict=True):
+            A[i, column] = value
+    B, d = layer.flylora_B["default"].weight, layer.flylora_offset["default"]
+    rows = []
+    for token in x.reshape(-1, layer.in_features):
+        h = A @ token
+        key = [(abs(h[i]) + d[i] if selection == "magnitude" else h[i] + d[i]).item() for i in range(len(h))]
+        chosen = sorted(range(len(h)), key=lambda i: -key[i])[:k]
+        rows.append(sum(h[i] * B[:, i] for i in chosen) * layer.scaling["default"])
+    return torch.stack(rows).reshape(*x.shape[:-1], layer.out_features)
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "signed"])
+@pytest.mark.parametrize("top_k", [1, 3, 6])
+def test_layer_equals_the_reference_in_values_and_gradients(selection, top_k):
+    net = nn.Sequential(nn.Linear(13, 9)).double()
+    model = flylora(net, target_modules=["0"], top_k=top_k, density=0.4, selection=selection).eval()
+    (layer,) = layers(model)
+    layer.flylora_offset["default"] = torch.linspace(-0.3, 0.3, 6)
+    x = torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True)
+    got = model(x) - layer.base_layer(x)
+    want = reference(layer, x, selection, top_k)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    upstream, weight = torch.randn_like(got), layer.flylora_B["default"].weight
+    for a, b in zip(
+        torch.autograd.grad(got, [x, weight], upstream, retain_graph=True),
+        torch.autograd.grad(want, [x, weight], upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_gradient_reaches_x_through_the_selected_experts_on_any_base(bits, llama_folder):
+    base = tiny_llama().to(torch.bfloat16) if bits == 16 else quantized(llama_folder, bits)
+    model = flylora(base, r=4, target_modules=["q_proj"]).eval()
+    layer = layers(model)[0]
+    x = torch.randn(3, 7, 64, dtype=torch.bfloat16, requires_grad=True)
+    twin = x.detach().double().requires_grad_()
+    upstream = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours = torch.autograd.grad(layer(x), x, upstream)[0] - torch.autograd.grad(layer.base_layer(x), x, upstream)[0]
+    want = torch.autograd.grad(reference(layer, twin, "magnitude", 2), twin, upstream.double())[0]
+    error = (ours.double() - want).norm() / want.norm()
+    assert error < 0.05, error  # the difference of two bfloat16 gradients, and near-ties in the selection
+    assert want.norm() > 0.1
+
+
+def test_every_row_of_a_has_the_same_number_of_entries_of_the_right_size():
+    model = flylora(r=32, top_k=8)
+    for layer in layers(model):
+        values, index = layer.flylora_A["default"], layer.flylora_index["default"]
+        p = round(8 / 32 * layer.in_features)
+        assert values.shape == index.shape == (32, p)
+        assert all(len(set(row.tolist())) == p for row in index)
+        assert abs(values.std() * 32 - 1) < 0.15
+        assert torch.equal((layer.dense_A("default", torch.float32) != 0).sum(1), (values != 0).sum(1))
+
+
+def test_magnitude_keeps_more_of_a_gaussian_s_energy_than_sign():
+    """methods.md §3: 71 % against 45 % at 8 of 32."""
+    h = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
+    share = {
+        select.__name__: (h.gather(-1, select(h, torch.zeros(32), 8)).square().sum() / h.square().sum()).item()
+        for select in (select_by_magnitude, select_by_sign)
+    }
+    assert share["select_by_magnitude"] == pytest.approx(0.71, abs=0.01)
+    assert share["select_by_sign"] == pytest.approx(0.45, abs=0.01)
+
+
+def test_the_offset_moves_towards_balance_and_never_multiplies_the_output():
+    offset = balance_step(torch.zeros(4), torch.tensor([10, 0, 5, 5]), rate=0.1)
+    torch.testing.assert_close(offset, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
+    model = flylora(r=4, top_k=4).eval()
+    x = torch.randint(4, 24, (2, 6))
+    before = model(x).logits
+    for layer in layers(model):
+        layer.flylora_offset["default"] += torch.randn(4)
+    assert torch.equal(model(x).logits, before)  # with K = R it has nothing to decide
+
+
+def test_the_offset_moves_once_per_training_backward_and_not_otherwise(inputs):
+    model = flylora(balance_rate=0.01)
+    start = offsets(model)
+
+    def moved() -> bool:
+        return any(not torch.equal(a, b) for a, b in zip(offsets(model), start, strict=True))
+
+    model.eval()(input_ids=inputs, labels=inputs).loss.backward()
+    assert not moved()
+    model.train()
+    with torch.no_grad():
+        model(inputs)
+    loss = model(input_ids=inputs, labels=inputs).loss
+    assert not moved()
+    loss.backward()
+    assert moved()
+    for offset in offsets(model):  # one step of ±rate or 0 from zero
+        assert set((offset / 0.01).round(decimals=4).tolist()) <= {-1.0, 0.0, 1.0}
+    frozen = flylora(balance_rate=0.0).train()
+    frozen(input_ids=inputs, labels=inputs).loss.backward()
+    assert all((offset == 0).all() for offset in offsets(frozen))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_selects_the_same_in_forward_and_recompute_and_counts_once(use_reentrant, inputs, monkeypatch):
+    """A large balance_rate: a recompute that saw a moved offset would select other experts."""
+
+    def run(checkpointing: bool):
+        model = flylora(balance_rate=0.5, alpha=60).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        selections: dict[int, list[torch.Tensor]] = {}
+        import peft_mora.flylora as module
+
+        def spy(h, offset, k):
+            index = select_by_magnitude(h, offset, k)
+            selections.setdefault(offset.data_ptr(), []).append(index.clone())
+            return index
+
+        monkeypatch.setattr(module, "select_by_magnitude", spy)
+        grads = []
+        for _ in range(2):
+            selections.clear()
+            model.zero_grad()
+            model(input_ids=inputs, labels=inputs).loss.backward()
+            grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            seen = 2 if checkpointing else 1
+            assert len(selections) == len(layers(model))
+            for indices in selections.values():
+                # non-reentrant recomputation stops once it has what backward needs, so the last layer may be skipped
+                assert len(indices) in ({seen} if use_reentrant or not checkpointing else {1, 2})
+                assert all(torch.equal(index, indices[0]) for index in indices)
+        return grads, offsets(model)
+
+    (plain, plain_offsets), (recomputed, recomputed_offsets) = run(False), run(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain_offsets, recomputed_offsets, strict=True))
+    for want, got in zip(plain, recomputed, strict=True):
+        assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_the_offset_sums_the_counts_of_all_ranks_under_ddp(tmp_path):
+    """Two gloo processes with different data end with one offset: that of both batches together."""
+    program = textwrap.dedent(
+        f"""
+        import sys, torch, torch.distributed as dist
+        sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+        from test_flylora import flylora, offsets
+        rank = int(sys.argv[1])
+        dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
+        model = torch.nn.parallel.DistributedDataParallel(flylora(balance_rate=0.1).train())
+        x = torch.randint(4, 24, (2, 8), generator=torch.Generator().manual_seed(rank))
+        model(input_ids=x, labels=x).loss.backward()
+        torch.save(offsets(model.module), f"{tmp_path}/offsets{{rank}}.pt")
+        dist.destroy_process_group()
+        """
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program, str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for run in runs:
+        _, error = run.communicate(timeout=120)
+        assert run.returncode == 0, error[-2000:]
+    one, two = (torch.load(tmp_path / f"offsets{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    model = flylora(balance_rate=0.1).train()
+    x = torch.cat([torch.randint(4, 24, (2, 8), generator=torch.Generator().manual_seed(rank)) for rank in (0, 1)])
+    model(input_ids=x, labels=x).loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(one, offsets(model), strict=True))
+
+
+def test_balancing_spreads_the_load():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 8))
+    model = flylora(net, r=8, top_k=2, target_modules=["0"], balance_rate=0.02, alpha=64).train()
+    (layer,) = layers(model)
+    x = torch.randn(512, 32) + 1.0  # an offset in the data makes some experts popular
+
+    def imbalance() -> float:
+        h = x @ layer.dense_A("default", torch.float32).T
+        chosen = torch.bincount(select_by_magnitude(h, layer.flylora_offset["default"], 2).flatten(), minlength=8)
+        return (chosen.float().std() / chosen.float().mean()).item()
+
+    before = imbalance()
+    for _ in range(60):
+        model(x).sum().backward()
+    assert imbalance() < 0.5 * before
+
+
+def test_the_offset_and_the_sparse_projection_are_saved(tmp_path, inputs):
+    model = flylora(balance_rate=0.3).train()
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    model.eval().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj."
+    assert state[key + "flylora_A"].shape == (6, round(64 / 3)) and state[key + "flylora_offset"].abs().max() > 0
+    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+    assert all(torch.equal(a, b) for a, b in zip(offsets(again), offsets(model), strict=True))
+
+
+def test_without_the_projection_it_is_drawn_again(tmp_path, inputs):
+    model = flylora(save_projection=False).eval()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any(key.endswith(("flylora_A", "flylora_index")) for key in state)
+    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+    config = FlyLoraConfig.from_pretrained(str(tmp_path))
+    config.seed = 1
+    with pytest.raises(ValueError, match="projection A of module"):
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path), config=config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("top_k", 0),
+        ("top_k", 33),
+        ("density", 0.0),
+        ("density", 1.5),
+        ("selection", "random"),
+        ("balance_rate", -1.0),
+        ("balance_rate", math.inf),
+        ("seed", "x"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name_at_construction(field, value):
+    with pytest.raises(ValueError, match=f"`{field}"):
+        FlyLoraConfig(**{field: value})

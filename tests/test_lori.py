@@ -1,0 +1,285 @@
+"""What only LORI does: seeded projections, global magnitude masks, packed training, exact combination."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import gradients, randomize, tiny_gpt2, tiny_llama
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_mora import LoriConfig, LoriLinear, sparsify
+from peft_mora.lori import unpack_bits
+
+
+def lori(base=None, seed: int = 3, **kwargs) -> PeftModel:
+    config = LoriConfig(**{"r": 4, "alpha": 8, "target_modules": "all-linear", **kwargs})
+    model = get_peft_model(base or tiny_llama(), config)
+    randomize(model, seed=seed)
+    return model
+
+
+def layers(model) -> dict[str, LoriLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoriLinear)}
+
+
+def test_layer_equals_the_reference_in_values_and_gradients():
+    for sparsity in (None, 0.6):
+        net = nn.Sequential(nn.Linear(13, 9)).double()
+        model = lori(net, target_modules=["0"], sparsity=sparsity)
+        layer = next(iter(layers(model).values()))
+        x = torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True)
+        A, weight = layer.lori_A["default"].double(), layer.lori_B["default"].weight
+        if sparsity is None:
+            B = weight
+        else:
+            mask = unpack_bits(layer.lori_mask["default"], 36)
+            B = torch.zeros(36, dtype=torch.float64).masked_scatter(mask, weight).view(9, 4)
+        want = layer.base_layer(x) + (8 / 4) * (x @ A.T) @ B.T
+        got = model(x)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        upstream = torch.randn_like(got)
+        for a, b in zip(
+            torch.autograd.grad(got, [x, weight], upstream, retain_graph=True),
+            torch.autograd.grad(want, [x, weight], upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_projection_depends_on_seed_and_module_name_only():
+    def projections(base, **kwargs):
+        config = LoriConfig(**{"r": 4, "target_modules": "all-linear", **kwargs})
+        return {name: layer.lori_A["default"] for name, layer in layers(get_peft_model(base, config)).items()}
+
+    want = projections(tiny_llama())
+    torch.manual_seed(99)
+    for other in (
+        projections(tiny_llama(seed=5).to(torch.bfloat16)),
+        projections(tiny_llama().half()),
+        projections(tiny_llama(), target_modules=["o_proj", "q_proj"]),
+    ):
+        assert all(torch.equal(A.float(), want[name]) for name, A in other.items())
+    changed = projections(tiny_llama(), seed=1)
+    assert not any(torch.equal(A, want[name]) for name, A in changed.items())
+    first, second = list(want.values())[:2]
+    assert first.shape != second.shape or not torch.equal(first, second)
+    for A in want.values():  # kaiming-uniform(a=√5), as nn.Linear and LoRA
+        bound = 1 / math.sqrt(A.shape[1])
+        assert A.abs().max() <= bound * 1.01 and abs(A.std() / (bound / math.sqrt(3)) - 1) < 0.25
+        assert torch.equal(A.bfloat16().float(), A)
+
+
+def test_without_the_projection_the_file_halves_and_loads_to_the_same_outputs(tmp_path, inputs):
+    sizes = {}
+    for save in (True, False):
+        model = lori(save_projection=save).eval()
+        model.save_pretrained(tmp_path / str(save))
+        file = tmp_path / str(save) / "adapter_model.safetensors"
+        sizes[save] = sum(t.numel() for t in load_file(file).values())
+        again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / str(save))).eval()
+        assert torch.equal(again(inputs).logits, model(inputs).logits)
+        assert any("lori_A" in key for key in load_file(file)) == save
+    assert sizes[False] < 0.6 * sizes[True]
+
+
+def test_a_projection_that_differs_is_refused_by_name(tmp_path):
+    lori(save_projection=False).save_pretrained(tmp_path)
+    config = LoriConfig.from_pretrained(str(tmp_path))
+    config.seed = 5
+    with pytest.raises(ValueError, match=r"projection A of module '.*q_proj'.*seed \(here 5\)"):
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path), config=config)
+    lori().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    state["base_model.model.model.layers.0.mlp.down_proj.lori_A"][0, 0] += 1
+    save_file(state, file)
+    with pytest.raises(ValueError, match="projection A of module '.*down_proj'"):
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+
+
+def test_sparsify_keeps_the_largest_entries_over_all_modules(inputs):
+    model = lori()
+    for i, layer in enumerate(layers(model).values()):  # modules of different magnitude get different shares
+        layer.lori_B["default"].weight.data.mul_(1 + i)
+    dense = {name: layer.lori_B["default"].weight.detach().clone() for name, layer in layers(model).items()}
+    before = {name: layer.lori_A["default"].clone() for name, layer in layers(model).items()}
+    total = sum(B.numel() for B in dense.values())
+    summary = sparsify(model, 0.9)
+    assert summary.kept == round(0.1 * total) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.get_nb_trainable_parameters()[0] == summary.kept and summary.total == total
+    threshold = torch.cat([B.abs().flatten() for B in dense.values()]).sort(descending=True).values[summary.kept - 1]
+    assert summary.threshold == threshold
+    for name, layer in layers(model).items():
+        layer.lori_B["default"].weight.data.fill_(1.0)
+        assert torch.equal(layer.dense_B("default", torch.float32) == 1, dense[name].abs() >= threshold)
+        layer.lori_B["default"].weight.data.zero_()
+        assert torch.equal(layer.lori_A["default"], before[name])
+    assert torch.equal(model.eval()(inputs).logits, tiny_llama()(inputs).logits)  # B restarts from 0
+    assert min(summary.share.values()) < 0.5 * max(summary.share.values()) and "entries of B kept" in str(summary)
+
+
+def test_entries_off_the_mask_stay_zero_under_adamw_with_weight_decay(inputs):
+    model = lori()
+    sparsify(model, 0.8)
+    for layer in layers(model).values():
+        layer.lori_B["default"].weight.data.fill_(1.0)
+    off = {name: layer.dense_B("default", torch.float32) == 0 for name, layer in layers(model).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        gradients(model, inputs)
+        optimizer.step()
+    for name, layer in layers(model).items():
+        B = layer.dense_B("default", torch.float32)
+        assert (B[off[name]] == 0).all() and (B[~off[name]] != 1).all()
+    state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim() > 0)
+    assert state == 2 * model.get_nb_trainable_parameters()[0]
+
+
+def test_a_sparse_adapter_survives_saving_bit_for_bit(tmp_path, inputs):
+    model = lori()
+    sparsify(model, 0.7)
+    randomize(model, seed=9)
+    model.eval().save_pretrained(tmp_path)
+    for low_memory in (False, True):
+        again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path), low_cpu_mem_usage=low_memory).eval()
+        assert torch.equal(again(inputs).logits, model(inputs).logits)
+        assert again.peft_config["default"].sparsity == 0.7
+        assert again.peft_config["default"].kept_entries == model.peft_config["default"].kept_entries
+    plain = tiny_llama().eval()
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(plain(inputs).logits, model(inputs).logits)
+
+
+def test_loading_takes_the_form_of_the_file_into_an_adapter_that_is_there(tmp_path, inputs):
+    sparse = lori()
+    sparsify(sparse, 0.7)
+    randomize(sparse, seed=9)
+    sparse.eval().save_pretrained(tmp_path / "sparse")
+    dense = lori(seed=4).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    model = lori(seed=8)
+    for name, want in (("sparse", sparse), ("dense", dense), ("sparse", sparse)):
+        model.load_adapter(str(tmp_path / name), "default", is_trainable=True)
+        assert torch.equal(model.eval()(inputs).logits, want(inputs).logits)
+        assert model.get_nb_trainable_parameters() == want.get_nb_trainable_parameters()
+        assert model.peft_config["default"].kept_entries == want.peft_config["default"].kept_entries
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_both_forms_convert_to_a_plain_lora(sparse, make, inputs):
+    model = lori(make())
+    if sparse:
+        sparsify(model, 0.5)
+        randomize(model, seed=9)
+    want = model.eval()(inputs).logits
+    config, state = convert_to_lora(model, rank=4)
+    plain = get_peft_model(make(), config).eval()
+    assert isinstance(config, LoraConfig) and not set_peft_model_state_dict(plain, state).unexpected_keys
+    torch.testing.assert_close(plain(inputs).logits, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("same_seed", [True, False])
+def test_combined_adapters_are_the_exact_weighted_sum(same_seed, tmp_path, inputs):
+    model = lori()
+    for i, name in enumerate(("b", "c")):
+        seed = 0 if same_seed else i + 1
+        model.add_adapter(name, LoriConfig(r=4, alpha=8 + i, seed=seed, target_modules="all-linear"))
+        model.set_adapter(name)
+        randomize(model, seed=20 + i)
+    sparsify(model, 0.5, adapter_name="c")
+    randomize(model, seed=30)
+    weights = {"default": 0.5, "b": -1.25, "c": 2.0}
+    model.add_weighted_adapter(list(weights), list(weights.values()), "sum")
+    for layer in layers(model).values():
+        want = sum(w * layer.get_delta_weight(name) for name, w in weights.items())
+        torch.testing.assert_close(layer.get_delta_weight("sum"), want, rtol=1e-5, atol=1e-6)
+        assert layer.r["sum"] == (4 if same_seed else 12)
+    model.set_adapter("sum")
+    model.eval().save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "sum")).eval()
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+
+
+def test_combining_refuses_what_it_cannot_do_exactly():
+    model = lori()
+    model.add_adapter("b", LoriConfig(r=4, seed=5, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="same projection A.*combination_type='cat'"):
+        model.add_weighted_adapter(["default", "b"], [1, 1], "sum", combination_type="linear")
+    with pytest.raises(ValueError, match="do not exist"):
+        model.add_weighted_adapter(["default", "x"], [1, 1], "sum")
+    with pytest.raises(ValueError, match="2 adapters need 2 weights, got 1"):
+        model.add_weighted_adapter(["default", "b"], [1], "sum")
+    with pytest.raises(ValueError, match="'b' already exists"):
+        model.add_weighted_adapter(["default"], [1], "b")
+    with pytest.raises(ValueError, match="`combination_type`"):
+        model.add_weighted_adapter(["default"], [1], "sum", combination_type="svd")
+    assert set(model.peft_config) == {"default", "b"}
+
+
+def test_a_second_task_moves_no_entry_outside_its_own_mask(tmp_path, inputs):
+    model = lori()
+    sparsify(model, 0.8)
+    randomize(model, seed=9)  # task 1 is trained
+    first = {name: layer.dense_B("default", torch.float32).detach() for name, layer in layers(model).items()}
+    task1 = model.eval()(inputs).logits
+    model.add_adapter("second", LoriConfig(r=4, alpha=8, target_modules="all-linear"))
+    model.set_adapter("second")
+    randomize(model, seed=12)  # task 2 is calibrated, densely, on its own
+    sparsify(model, 0.8, adapter_name="second", onto="default")
+    assert torch.equal(model(inputs).logits, task1)  # it starts as task 1
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        gradients(model, inputs)
+        optimizer.step()
+    moved, kept, overlap = 0, 0, 0
+    for name, layer in layers(model).items():
+        mask = unpack_bits(layer.lori_mask["second"], layer.size("second")).view(layer.out_features, 4)
+        B = layer.dense_B("second", torch.float32)
+        assert torch.equal(B[~mask], first[name][~mask])
+        moved += (B[mask] != first[name][mask]).sum().item()
+        kept += mask.sum().item()
+        overlap += (mask & (first[name] != 0)).sum().item()
+    assert moved == kept == model.get_nb_trainable_parameters()[0]
+    assert 0.1 < overlap / kept < 0.3  # masks of 20 % overlap in 20 % by chance
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "second")).eval()
+    assert torch.equal(again(inputs).logits, model.eval()(inputs).logits)
+
+
+def test_sparsify_refuses_what_would_be_wrong():
+    fresh = get_peft_model(tiny_llama(), LoriConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="B is 0 everywhere"):
+        sparsify(fresh)
+    model = lori()
+    with pytest.raises(ValueError, match="`sparsity` must be a number in"):
+        sparsify(model, 1.0)
+    with pytest.raises(ValueError, match="no LORI adapter named 'x'"):
+        sparsify(model, adapter_name="x")
+    model.add_adapter("other", LoriConfig(r=4, seed=7, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="another projection A"):
+        sparsify(model, onto="other")
+    broken = copy.deepcopy(model)
+    next(iter(layers(broken).values())).lori_B["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        sparsify(broken)
+    sparsify(model)
+    with pytest.raises(ValueError, match="sparse already"):
+        sparsify(model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sparsity", 1.0), ("sparsity", -0.1), ("seed", -1), ("seed", 1.5), ("save_projection", "no"), ("r", 0)],
+)
+def test_a_wrong_value_is_refused_by_name_at_construction(field, value):
+    with pytest.raises(ValueError, match=f"`{field}"):
+        LoriConfig(**{field: value})
+
+
+def test_a_projection_from_nowhere_must_be_saved():
+    with pytest.raises(ValueError, match="`save_projection` must be True when `seed` is None"):
+        LoriConfig(seed=None, save_projection=False)

@@ -1,0 +1,97 @@
+"""LoRI-D for some steps, then LoRI-S, in one training run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_mora import sparsify
+from peft_mora.base import adapter_layers, check_field, is_int, is_number
+from peft_mora.lori import LoriLinear
+
+
+class LoriCalibrationCallback(TrainerCallback):
+    """Train a LORI adapter densely for `calibration_steps`, call `sparsify`, and go on with the packed one.
+
+    The optimizer keeps its hyperparameters and the schedule goes on; its state (moments) starts fresh, since the
+    parameters are new. A run that resumes from a checkpoint on either side of the switch needs nothing special: the
+    file says which form the adapter has.
+
+    Args:
+        sparsity: share of B's entries to drop, in [0, 1).
+        calibration_steps: optimizer steps of dense training before the switch, >= 1.
+        adapter_name: which adapter; it must be dense when training starts.
+        onto: see `peft_mora.sparsify`.
+
+    Raises:
+        ValueError: on construction for a wrong argument; at the start of training when the model has no such LORI
+            adapter, when the run is too short to reach the switch, or when the model is wrapped for distributed training.
+
+    Example:
+        >>> SFTTrainer(..., peft_config=LoriConfig(r=32), callbacks=[LoriCalibrationCallback(0.9, calibration_steps=200)])
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        calibration_steps: int = 100,
+        *,
+        adapter_name: str = "default",
+        onto: str | None = None,
+    ) -> None:
+        check_field(is_number(sparsity) and 0 <= sparsity < 1, "sparsity", sparsity, "a number in [0, 1)")
+        check_field(
+            is_int(calibration_steps) and calibration_steps >= 1,
+            "calibration_steps",
+            calibration_steps,
+            "an integer >= 1",
+        )
+        self.sparsity = sparsity
+        self.calibration_steps = calibration_steps
+        self.adapter_name = adapter_name
+        self.onto = onto
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if args.world_size > 1 or args.deepspeed or args.fsdp:
+            raise ValueError(
+                "LoriCalibrationCallback replaces parameters in the middle of a run, which DDP, FSDP and DeepSpeed do "
+                "not allow. Calibrate in a run of its own, then call peft_mora.sparsify(model) and train again."
+            )
+        layers = adapter_layers(model, self.adapter_name, LoriLinear).values()
+        packed = any(layer.is_packed(self.adapter_name) for layer in layers)
+        if packed and state.global_step < self.calibration_steps:
+            raise ValueError(
+                f"Adapter {self.adapter_name!r} is sparse already, so there is nothing to calibrate. Leave `sparsity` "
+                "out of LoriConfig, or leave this callback out."
+            )
+        if state.max_steps <= self.calibration_steps:
+            raise ValueError(
+                f"The run has {state.max_steps} steps and calibration_steps={self.calibration_steps}: the adapter would "
+                "never be trained sparse. Lower calibration_steps or train for longer."
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step != self.calibration_steps:
+            return
+        layers = list(adapter_layers(model, self.adapter_name, LoriLinear).values())
+        before = [layer.lori_B[self.adapter_name].weight for layer in layers]
+        summary = sparsify(model, self.sparsity, self.adapter_name, self.onto)
+        after = [layer.lori_B[self.adapter_name].weight for layer in layers]
+        successor = {id(old): new for old, new in zip(before, after, strict=True)}
+        for group in optimizer.param_groups:
+            group["params"] = [successor.get(id(parameter), parameter) for parameter in group["params"]]
+        for parameter in before:
+            optimizer.state.pop(parameter, None)
+        if state.is_world_process_zero:
+            print(f"step {state.global_step}: {summary}")
