@@ -1,4 +1,4 @@
-"""What only FLYLORA does: sparse seeded projections, the implicit router, and a load-balance offset that moves once."""
+"""What only FLYLORA does: sparse seeded projections, the implicit router, a load-balance offset that moves once."""
 
 import math
 import subprocess

@@ -281,7 +281,7 @@ def test_modules_and_tokens_to_train_beside_the_adapter_are_saved(make_config, i
     config = make_config(target_modules=["q_proj"], modules_to_save=["lm_head"])
     config.trainable_token_indices = {"embed_tokens": [5, 6]}
     model = get_peft_model(tiny_llama(), config)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1)
     model.eval().save_pretrained(tmp_path)

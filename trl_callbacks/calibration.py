@@ -26,10 +26,11 @@ class LoriCalibrationCallback(TrainerCallback):
 
     Raises:
         ValueError: on construction for a wrong argument; at the start of training when the model has no such LORI
-            adapter, when the run is too short to reach the switch, or when the model is wrapped for distributed training.
+            adapter, when the run is too short to reach the switch, or when it is distributed.
 
     Example:
-        >>> SFTTrainer(..., peft_config=LoriConfig(r=32), callbacks=[LoriCalibrationCallback(0.9, calibration_steps=200)])
+        >>> callback = LoriCalibrationCallback(sparsity=0.9, calibration_steps=200)
+        >>> SFTTrainer(..., peft_config=LoriConfig(r=32, target_modules="all-linear"), callbacks=[callback])
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class LoriCalibrationCallback(TrainerCallback):
             )
         if state.max_steps <= self.calibration_steps:
             raise ValueError(
-                f"The run has {state.max_steps} steps and calibration_steps={self.calibration_steps}: the adapter would "
-                "never be trained sparse. Lower calibration_steps or train for longer."
+                f"The run has {state.max_steps} steps and calibration_steps={self.calibration_steps}: the adapter "
+                "would never be trained sparse. Lower calibration_steps or train for longer."
             )
 
     def on_step_end(
