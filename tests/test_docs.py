@@ -1,0 +1,59 @@
+"""Every Python block of README.md and docs/ runs, over a tiny 4-bit model in place of the one it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import quantized
+from peft import PeftModel, get_peft_model
+from test_trl import texts
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_block_runs(block, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"max_steps": 4, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "bf16": False}
+    names = {
+        "model": quantized(llama_folder),
+        "base": quantized(llama_folder),
+        "tokenizer": AutoTokenizer.from_pretrained(llama_folder),
+        "train_dataset": texts(),
+        "args": SFTConfig(output_dir=str(tmp_path / "trainer"), **options),
+        "SFTTrainer": SFTTrainer,
+        "SFTConfig": SFTConfig,
+        "PeftModel": PeftModel,
+        "get_peft_model": get_peft_model,
+    }
+    exec(compile(block.replace("Qwen/Qwen3-0.6B", llama_folder), "docs", "exec"), names)
+
+
+def test_every_config_field_with_its_default_is_on_its_page():
+    from dataclasses import MISSING, fields
+
+    from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
+    from peft_mora.base import AdapterConfig
+
+    shared = {field.name for field in fields(AdapterConfig)} - {"r", "alpha", "dropout"}
+    for config in (MoraConfig, LoriConfig, FlyLoraConfig):
+        page = (ROOT / "docs" / f"{config.method.lower()}.md").read_text(encoding="utf-8")
+        for field in fields(config):
+            if field.name in shared:
+                continue
+            assert f"`{field.name}`" in page, (config.__name__, field.name)
+            if field.default is not MISSING and field.default is not None:
+                rows = [line for line in page.splitlines() if line.startswith("|") and f"`{field.name}`" in line]
+                shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
+                if isinstance(field.default, float):
+                    shown = f"{field.default:g}"
+                assert any(shown in row for row in rows), (config.__name__, field.name)
