@@ -6,7 +6,6 @@ for `peft.tuners` to be really imported and imports `peft_mora` right after. PEF
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.machinery
 import os
@@ -28,7 +27,8 @@ def install() -> None:
 
 def _import_peft_mora() -> None:
     try:
-        importlib.import_module("peft_mora")
+        # Not `import_module`: it reports a deadlock where another thread imports peft_mora and waits for this PEFT.
+        import peft_mora  # noqa: F401
     except Exception as error:
         import warnings
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -318,6 +319,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             self._before_merge = [weight if backend is None else self.base_layer]
             if backend is not None:
                 self.base_layer = copy.deepcopy(self.base_layer)
+                warnings.warn(
+                    f"Merging into a base quantised with {backend.backend_name} rounds the merged weight again: outputs "
+                    "differ from the unmerged adapter's. For an exact merge reload the base in 16 bits and merge there.",
+                    stacklevel=2,
+                )
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 

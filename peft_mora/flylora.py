@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from .base import check_field, is_int, is_number
 from .routing import balance_step, select_by_magnitude, select_by_sign
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
+from .usage import RoutedConfig, RoutedLinear, module_top_k
 
 
 Selection = Literal["magnitude", "signed"]
 
 
 @dataclass
-class FlyLoraConfig(SeededConfig):
+class FlyLoraConfig(SeededConfig, RoutedConfig):
     """Config of a FLYLORA adapter.
 
     Example:
@@ -94,7 +95,7 @@ class _CountOnBackward(torch.autograd.Function):
         return grad, None, None, None
 
 
-class FlyLoraLinear(SeededLinear):
+class FlyLoraLinear(SeededLinear, RoutedLinear):
     """`flylora_A` (r, p) values and `flylora_index` (r, p) their columns, frozen; `flylora_B` (O, r) trained;
     `flylora_offset` (r,) the load-balance offset d, float32."""
 
@@ -102,7 +103,8 @@ class FlyLoraLinear(SeededLinear):
     adapter_layer_names = ("flylora_B",)
     projection_names = ("flylora_A", "flylora_index")
     other_param_names = (
-        "flylora_A", "flylora_index", "flylora_checksum", "flylora_offset", "flylora_rule", "r", "scaling", "dropout",
+        "flylora_A", "flylora_index", "flylora_checksum", "flylora_offset", "flylora_rule", "module_names", "usage",
+        "r", "scaling", "dropout",
     )  # fmt: skip
     merge_refusal = (
         "Cannot merge a FLYLORA adapter: which experts are active depends on the input, so no single weight equals "
@@ -117,7 +119,9 @@ class FlyLoraLinear(SeededLinear):
 
     def create_weights(self, adapter_name: str, config: FlyLoraConfig, module_name: str, twin: str | None) -> None:
         r = self.r[adapter_name]
-        self.flylora_rule[adapter_name] = (config.selection, config.top_k, config.balance_rate)
+        top_k = module_top_k(config, module_name, r)
+        self.flylora_rule[adapter_name] = (config.selection, top_k, config.balance_rate)
+        self.module_names[adapter_name] = module_name
         self.create_projection(adapter_name, config, module_name, twin)
         self.flylora_B[adapter_name] = self.new_linear(r, self.out_features, zero=config.init_weights)
         offset = torch.zeros(r) if twin not in self.flylora_offset else self.flylora_offset[twin].clone()
@@ -133,6 +137,13 @@ class FlyLoraLinear(SeededLinear):
         columns = np.stack([np.sort(random.permutation(self.in_features)[:p]) for _ in range(r)])
         return as_projection(random.standard_normal((r, p)) / r), torch.from_numpy(columns.astype(np.int32))
 
+    def top_k(self, adapter_name: str) -> int:
+        return self.flylora_rule[adapter_name][1]
+
+    def set_top_k(self, adapter_name: str, k: int) -> None:
+        selection, _, rate = self.flylora_rule[adapter_name]
+        self.flylora_rule[adapter_name] = (selection, k, rate)
+
     def dense_A(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """A (r, I) in `dtype`. Stored sparse; at densities of 1/4 a dense product is the faster one."""
         values, index = self.flylora_A[adapter_name], self.flylora_index[adapter_name]
@@ -144,6 +155,10 @@ class FlyLoraLinear(SeededLinear):
         h = F.linear(x, self.dense_A(adapter_name, x.dtype))
         index = (select_by_magnitude if selection == "magnitude" else select_by_sign)(h, offset, k)
         chosen = torch.zeros_like(h).scatter_(-1, index, 1)
+        if (counter := self.counting(adapter_name)) is not None:
+            counter.add(chosen != 0)
+            if counter.meter.need:
+                counter.add_need(F.normalize(h.detach().float().abs(), p=1, dim=-1))
         update = F.linear(h * chosen, self.flylora_B[adapter_name].weight.to(h.dtype))
         if self.training and update.requires_grad and rate > 0:
             counts = torch.bincount(index.flatten(), minlength=h.shape[-1])

@@ -14,6 +14,7 @@ arXiv 2506.21035 (MoRAM from its third version). Not the high-rank "MoRA" of arX
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -23,15 +24,16 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import AdapterConfig, AdapterLinear, AdapterModel, adapter_layers, check_field, is_int, is_number
+from .base import AdapterModel, adapter_layers, check_field, is_int, is_number
 from .routing import softmax_gate
+from .usage import RoutedConfig, RoutedLinear, module_top_k, record_routing
 
 
 Routing = Literal["task", "bank", "dense"]
 
 
 @dataclass
-class MoraConfig(AdapterConfig):
+class MoraConfig(RoutedConfig):
     """Config of a MORA adapter. All that routing depends on is in here, and so in adapter_config.json.
 
     Example:
@@ -59,6 +61,17 @@ class MoraConfig(AdapterConfig):
         default_factory=lambda: ["initial"],
         metadata={"help": "Names of the tasks learned, the one in training last. `start_task` appends to it."},
     )
+    block_sizes: dict[str, list[int]] = field(
+        default_factory=dict,
+        metadata={"help": "Module name -> experts left of each task, where `prune_experts` has deleted some of the r."},
+    )
+    frozen_top_k: dict[str, list[int]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Module name -> K of each frozen task, where it is not the K of the task in training: with routing "
+            "'task' a frozen block keeps the K that it was trained with."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +94,10 @@ class MoraConfig(AdapterConfig):
             "a list of at least one name",
         )
         check_field(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "a list without repeats")
+        for name, least, tasks in (("block_sizes", 0, len(self.tasks)), ("frozen_top_k", 1, len(self.tasks) - 1)):
+            for key, values in getattr(self, name).items():
+                ok = isinstance(values, list) and len(values) == tasks and all(is_int(v) and v >= least for v in values)
+                check_field(ok, f"{name}[{key!r}]", values, f"a list of {tasks} integers >= {least}")
 
 
 class Gate(NamedTuple):
@@ -92,13 +109,16 @@ class Gate(NamedTuple):
     threshold: float
 
 
-class MoraLinear(AdapterLinear):
+class MoraLinear(RoutedLinear):
     """`mora_A` (r, I) and `mora_B` (O, r) are this task's experts; `mora_bank_A` (R - r, I) and `mora_bank_B`
     (O, R - r) the frozen ones of earlier tasks, oldest first. No bank entry during the first task."""
 
     prefix = "mora_"
     adapter_layer_names = ("mora_A", "mora_B")
-    other_param_names = ("mora_bank_A", "mora_bank_B", "mora_gate", "r", "scaling", "dropout")
+    other_param_names = (
+        "mora_bank_A", "mora_bank_B", "mora_gate", "mora_sizes", "mora_frozen_top_k", "module_names", "usage",
+        "r", "scaling", "dropout",
+    )  # fmt: skip
     merge_refusal = (
         "Cannot merge a MORA adapter with routing 'task' or 'bank': which experts are active depends on the input, so "
         "no single weight equals it. Keep it unmerged (model.unload() gives the base back), or train with "
@@ -112,32 +132,43 @@ class MoraLinear(AdapterLinear):
         self.mora_bank_A = BufferDict(persistent=True)
         self.mora_bank_B = BufferDict(persistent=True)
         self.mora_gate: dict[str, Gate] = {}
+        self.mora_sizes: dict[str, list[int]] = {}  # experts of each task, r unless pruned
+        self.mora_frozen_top_k: dict[str, list[int]] = {}  # K of each frozen task
 
     def create_weights(self, adapter_name: str, config: MoraConfig, module_name: str, twin: str | None) -> None:
         r = self.r[adapter_name]
-        self.mora_gate[adapter_name] = Gate(config.routing, config.top_k or r, config.temperature, config.threshold)
-        self._add_fresh_experts(adapter_name, zero_B=config.init_weights)
-        frozen = r * (len(config.tasks) - 1)
+        top_k = module_top_k(config, module_name, r)
+        sizes = config.block_sizes.get(module_name, [r] * len(config.tasks))
+        check_field(max(sizes) <= r, f"block_sizes[{module_name!r}]", sizes, f"at most r, here {r}")
+        self.module_names[adapter_name] = module_name
+        self.mora_gate[adapter_name] = Gate(config.routing, top_k, config.temperature, config.threshold)
+        self.mora_sizes[adapter_name] = list(sizes)
+        self.mora_frozen_top_k[adapter_name] = list(
+            config.frozen_top_k.get(module_name, [top_k] * (len(config.tasks) - 1))
+        )
+        self._add_fresh_experts(adapter_name, sizes[-1], zero_B=config.init_weights)
+        frozen = sum(sizes[:-1])
         if twin in self.mora_bank_A:
             self.mora_bank_A[adapter_name] = self.mora_bank_A[twin].clone()
             self.mora_bank_B[adapter_name] = self.mora_bank_B[twin].clone()
-        elif frozen:  # about to be filled from a file
+        elif len(sizes) > 1:  # about to be filled from a file
             device, dtype = self._weight_placement()
             self.mora_bank_A[adapter_name] = torch.zeros(frozen, self.in_features, device=device, dtype=dtype)
             self.mora_bank_B[adapter_name] = torch.zeros(self.out_features, frozen, device=device, dtype=dtype)
 
-    def _add_fresh_experts(self, adapter_name: str, zero_B: bool) -> None:
-        r = self.r[adapter_name]
-        self.mora_A[adapter_name] = self.new_linear(self.in_features, r, zero=False)
-        self.mora_B[adapter_name] = self.new_linear(r, self.out_features, zero=zero_B)
+    def _add_fresh_experts(self, adapter_name: str, experts: int, zero_B: bool) -> None:
+        with warnings.catch_warnings():  # a block that was pruned to nothing has nothing to initialise
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            self.mora_A[adapter_name] = self.new_linear(self.in_features, experts, zero=False)
+            self.mora_B[adapter_name] = self.new_linear(experts, self.out_features, zero=zero_B)
 
     def blocks(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """A (r, I) and B (O, r) of each task, oldest first, the one in training last."""
+        """A (r, I) and B (O, r) of each task, oldest first, the one in training last; fewer than r where pruned."""
         if adapter_name in self.mora_bank_A:
-            r = self.r[adapter_name]
+            sizes = self.mora_sizes[adapter_name][:-1]
             bank_A, bank_B = self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name]
             # Contiguous, so that a block computes bit for bit what it did before it was frozen.
-            yield from ((A, B.contiguous()) for A, B in zip(bank_A.split(r), bank_B.split(r, dim=1), strict=True))
+            yield from ((A, B.contiguous()) for A, B in zip(bank_A.split(sizes), bank_B.split(sizes, dim=1), strict=True))
         yield self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight
 
     def update(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -153,9 +184,48 @@ class MoraLinear(AdapterLinear):
         if gate.routing == "dense":
             return hs
         threshold = 0.0 if self.training else gate.threshold
-        groups = hs if gate.routing == "task" else [torch.cat(hs, dim=-1)]
-        gated = [(softmax_gate(h, gate.top_k, gate.temperature, threshold) * h).to(h.dtype) for h in groups]
-        return gated if gate.routing == "task" else list(gated[0].split(hs[0].shape[-1], dim=-1))
+        by_task = gate.routing == "task"
+        groups = hs if by_task else [torch.cat(hs, dim=-1)]
+        top_k = [*self.mora_frozen_top_k[adapter_name], gate.top_k] if by_task else [gate.top_k]
+        weights = [softmax_gate(h, k, gate.temperature, threshold) for h, k in zip(groups, top_k, strict=True)]
+        if (counter := self.counting(adapter_name)) is not None:
+            counter.add(torch.cat([w.detach() != 0 for w in weights], dim=-1))
+            if counter.meter.need:
+                every = groups[-1].shape[-1]
+                counter.add_need(softmax_gate(groups[-1].detach(), every, gate.temperature))
+        gated = [(w * h).to(h.dtype) for w, h in zip(weights, groups, strict=True)]
+        return gated if by_task else list(gated[0].split(self.mora_sizes[adapter_name], dim=-1))
+
+    def is_routed(self, adapter_name: str) -> bool:
+        return self.mora_gate[adapter_name].routing != "dense"
+
+    def expert_count(self, adapter_name: str) -> int:
+        return sum(self.mora_sizes[adapter_name])
+
+    def top_k(self, adapter_name: str) -> int:
+        return self.mora_gate[adapter_name].top_k
+
+    def set_top_k(self, adapter_name: str, k: int) -> None:
+        """K of the task in training ("bank": of all experts together); frozen blocks keep theirs."""
+        self.mora_gate[adapter_name] = self.mora_gate[adapter_name]._replace(top_k=k)
+
+    def choices(self, adapter_name: str) -> int:
+        sizes = self.mora_sizes[adapter_name]
+        experts = sizes[-1] if self.mora_gate[adapter_name].routing == "task" else sum(sizes)
+        return min(experts, self.r[adapter_name])
+
+    def fixed_experts(self, adapter_name: str) -> int:
+        if self.mora_gate[adapter_name].routing != "task":
+            return 0
+        frozen = zip(self.mora_sizes[adapter_name][:-1], self.mora_frozen_top_k[adapter_name], strict=True)
+        return sum(min(size, k) for size, k in frozen)
+
+    def block_fields(self, adapter_name: str) -> dict[str, list[int] | None]:
+        sizes, frozen = self.mora_sizes[adapter_name], self.mora_frozen_top_k[adapter_name]
+        return {
+            "block_sizes": list(sizes) if any(size != self.r[adapter_name] for size in sizes) else None,
+            "frozen_top_k": list(frozen) if any(k != self.top_k(adapter_name) for k in frozen) else None,
+        }
 
     def is_static(self, adapter_name: str) -> bool:
         return self.mora_gate[adapter_name].routing == "dense"
@@ -173,7 +243,10 @@ class MoraLinear(AdapterLinear):
             B = torch.cat([self.mora_bank_B[adapter_name], B], dim=1)
         old = self.mora_A[adapter_name].weight
         self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name] = A.clone(), B.clone()
-        self._add_fresh_experts(adapter_name, zero_B=True)
+        self._add_fresh_experts(adapter_name, self.r[adapter_name], zero_B=True)
+        self.mora_sizes[adapter_name].append(self.r[adapter_name])
+        self.mora_frozen_top_k[adapter_name].append(self.top_k(adapter_name))
+        self.usage.pop(adapter_name, None)  # counts of other experts
         for fresh in (self.mora_A[adapter_name], self.mora_B[adapter_name]):
             fresh.to(old.device, old.dtype).requires_grad_(adapter_name in self.active_adapters)
 
@@ -234,6 +307,7 @@ def start_task(model: nn.Module, name: str, adapter_name: str = "default") -> Ta
     config = copy.deepcopy(config)
     config.tasks.append(name)
     model.peft_config[adapter_name] = config
+    record_routing(model, adapter_name)
     return TaskSummary(
         task=name,
         frozen_experts=sum(layer.mora_bank_A[adapter_name].shape[0] for layer in layers.values()),

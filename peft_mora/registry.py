@@ -11,9 +11,11 @@ from enum import Enum
 from typing import Any
 
 import peft
+from packaging.version import Version
 
 
 CHECKED = "0.21.0 to 0.21.2"  # releases of PEFT that the test-suite was run against
+OLDEST = Version("0.21.0")  # 0.20 registers too, but loads sparse LORI and saved-without-projection files wrongly
 
 
 def register(config_cls: type, model_cls: type) -> None:
@@ -24,8 +26,10 @@ def register(config_cls: type, model_cls: type) -> None:
         model_cls: has `prefix`, the method's name in lower case with a trailing underscore.
 
     Raises:
-        ImportError: this PEFT has a method of that name, or no longer registers methods the way it did.
+        ImportError: this PEFT is too old, has a method of that name, or no longer registers methods the way it did.
     """
+    if Version(peft.__version__) < OLDEST:
+        raise does_not_fit(RuntimeError(f"its oldest supported release is {OLDEST}"))
     name = config_cls.method  # type: ignore[attr-defined]
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

@@ -223,7 +223,8 @@ def test_static_methods_merge_into_a_quantised_base_and_come_back_bit_for_bit(ma
     before = model(inputs).logits
     layer = next(m for m in model.modules() if isinstance(m, AdapterLinear))
     want = layer.get_base_weight().float() + layer.get_delta_weight("default")
-    model.merge_adapter()
+    with pytest.warns(UserWarning, match="rounds the merged weight again"):
+        model.merge_adapter()
     error = (layer.get_base_weight().float() - want).norm() / want.norm()
     assert error < (0.15 if bits == 4 else 0.02)  # requantising; NF4's own error on a Gaussian is 0.09
     model.unmerge_adapter()
