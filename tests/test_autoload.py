@@ -14,11 +14,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import randomize
+from conftest import METHODS, randomize
 from peft import PeftModel, PeftType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_mora import MoraConfig, __main__
+from peft_mora import __main__
 from peft_mora.registry import CHECKED
 
 
@@ -85,12 +85,16 @@ def program(body: str, **names: str) -> str:
 def folders(llama_folder, tmp_path_factory) -> dict[str, str]:
     """`base` and a trained `adapter` that names it."""
     adapter = str(tmp_path_factory.mktemp("adapter"))
-    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-    model = get_peft_model(model, MoraConfig(r=4, top_k=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    randomize(model)
-    model.save_pretrained(adapter)
+    save_adapter("mora", llama_folder, adapter)
     assert json.loads(Path(adapter, "adapter_config.json").read_text())["base_model_name_or_path"] == llama_folder
     return {"base": llama_folder, "adapter": adapter}
+
+
+def save_adapter(method: str, base: str, folder: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, METHODS[method](target_modules="all-linear", task_type="CAUSAL_LM"))
+    randomize(model)
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -361,8 +365,11 @@ def test_a_broken_peft_mora_is_one_warning_and_peft_works(quiet):
     assert quiet["broken knows"] == [True, False]
 
 
-def test_plain_lm_eval_opens_an_adapter(folders, tmp_path):
+@pytest.mark.parametrize("method", ["mora", "lori-sparse", "flylora"])
+def test_plain_lm_eval_opens_an_adapter(method, llama_folder, tmp_path):
     pytest.importorskip("lm_eval")
+    folders = {"base": llama_folder, "adapter": str(tmp_path / "adapter")}
+    save_adapter(method, llama_folder, folders["adapter"])
     docs = [{"q": "the cat sat on the", "right": 0}, {"q": "a big red dog ran", "right": 1}, {"q": "no", "right": 0}]
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps(doc) for doc in docs))
     (tmp_path / "tiny.yaml").write_text(
