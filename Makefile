@@ -1,6 +1,7 @@
 # make demo   fine-tune a 4-bit SmolLM2 with MORA and show accuracy before and after
 # make test   the default test suite: CPU, no network
 # make lint   ruff and mypy
+# make test-with WITH="peft==0.21.0"   the suite over other releases of the hosts, laid over .venv
 #
 # Everything goes into .venv. PYTHON=... chooses the interpreter; a torch that is already in .venv is kept if it fits.
 
@@ -9,7 +10,7 @@ JOBS ?= 2
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-with lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -23,6 +24,11 @@ demo: .venv/installed
 
 test: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-with: .venv/installed
+	rm -rf .venv/with
+	$(BIN)/pip install --quiet --no-deps --target .venv/with $(WITH)
+	PYTHONPATH=$(CURDIR)/.venv/with HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

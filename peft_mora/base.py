@@ -14,10 +14,12 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +38,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .model_card import complete_card
 from .quantization import use_exact_4bit_kernels
 
 
@@ -58,6 +61,25 @@ def is_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
+
+
+def is_indices(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(is_int(index) and index >= 0 for index in value)
+
+
+def matching_key(patterns: dict[str, Any], module_name: str) -> str:
+    """The key of `rank_pattern` or `alpha_pattern` that counts for a module: its own name, else the longest match.
+
+    PEFT takes the first match, but sorts the keys when it writes the file: where two match, a LoRA has other ranks
+    after loading. If none matches, the result is no key of `patterns`.
+    """
+    if module_name in patterns:
+        return module_name
+    return get_pattern_key(sorted(patterns, key=lambda key: (-len(key), key)), module_name)
 
 
 @dataclass
@@ -113,24 +135,50 @@ class AdapterConfig(PeftConfig):
         self.peft_type = PeftType(self.method)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
+            ok = value is None or isinstance(value, str) or is_names(value)
+            check_field(ok, name, value, "a list of names, a string or None")
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         check_field(is_int(self.r) and self.r > 0, "r", self.r, "a positive integer")
         check_field(is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a positive number")
         check_field(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
         check_field(isinstance(self.init_weights, bool), "init_weights", self.init_weights, "True or False")
+        check_field(isinstance(self.inference_mode, bool), "inference_mode", self.inference_mode, "True or False")
+        layers, pattern, tokens = self.layers_to_transform, self.layers_pattern, self.trainable_token_indices
+        ok = layers is None or is_indices(layers if isinstance(layers, list) else [layers])
+        check_field(ok, "layers_to_transform", layers, "an index, a list of indices or None")
+        ok = pattern is None or isinstance(pattern, str) or is_names(pattern)
+        check_field(ok, "layers_pattern", pattern, "a name, a list of names or None")
+        # A bare string would be taken letter by letter.
+        ok = self.modules_to_save is None or is_names(self.modules_to_save)
+        check_field(ok, "modules_to_save", self.modules_to_save, "a list of names or None")
+        by_module = tokens if isinstance(tokens, dict) else {"": tokens if tokens is not None else []}
+        ok = is_names(list(by_module)) and all(map(is_indices, by_module.values()))
+        check_field(
+            ok, "trainable_token_indices", tokens, "a list of token ids, or a dict of such lists by module name"
+        )
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            ok = isinstance(value, dict) and is_names(list(value))
+            check_field(ok, name, value, "a dict with module names or regular expressions as keys")
         for key, rank in self.rank_pattern.items():
             check_field(is_int(rank) and rank > 0, f"rank_pattern[{key!r}]", rank, "a positive integer")
         for key, alpha in self.alpha_pattern.items():
             check_field(is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", alpha, "a positive number")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+        if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"`{name}` has no effect with `target_modules` as a regular expression: give `target_modules` "
-                        "as a list of name endings, or put the layers into the expression."
+                        f"`{name}` has no effect with `target_modules` as a string ('all-linear' or a regular "
+                        "expression): give `target_modules` as a list of name endings, or put the layers into the "
+                        "expression."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: say which layers, e.g. [0, 1].")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config as PEFT does, and say in the model card beside it, if PEFT wrote one, how to load it."""
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(Path(save_directory), self.method, self.base_model_name_or_path)
 
 
 class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for "Linear" in the name
@@ -152,6 +200,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.dropout: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.shares_weight = False  # another module has the very same weight (tied embeddings); known when merging
         self._before_merge: list[Any] = []  # what `unmerge` puts back; in a list so that it is no submodule
 
     # What a method says
@@ -240,7 +289,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
     # Computing
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -320,10 +369,15 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             if backend is not None:
                 self.base_layer = copy.deepcopy(self.base_layer)
                 warnings.warn(
-                    f"Merging into a base quantised with {backend.backend_name} rounds the merged weight again: outputs "
-                    "differ from the unmerged adapter's. For an exact merge reload the base in 16 bits and merge there.",
+                    f"Merging into a base quantised with {backend.backend_name} rounds the merged weight again: "
+                    "outputs differ from the unmerged adapter's. For an exact merge reload the base in 16 bits and "
+                    "merge there.",
                     stacklevel=2,
                 )
+            elif self.shares_weight:  # give this layer a weight of its own, or the other module would change as well
+                base = self.get_base_layer()
+                self._before_merge = [base.weight]
+                base.weight = nn.Parameter(weight, requires_grad=False)
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
@@ -333,7 +387,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             return
         (before,) = self._before_merge
         weight = self.get_base_layer().weight
-        if self.quantization_backend is None:
+        if isinstance(before, nn.Parameter):
+            self.get_base_layer().weight = before  # shared again
+        elif self.quantization_backend is None:
             weight.data = before.to(weight.device, weight.dtype)
         else:
             self.base_layer = before.to(weight.device)
@@ -380,9 +436,8 @@ class AdapterModel(BaseTuner):
                 f"{peft_config.method} adapts linear modules, not single parameters, got `{current_key}`. Name "
                 "modules in `target_modules` instead of `target_parameters`."
             )
-        # get_pattern_key falls back to the key itself, which no pattern holds
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
-        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        alpha_key = matching_key(peft_config.alpha_pattern, current_key)
+        rank_key = matching_key(peft_config.rank_pattern, current_key)
         arguments = {
             "r": peft_config.rank_pattern.get(rank_key, peft_config.r),
             "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha),
@@ -439,6 +494,22 @@ class AdapterModel(BaseTuner):
                 for name in layer.active_adapters:
                     if name in layer.r and not layer.is_static(name):
                         raise ValueError(layer.merge_refusal)
+        owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        for layer in self.model.modules():
+            if isinstance(layer, AdapterLinear):
+                layer.shares_weight = owners[id(getattr(layer.get_base_layer(), "weight", None))] > 1
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, except where a method says how.
+
+        Raises:
+            TypeError: always; the message says what to do instead.
+        """
+        raise TypeError(
+            f"{self.tuner_layer_cls.prefix.removesuffix('_').upper()} adapters cannot be combined by weights. To add "
+            "their updates up, make them active together: model.base_model.set_adapter([...]). For weights, train "
+            "LORI adapters (LoriConfig), which combine exactly."
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

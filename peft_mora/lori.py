@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import adapter_layers, check_field, is_number
+from .base import adapter_layers, check_field, is_int, is_number
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
 
 
@@ -62,6 +62,10 @@ class LoriConfig(SeededConfig):
             self.sparsity,
             "a number in [0, 1), or None for a dense B",
         )
+        for name in ("kept_entries", "frozen_entries"):
+            value = getattr(self, name)
+            ok = isinstance(value, dict) and all(is_int(count) and count >= 0 for count in value.values())
+            check_field(ok, name, value, "a dict of integers >= 0, as `sparsify` writes it")
 
 
 class PackedB(nn.Module):
@@ -81,8 +85,9 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
-    """Inverse of `pack_bits`: (n,) bool on the CPU."""
-    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=n).astype(bool))
+    """Inverse of `pack_bits`: (n,) bool, on the device of `bits`. In torch, so that torch.compile can trace it."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).flatten()[:n].bool()
 
 
 class LoriLinear(SeededLinear):
@@ -108,6 +113,7 @@ class LoriLinear(SeededLinear):
         self.lori_places = BufferDict(persistent=False)  # what the masks say, as int64 places; made when needed
         self.lori_frozen_places = BufferDict(persistent=False)
         self.module_names: dict[str, str] = {}
+        self.register_load_state_dict_post_hook(_forget_old_places)
 
     def size(self, adapter_name: str) -> int:
         """Entries of a dense B."""
@@ -188,7 +194,11 @@ class LoriLinear(SeededLinear):
     def _places(self, adapter_name: str, masks: BufferDict, cache: BufferDict) -> Tensor:
         if adapter_name not in cache:
             mask = unpack_bits(masks[adapter_name], self.size(adapter_name))
-            cache[adapter_name] = mask.nonzero().squeeze(1).to(masks[adapter_name].device)
+            if torch.compiler.is_compiling():  # nonzero would break the graph; a sort has a shape known beforehand
+                trained = cache is self.lori_places
+                kept = self.lori_B[adapter_name].weight if trained else self.lori_frozen_B[adapter_name]
+                return mask.byte().argsort(descending=True, stable=True)[: kept.numel()]
+            cache[adapter_name] = mask.nonzero().squeeze(1)
         return cache[adapter_name]
 
     def update(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -196,6 +206,11 @@ class LoriLinear(SeededLinear):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lori_A[adapter_name].float(), self.dense_B(adapter_name, torch.float32).detach()
+
+
+def _forget_old_places(layer: LoriLinear, incompatible_keys: Any) -> None:
+    for adapter_name in layer.r:
+        layer.forget_places(adapter_name)
 
 
 class LoriModel(SeededModel):
@@ -312,7 +327,13 @@ def _take_form(layer: LoriLinear, adapter_name: str, module_name: str, state_dic
             if adapter_name in entries:
                 del entries[adapter_name]
     else:
-        mask = unpack_bits(state_dict[f"{module_name}.lori_mask"], layer.size(adapter_name))
+        packed = state_dict[f"{module_name}.lori_mask"]
+        if len(packed) != math.ceil(layer.size(adapter_name) / 8):
+            raise ValueError(
+                f"The mask of module {module_name!r} in the file does not fit B ({layer.out_features}, "
+                f"{layer.r[adapter_name]}) of this model: the adapter belongs to another base model or has another r."
+            )
+        mask = unpack_bits(packed, layer.size(adapter_name))
         layer.set_packed(adapter_name, mask, values)
         if frozen is not None:
             bits = state_dict[f"{module_name}.lori_frozen_mask"]

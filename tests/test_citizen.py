@@ -1,0 +1,624 @@
+"""Everything else that people do with a LoRA: it works for every method, or is refused with a reason.
+
+docs/compatibility.md is the table of both.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, STATIC, quantized, randomize, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    T5Config,
+)
+
+from peft_mora import LoriConfig, MoraConfig, sparsify, start_task
+from peft_mora.base import AdapterLinear
+
+
+LAYERS = ["q_proj", "down_proj"]
+
+
+def adapted(make_config, base=None, targets=LAYERS, **kwargs) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(base or tiny_llama(), make_config(target_modules=targets, **kwargs))
+    randomize(model)
+    return model.eval()
+
+
+def lora(**kwargs) -> LoraConfig:
+    return LoraConfig(r=4, **kwargs)
+
+
+def first_layer(model: nn.Module) -> AdapterLinear:
+    return next(m for m in model.modules() if isinstance(m, AdapterLinear))
+
+
+# Several adapters: trainability is PEFT's, adapter by adapter
+
+
+def test_a_list_of_adapters_is_set_and_trained_together(make_config, inputs):
+    model = adapted(make_config)
+    model.add_adapter("other", make_config(target_modules=["k_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default", "other"]
+    model.train()(input_ids=inputs, labels=inputs).loss.backward()
+    with_grad = {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None}
+    assert with_grad == {"default", "other"}
+    model.set_adapter("other")
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"other"}
+
+
+def test_inference_mode_trains_nothing(make_config):
+    model = get_peft_model(tiny_llama(), make_config(target_modules=LAYERS, inference_mode=True))
+    assert not any(p.requires_grad for p in model.parameters())
+    model.set_adapter("default")
+    assert any(p.requires_grad for p in model.parameters())
+    model.set_adapter("default", inference_mode=True)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_set_requires_grad_reaches_inactive_adapters(make_config):
+    model = adapted(make_config)
+    model.add_adapter("other", make_config(target_modules=LAYERS))
+    model.set_requires_grad("other")
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"default", "other"}
+    model.set_requires_grad(["default", "other"], requires_grad=False)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.active_adapters == ["default"]
+
+
+def test_trainability_is_that_of_a_lora_at_every_step(make_config, tmp_path):
+    """`load_adapter(is_trainable=True)` leaves the inactive adapter trainable in peft 0.21.2: so do we."""
+
+    def history(make) -> list[set[str]]:
+        def seen() -> None:
+            names = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+            steps.append((names, list(model.active_adapters)))
+
+        steps: list = []
+        folder = tmp_path / make(target_modules=LAYERS).peft_type
+        model = get_peft_model(tiny_llama(), make(target_modules=LAYERS))
+        seen()
+        model.save_pretrained(folder)
+        model.load_adapter(str(folder), "frozen")
+        seen()
+        model.load_adapter(str(folder), "trained", is_trainable=True)
+        seen()
+        model.set_adapter("frozen")
+        seen()
+        with model.disable_adapter():
+            seen()
+        seen()
+        model.delete_adapter("frozen")
+        seen()
+        model = PeftModel.from_pretrained(tiny_llama(), folder)
+        seen()
+        model = PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=True)
+        seen()
+        return steps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert history(make_config) == history(lora)
+
+
+# Which modules
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({"target_modules": r".*layers\.1\..*(q|v)_proj"}, 2),
+        ({"target_modules": "all-linear", "exclude_modules": r".*mlp.*"}, 8),
+        ({"target_modules": LAYERS, "layers_to_transform": [0], "layers_pattern": "layers"}, 2),
+        ({"target_modules": LAYERS, "layers_to_transform": 1, "layers_pattern": ["layers", "h"]}, 2),
+    ],
+)
+def test_modules_are_chosen_as_peft_chooses_them(make_config, fields, count):
+    ours = get_peft_model(tiny_llama(), make_config(**fields)).targeted_module_names
+    assert len(ours) == count
+    assert set(ours) == set(get_peft_model(tiny_llama(), lora(**fields)).targeted_module_names)
+
+
+def tied_llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_tied_output_layer_is_adapted_with_peft_s_warning(make_config, inputs, tmp_path):
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        model = adapted(make_config, tied_llama(), ["q_proj", "lm_head"])
+    assert model.base_model.model.lm_head.base_layer.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        again = PeftModel.from_pretrained(tied_llama(), tmp_path).eval()
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+    with model.disable_adapter():
+        assert torch.equal(model(inputs).logits, tied_llama()(inputs).logits)
+
+
+@pytest.mark.parametrize("method", STATIC, indirect=True)
+def test_merging_into_a_tied_output_layer_leaves_the_embeddings_alone(make_config, inputs, tmp_path):
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        model = adapted(make_config, tied_llama(), ["lm_head"])
+    want, embeddings = model(inputs).logits, model.get_input_embeddings().weight.clone()
+    model.merge_adapter()
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    torch.testing.assert_close(model(inputs).logits, want, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(model(inputs).logits, want)
+    assert first_layer(model).weight is model.get_input_embeddings().weight
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(inputs).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_embeddings_are_trained_token_by_token(make_config, inputs, tmp_path):
+    config = make_config(target_modules=["q_proj"])
+    config.trainable_token_indices = [5, 6]
+    model = get_peft_model(tied_llama(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(tied_llama(), tmp_path).eval()(inputs).logits, model(inputs).logits)
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 4), nn.MultiheadAttention(4, 1)])
+def test_a_module_that_is_not_linear_is_refused_with_a_way_out(make_config, module):
+    with pytest.raises(ValueError, match=rf"layer \({type(module).__name__}\) is not supported.*modules_to_save"):
+        get_peft_model(nn.ModuleDict({"layer": module}), make_config(target_modules=["layer"]))
+
+
+@pytest.mark.parametrize(
+    "field", ["target_parameters", "bias", "use_dora", "use_rslora", "lora_alpha", "fan_in_fan_out"]
+)
+def test_fields_of_lora_that_do_not_exist_here_are_refused_by_name(method, field):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{field}'"):
+        METHODS[method](**{field: True})
+
+
+# Merging
+
+
+@pytest.mark.parametrize("method", STATIC, indirect=True)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "4-bit"])
+def test_merge_and_unload_leaves_a_plain_model(make_config, inputs, llama_folder, precision):
+    bases = {
+        "float32": tiny_llama,
+        "bfloat16": lambda: tiny_llama().bfloat16(),
+        "4-bit": lambda: quantized(llama_folder),
+    }
+    model = adapted(make_config, bases[precision]())
+    want, layer = model(inputs).logits.float(), first_layer(model)
+    weight = layer.get_base_weight().float() + layer.get_delta_weight("default")
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not any(isinstance(m, BaseTunerLayer) for m in merged.modules())
+    got = merged(inputs).logits.float()
+    if precision == "4-bit":  # rounding of the requantised weights, bounded layer by layer in test_methods.py
+        assert torch.isfinite(got).all() and weight.shape == (layer.out_features, layer.in_features)
+    else:
+        tolerance = 1e-4 if precision == "float32" else 0.1
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_combining_by_weights_works_for_lori_and_is_refused_elsewhere(method, make_config):
+    model = adapted(make_config)
+    if method.startswith("lori"):
+        model.add_weighted_adapter(["default"], [0.5], "mix")
+        assert "mix" in model.peft_config
+        return
+    name = method.split("-")[0].upper()
+    with pytest.raises(TypeError, match=f"{name} adapters cannot be combined by weights.*set_adapter.*LORI"):
+        model.add_weighted_adapter(["default"], [0.5], "mix")
+
+
+# Memory and files
+
+
+def test_a_model_on_meta_gets_its_adapter_on_meta_and_loads_later(make_config, inputs, tmp_path):
+    model = adapted(make_config)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        base = tiny_llama()
+    empty = get_peft_model(base, make_config(target_modules=LAYERS))
+    assert all(p.is_meta for p in empty.parameters())
+    empty = empty.to_empty(device="cpu")
+    missing = empty.load_state_dict(model.state_dict(), strict=False)
+    assert not missing.unexpected_keys and not missing.missing_keys
+    rotary = dict(model.named_buffers())
+    for name, buffer in empty.named_buffers():
+        if "rotary" in name:  # not in a state dict; transformers' from_pretrained makes it again
+            buffer.copy_(rotary[name])
+    assert torch.equal(empty.eval()(inputs).logits, model(inputs).logits)
+
+
+def test_moving_to_another_device_takes_everything_along(make_config):
+    model = adapted(make_config)
+    model(torch.ones(1, 3, dtype=torch.long))  # what is made when it is needed is there now
+    model.to("meta")
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_torch_save_of_the_whole_model(make_config, inputs):
+    model = adapted(make_config)
+    want = model(inputs).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(inputs).logits, want)
+    again.add_adapter("other", make_config(target_modules=LAYERS))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_plain_state_dict_brings_all_that_the_output_depends_on(make_config, inputs, warm):
+    source = adapted(make_config)
+    target = get_peft_model(tiny_llama(), make_config(target_modules=LAYERS)).eval()
+    if warm:
+        target(inputs)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(inputs).logits, source(inputs).logits)
+
+
+def test_other_masks_in_a_plain_state_dict_are_not_missed_by_a_model_that_has_run(inputs):
+    def model(seed: int) -> PeftModel:
+        return adapted(lambda **kw: LoriConfig(r=4, sparsity=0.5, seed=seed, **kw))
+
+    source, target = model(0), model(1)
+    target(inputs)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(inputs).logits, source(inputs).logits)
+
+
+def test_weights_that_share_memory_are_saved(make_config, inputs, tmp_path):
+    model = adapted(make_config)
+    layers = [m for m in model.modules() if isinstance(m, AdapterLinear) and m.in_features == 64]
+    name = layers[0].adapter_layer_names[-1]
+    getattr(layers[1], name)["default"].weight = getattr(layers[0], name)["default"].weight
+    if hasattr(layers[0], "lori_mask") and "default" in layers[0].lori_mask:
+        pytest.skip("packed entries belong to their own mask")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()(inputs).logits, model(inputs).logits)
+
+
+def test_hotswap_is_refused_by_name(method, make_config, tmp_path):
+    model = adapted(make_config)
+    model.save_pretrained(tmp_path)
+    name = method.split("-")[0].upper()
+    with pytest.raises(ValueError, match=f"Hotswapping only supports LORA but {name} was passed"):
+        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    with pytest.raises(ValueError, match="No adapter layers found"):
+        prepare_model_for_compiled_hotswap(model)
+    # docs/compatibility.md says to do this instead
+    model.delete_adapter("default")
+    model.load_adapter(str(tmp_path), "default")
+    model.set_adapter("default")
+
+
+def test_the_model_card_says_how_to_load_the_adapter(method, make_config, tmp_path, llama_folder):
+    model = adapted(make_config, AutoModelForCausalLM.from_pretrained(llama_folder))
+    (tmp_path / "README.md").write_text("---\nmeta: hello\n---\nWhat I wrote.\n")
+    for _ in range(2):  # saving again adds nothing
+        model.save_pretrained(tmp_path)
+        card = (tmp_path / "README.md").read_text()
+        assert "meta: hello" in card and "What I wrote." in card and "library_name: peft" in card
+        assert f"base_model: {llama_folder}" in card
+        assert card.count("pip install peft-mora") == card.count("import peft_mora") == 1
+        assert f"a {method.split('-')[0].upper()} adapter" in card and f"`{llama_folder}`" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    scope = {"base_model": AutoModelForCausalLM.from_pretrained(llama_folder)}
+    exec(code.replace("path/to/this/folder", str(tmp_path)), scope)
+    assert type(scope["model"]).__name__.startswith("PeftModel")
+
+
+def test_a_config_saved_on_its_own_writes_no_card(make_config, tmp_path):
+    make_config(target_modules=LAYERS).save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["adapter_config.json"]
+
+
+# What PEFT reports
+
+
+def test_layer_and_model_status(method, make_config, capsys):
+    model = adapted(make_config)
+    model.add_adapter("other", make_config(target_modules=["q_proj"]))
+    status = model.get_model_status()
+    assert (
+        status.adapter_model_type
+        == {"mora": "MoraModel", "lori": "LoriModel", "flylora": "FlyLoraModel"}[method.split("-")[0]]
+    )
+    assert status.num_adapter_layers == 4 and status.enabled is True and status.merged_adapters == []
+    assert status.active_adapters == ["default"] and sorted(status.available_adapters) == ["default", "other"]
+    assert status.requires_grad == {"default": True, "other": False}
+    assert status.devices == {"default": ["cpu"], "other": ["cpu"]}
+    assert status.trainable_params == model.get_nb_trainable_parameters()[0] > 0
+    layers = model.get_layer_status()
+    assert len(layers) == 4 and {layer.module_type for layer in layers} == {
+        f"{method.split('-')[0]}.{type(first_layer(model)).__name__}"
+    }
+    model.print_trainable_parameters()
+    assert f"trainable params: {status.trainable_params:,}" in capsys.readouterr().out
+
+
+def test_mixed_models_and_scale_helpers_are_refused(method, make_config):
+    name = method.split("-")[0].upper()
+    with pytest.raises(ValueError, match=f"'{name}' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(tiny_llama(), make_config(target_modules=LAYERS), mixed=True)
+    with (
+        pytest.raises(ValueError, match="scaling is only supported for models with `LoraLayer`s"),
+        rescale_adapter_scale(adapted(make_config), 0.5),
+    ):
+        pass
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_compile_finds_no_graph_break_in_a_layer(make_config, training):
+    torch._dynamo.reset()
+    layer = first_layer(adapted(make_config)).train(training)
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    want = layer(x)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(dx, torch.autograd.grad(want.sum(), x)[0])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one(make_config, inputs):
+    torch._dynamo.reset()
+    losses = {}
+    for compiled in (False, True):
+        model = adapted(make_config, targets=["q_proj"]).train()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        losses[compiled] = []
+        for _ in range(3):
+            loss = run(input_ids=inputs, labels=inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[compiled].append(loss.item())
+        losses[compiled] += [b.abs().sum().item() for name, b in model.named_buffers() if "flylora_offset" in name]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_torch_export_of_a_layer(make_config):
+    layer = first_layer(adapted(make_config))
+    x = torch.randn(2, 5, 64)
+    exported = torch.export.export(layer, (x,))
+    torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+# Generation
+
+
+def test_left_and_right_padding_give_the_same_answers(make_config):
+    model = adapted(make_config, targets="all-linear")
+    text = torch.tensor([[1, 7, 9, 4, 12]])
+    want = model(text).logits[0]
+    for left in (True, False):
+        pad = torch.zeros(1, 3, dtype=torch.long)
+        ids = torch.cat([pad, text] if left else [text, pad], dim=1)
+        mask = (ids != 0).long()
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0]
+        torch.testing.assert_close(logits[3:] if left else logits[:5], want, rtol=1e-4, atol=1e-5)
+    alone = model.generate(text, max_new_tokens=4, do_sample=False)[0, 5:]
+    batch = torch.cat([torch.cat([pad, text], dim=1), torch.tensor([[1, 5, 5, 6, 7, 8, 9, 10]])])
+    padded = model.generate(batch, attention_mask=(batch != 0).long(), max_new_tokens=4, do_sample=False)[0, 8:]
+    assert alone.tolist() == padded[: len(alone)].tolist()
+
+
+# Two processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("two_processes.py")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        logs = [worker.communicate(timeout=300)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert all(worker.returncode == 0 for worker in workers), "\n".join(log[-2000:] for log in logs)
+    results = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return {key: "; ".join({results[0][key], results[1][key]}) for key in results[0]}
+
+
+def test_ddp_needs_no_find_unused_parameters_and_averages_gradients(method, two_processes):
+    assert two_processes[f"under_ddp/{method}"] == "ok"
+
+
+def test_fsdp2_computes_the_same_gradients_and_gives_the_weights_back(method, two_processes):
+    assert two_processes[f"under_fsdp2/{method}"] == "ok"
+
+
+# Architectures
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40} | {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 64}
+HEADS = {"head_dim": 16}
+MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+ARCHITECTURES = {
+    "llama": LlamaConfig(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED, **HEADS),
+    "gemma": GemmaConfig(**GROUPED, **HEADS),
+    "mistral": MistralConfig(**GROUPED),
+    "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
+    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=48, max_position_embeddings=64),
+    "t5": T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0),
+    "classifier": LlamaConfig(**GROUPED, num_labels=3),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**GROUPED, **HEADS, **MOE),
+}
+
+
+def build(architecture: str) -> nn.Module:
+    torch.manual_seed(0)
+    auto = {"t5": AutoModelForSeq2SeqLM, "classifier": AutoModelForSequenceClassification}
+    return auto.get(architecture, AutoModelForCausalLM).from_config(ARCHITECTURES[architecture]).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architectures(make_config, inputs, tmp_path, architecture):
+    extra, batch = {}, {"input_ids": inputs, "labels": inputs}
+    if architecture == "classifier":
+        extra, batch["labels"] = {"modules_to_save": ["score"], "task_type": "SEQ_CLS"}, torch.tensor([0, 1, 2])
+    model = adapted(make_config, build(architecture), "all-linear", **extra)
+    got = model(**batch)
+    assert not torch.allclose(got.logits, build(architecture)(**batch).logits)
+    got = model.train()(**batch)
+    got.loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(architecture), tmp_path).eval()
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    if architecture != "classifier":
+        want = model.generate(input_ids=inputs, max_new_tokens=3, do_sample=False)
+        assert torch.equal(again.generate(input_ids=inputs, max_new_tokens=3, do_sample=False), want)
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if "mixtral" not in name and "moe" not in name]
+)
+def test_default_targets_are_those_of_a_lora(make_config, architecture):
+    def targets(make) -> set[str]:
+        return set(get_peft_model(build(architecture), make()).targeted_module_names)
+
+    assert targets(make_config) == targets(lora)
+
+
+def test_default_targets_of_mixtures_are_the_attention_or_have_to_be_given(make_config):
+    """LoRA's own defaults do not fit Mixtral under transformers 5 (peft 0.21.2 raises there)."""
+    model = get_peft_model(build("mixtral"), make_config())
+    assert {name.rsplit(".", 1)[1] for name in model.targeted_module_names} == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        get_peft_model(build("qwen3_moe"), make_config())
+
+
+def test_fused_experts_of_a_mixture_are_left_alone_and_named(make_config):
+    """transformers 5 keeps the experts of a mixture in one 3-d parameter: no linear module, nothing to wrap."""
+    model = adapted(make_config, build("qwen3_moe"), "all-linear")
+    assert not any("experts" in name for name in model.targeted_module_names)
+    experts = build("qwen3_moe").model.layers[0].mlp.experts
+    assert not any(isinstance(m, nn.Linear) for m in experts.modules())
+    with pytest.raises(ValueError, match=rf"experts \({type(experts).__name__}\) is not supported.*modules_to_save"):
+        adapted(make_config, build("qwen3_moe"), ["experts"])
+
+
+# Bad input
+
+
+def test_the_file_of_another_base_is_refused(make_config, tmp_path):
+    adapted(make_config).save_pretrained(tmp_path)
+    with pytest.raises(
+        (RuntimeError, ValueError),
+        match="size mismatch for|another base model|is not the one that this adapter was trained with",
+    ):
+        PeftModel.from_pretrained(build("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, 1500])
+def test_a_truncated_file_is_refused(make_config, tmp_path, size):
+    adapted(make_config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(Exception, match="(?i)header|incomplete|metadata|invalid|deserial"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_an_unknown_field_in_a_config_file_is_dropped_with_peft_s_warning(make_config, inputs, tmp_path):
+    model = adapted(make_config)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+
+
+def test_a_file_with_no_weights_of_the_method_is_reported(make_config, tmp_path):
+    from safetensors.torch import save_file
+
+    adapted(make_config).save_pretrained(tmp_path)
+    save_file({"something": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="Found missing adapter keys while loading the checkpoint"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_nan_in_an_input_of_the_calibration_is_refused_and_changes_nothing(inputs):
+    model = adapted(lambda **kw: LoriConfig(r=4, **kw)).train()
+    embeds = model.get_input_embeddings()(inputs).detach()
+    embeds[0, 0, 0] = float("nan")
+    model(inputs_embeds=embeds, labels=inputs).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    before = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    with pytest.raises(ValueError, match="not finite: the calibration run has diverged"):
+        sparsify(model, 0.5)
+    after = get_peft_model_state_dict(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
+
+
+def test_an_empty_calibration_is_refused():
+    with pytest.raises(ValueError, match="B is 0 everywhere.*train the dense adapter"):
+        sparsify(get_peft_model(tiny_llama(), LoriConfig(r=4, target_modules=LAYERS)), 0.5)
+
+
+def test_a_method_s_own_functions_name_the_adapters_that_there_are():
+    model = adapted(lambda **kw: MoraConfig(r=4, **kw))
+    with pytest.raises(ValueError, match="no MORA adapter named 'typo'; it has 'default'"):
+        start_task(model, "two", adapter_name="typo")
+    with pytest.raises(ValueError, match="no LORI adapter at all"):
+        sparsify(model)

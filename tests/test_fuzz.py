@@ -1,0 +1,220 @@
+"""Any valid config survives its file and its weights survive theirs; any invalid field is refused by name."""
+
+import copy
+import json
+import tempfile
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
+
+
+CONFIGS = {"mora": MoraConfig, "lori": LoriConfig, "flylora": FlyLoraConfig}
+MODULES = ["lin0", "lin1"]
+FAST = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"lin0": nn.Linear(9, 7), "lin1": nn.Linear(7, 9)}) for _ in "ab"])
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["lin1"](torch.relu(layer["lin0"](x)))
+        return self.head(x)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP().eval()
+
+
+def optional(values: st.SearchStrategy) -> st.SearchStrategy:
+    return st.none() | values
+
+
+ranks = st.integers(1, 12)
+positive = st.floats(1e-6, 1e6)
+share = st.floats(0, 1)
+below_one = st.floats(0, 1, exclude_max=True)
+names = st.text("abc xyz_äß0'\"\\", min_size=1, max_size=6)
+
+SHARED = {
+    "r": ranks,
+    "alpha": positive | st.integers(1, 64),
+    "dropout": below_one,
+    "target_modules": st.sampled_from([["lin0"], ["lin1"], MODULES, "all-linear", r".*lin0", r".*\.1\.lin(0|1)"]),
+    "exclude_modules": st.sampled_from([None, ["layers.9.lin0"], r".*nothing"]),
+    "rank_pattern": st.dictionaries(st.sampled_from([*MODULES, r"layers\.1\.lin0", ".*0"]), ranks, max_size=3),
+    "alpha_pattern": st.dictionaries(st.sampled_from(MODULES), positive, max_size=2),
+    "modules_to_save": st.sampled_from([None, ["head"]]),
+    "init_weights": st.booleans(),
+    "inference_mode": st.booleans(),
+}
+SEEDED = {"seed": st.integers(0, 2**70), "save_projection": st.booleans()}
+OWN = {
+    "mora": {
+        "routing": st.sampled_from(["task", "bank", "dense"]),
+        "temperature": positive,
+        "threshold": share,
+        "tasks": st.lists(names, min_size=1, max_size=3, unique=True),
+    },
+    "lori": {**SEEDED, "sparsity": optional(below_one)},
+    "flylora": {
+        **SEEDED,
+        "density": optional(st.floats(0, 1, exclude_min=True)),
+        "selection": st.sampled_from(["magnitude", "signed"]),
+        "balance_rate": st.floats(0, 10),
+    },
+}
+
+
+@st.composite
+def valid(draw, method: str):
+    values = {name: draw(strategy) for name, strategy in {**SHARED, **OWN[method]}.items()}
+    if isinstance(values["target_modules"], list) and draw(st.booleans()):
+        values["layers_to_transform"] = draw(st.sampled_from([0, [1], [0, 1]]))
+        values["layers_pattern"] = draw(st.sampled_from(["layers", ["layers", "h"]]))
+    smallest = min([values["r"], *values["rank_pattern"].values()])
+    if method == "flylora":
+        values["top_k"] = draw(st.integers(1, smallest))
+    elif method == "mora":
+        values["top_k"] = draw(optional(st.integers(1, smallest)))
+    if method != "lori":
+        values["top_k_pattern"] = draw(st.dictionaries(st.sampled_from(MODULES), st.integers(1, smallest), max_size=2))
+    return CONFIGS[method](**values)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.filterwarnings("ignore")
+def test_any_valid_config_and_its_weights_survive_their_files(method):
+    x = torch.linspace(-1, 1, 45).view(5, 9)
+
+    @FAST
+    @given(config=valid(method))
+    def check(config):
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            assert type(config).from_pretrained(folder) == PeftConfig.from_pretrained(folder) == config
+            model = get_peft_model(mlp(), copy.deepcopy(config)).eval()
+            for name, parameter in model.named_parameters():
+                if f"{method}_" in name:
+                    torch.nn.init.normal_(parameter)
+            model.save_pretrained(folder)
+            again = PeftModel.from_pretrained(mlp(), folder).eval()
+        want, got = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
+        assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
+        assert torch.equal(again(x), model(x))
+
+    check()
+
+
+not_a_number = st.sampled_from([float("nan"), float("inf"), "8", None, [1], True])
+not_positive = st.integers(-9, 0) | st.floats(-1e6, 0) | not_a_number
+not_a_count = st.integers(-9, 0) | st.floats(0.1, 9) | st.sampled_from(["8", [1], True, float("nan")])
+outside = st.floats(-1e6, 0, exclude_max=True) | st.floats(1, 1e6, exclude_min=True) | not_a_number
+not_none = st.sampled_from([float("nan"), float("inf"), "8", [1], True])
+beyond = st.floats(-1e6, 0, exclude_max=True) | st.floats(1, 1e6)
+not_a_bool = st.sampled_from([None, 0, 1, "True", "gaussian", []])
+other_word = st.text(max_size=8).filter(lambda word: word not in {"task", "bank", "dense", "magnitude", "signed"})
+
+not_a_dict = st.sampled_from([None, 4, "lin0", [("lin0", 4)], {4: 4}])
+not_names = st.integers() | st.sampled_from([[1], [None], 0.5, True, {"lin0": 1}])
+
+WRONG_SHARED = {
+    "r": not_a_count | st.none(),
+    "alpha": not_positive,
+    "dropout": beyond | not_a_number,
+    "init_weights": not_a_bool,
+    "rank_pattern": st.fixed_dictionaries({"lin0": not_a_count}) | not_a_dict,
+    "alpha_pattern": st.fixed_dictionaries({"lin0": not_positive}) | not_a_dict,
+    "target_modules": not_names,
+    "exclude_modules": not_names,
+    "layers_to_transform": st.integers(-9, -1) | st.sampled_from(["1", [1.0], [True], [-1], {"a": 1}, 1.5]),
+    "layers_pattern": not_names,
+    "modules_to_save": not_names | st.text(),
+    "trainable_token_indices": st.integers()
+    | st.sampled_from(["5", [1.5], [-1], {"embed": 5}, {5: [5]}, {"e": ["5"]}]),
+    "inference_mode": not_a_bool,
+}
+WRONG_ROUTED = {"top_k_pattern": st.fixed_dictionaries({"lin0": not_a_count | st.integers(33, 99)})}
+WRONG_SEEDED = {"seed": st.integers(-99, -1) | not_none | st.floats(0, 9), "save_projection": not_a_bool}
+WRONG_WRITTEN = {
+    name: not_a_dict.filter(lambda v: not isinstance(v, dict)) | st.fixed_dictionaries({"lin0": st.integers(-9, -1)})
+    for name in ("kept_entries", "frozen_entries")
+}
+WRONG = {
+    "mora": {
+        **WRONG_SHARED,
+        "top_k": not_a_count | st.integers(9, 99),
+        "routing": other_word | st.none(),
+        "temperature": not_positive,
+        "threshold": outside,
+        **WRONG_ROUTED,
+        "tasks": st.just([]) | st.sampled_from([[""], ["a", "a"], [1], [None]]),
+    },
+    "lori": {**WRONG_SHARED, **WRONG_SEEDED, "sparsity": beyond | not_none, **WRONG_WRITTEN},
+    "flylora": {
+        **WRONG_SHARED,
+        **WRONG_SEEDED,
+        "top_k": not_a_count | st.integers(33, 99) | st.none(),
+        "density": st.floats(-1e6, 0) | st.floats(1, 1e6, exclude_min=True) | not_none,
+        **WRONG_ROUTED,
+        "selection": other_word | st.none(),
+        "balance_rate": st.floats(-1e6, 0, exclude_max=True) | not_a_number,
+    },
+}
+
+
+@pytest.mark.parametrize(("method", "field"), [(method, field) for method in WRONG for field in WRONG[method]])
+def test_any_invalid_field_is_refused_by_name(method, field):
+    @FAST
+    @given(value=WRONG[method][field])
+    def check(value):
+        with pytest.raises(ValueError) as caught:
+            CONFIGS[method](**{field: value})
+        assert f"`{field}" in str(caught.value)
+        shown = [repr(value)] + ([repr(inner) for inner in value.values()] if isinstance(value, dict) else [])
+        assert any(text in str(caught.value) for text in shown)
+
+    check()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_field_of_a_method_is_fuzzed(method):
+    own = {f.name for f in fields(CONFIGS[method])} - {f.name for f in fields(PeftConfig)}
+    written_by_functions = {"kept_entries", "frozen_entries", "block_sizes", "frozen_top_k"}
+    chosen_above = {"top_k", "top_k_pattern", "layers_to_transform", "layers_pattern"}
+    in_test_methods = {"trainable_token_indices"}  # needs embeddings
+    assert own <= set(SHARED) | set(OWN[method]) | written_by_functions | chosen_above | in_test_methods
+    assert own - written_by_functions <= set(WRONG[method])
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_config_file_that_is_no_json_is_refused(method, tmp_path):
+    CONFIGS[method](target_modules=["lin0"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(json.JSONDecodeError):
+        CONFIGS[method].from_pretrained(str(tmp_path))
+
+
+def test_overlapping_patterns_mean_the_same_before_and_after_saving(tmp_path):
+    """PEFT sorts the keys when it writes the file and takes the first that matches."""
+    config = MoraConfig(target_modules=MODULES, rank_pattern={"lin0": 3, r"layers\.1\.lin0": 5})
+    model = get_peft_model(mlp(), config)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(mlp(), tmp_path)
+    for m in (model, again):
+        first, second = m.base_model.model.layers
+        assert (first["lin0"].r["default"], second["lin0"].r["default"]) == (3, 5)

@@ -1,0 +1,98 @@
+"""What two gloo processes do for test_citizen.py: every method under DDP and FSDP2, against one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import METHODS, gradients, randomize, tiny_llama
+from peft import PeftModel, get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+def adapted(method: str) -> PeftModel:
+    config = METHODS[method](target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), config)
+    model.add_adapter("idle", METHODS[method](target_modules=["k_proj"]))  # frozen: no part of any reduction
+    randomize(model)
+    return model.train()
+
+
+def batch(rank: int) -> torch.Tensor:
+    return torch.randint(4, 24, (2, 7), generator=torch.Generator().manual_seed(rank))
+
+
+def expected(method: str) -> dict[str, torch.Tensor]:
+    """Mean over the two ranks' batches, in one process."""
+    parts = [alone(adapted(method), batch(rank)) for rank in range(2)]
+    return {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+
+
+def alone(model: PeftModel, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    reduce, dist.all_reduce = dist.all_reduce, lambda counts: None  # each rank runs this at its own pace
+    try:
+        return gradients(model, inputs)
+    finally:
+        dist.all_reduce = reduce
+
+
+def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> str:
+    if got.keys() != want.keys():
+        return f"gradients of {sorted(got.keys() ^ want.keys())}"
+    worst = max((got[name] - want[name]).abs().max().item() for name in want)
+    return "ok" if worst < 1e-5 else f"gradients differ by {worst}"
+
+
+def under_ddp(method: str, rank: int) -> str:
+    model = adapted(method)
+    # Experts that no token woke are rows of a parameter, not parameters: nothing is unused.
+    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+    got = gradients(wrapped, batch(rank))
+    wrapped(input_ids=batch(rank), labels=batch(rank)).loss.backward()
+    offsets = [buffer for name, buffer in model.named_buffers() if "flylora_offset.default" in name]
+    for offset in offsets:
+        both = [torch.empty_like(offset) for _ in range(2)]
+        dist.all_gather(both, offset)
+        if not torch.equal(*both) or not offset.any():
+            return "the load-balance offsets of the two processes differ"
+    return compare({name.removeprefix("module."): g for name, g in got.items()}, expected(method))
+
+
+def under_fsdp2(method: str, rank: int) -> str:
+    model, want = adapted(method), expected(method)
+    reference = {key: value.clone() for key, value in model.state_dict().items()}
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    got = {name: grad.full_tensor() for name, grad in gradients(model, batch(rank)).items()}
+    options = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(model, options=options)
+    for key, value in state.items():  # rank 0 has the whole of it, the others as well without cpu_offload
+        if "offset" not in key and not torch.equal(value, reference[key]):
+            return f"{key} is not what it was before sharding"
+    return compare(got, want)
+
+
+def main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = {}
+    for method in METHODS:
+        for check in (under_ddp, under_fsdp2):
+            try:
+                results[f"{check.__name__}/{method}"] = check(method, rank)
+            except Exception as error:
+                results[f"{check.__name__}/{method}"] = f"{type(error).__name__}: {error}"
+            dist.barrier()
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
