@@ -54,7 +54,7 @@ def adapter_config(method: str, r: int, seed: int) -> Any:
     common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if method == "mora":  # a block's weights sum to 1: at r times LoRA's alpha it has LoRA's scale
         return MoraConfig(r=r, alpha=2 * r * r, **common)
-    # A frozen projection cannot turn towards the task: four times the rank makes up for it at a LoRA's parameters.
+    # A frozen projection cannot turn towards the task; four times the rank makes up for it at twice the parameters.
     if method == "lori":
         return LoriConfig(r=4 * r, alpha=32 * r, seed=seed, **common)
     return FlyLoraConfig(r=4 * r, top_k=r, alpha=32 * r, seed=seed, **common)
