@@ -467,7 +467,8 @@ class AdapterModel(BaseTuner):
                 "torch.nn.Linear, transformers' Conv1D and the quantised linear layers that PEFT knows. Leave it out "
                 "of `target_modules`, or train it in full with `modules_to_save`."
             )
-        return self.tuner_layer_cls(target, **kwargs)
+        # In the mode of what it replaces: transformers' load_adapter does not call eval() again in all releases.
+        return self.tuner_layer_cls(target, **kwargs).train(target.training)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Upcast 16-bit weights when the adapter is made, once.

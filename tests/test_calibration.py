@@ -61,3 +61,19 @@ def test_it_refuses_runs_that_would_not_do_what_was_asked(llama_folder, tmp_path
         LoriCalibrationCallback(sparsity=1.0)
     with pytest.raises(ValueError, match="`calibration_steps`"):
         LoriCalibrationCallback(calibration_steps=0)
+
+
+def test_a_calibration_that_saw_nan_ends_with_advice_and_leaves_the_adapter_dense(llama_folder, tmp_path):
+    run = trainer(llama_folder, tmp_path)
+    run.model.get_input_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="not finite: the calibration run has diverged"):
+        run.train()
+    assert run.model.peft_config["default"].sparsity is None
+
+
+def test_a_calibration_without_data_is_refused(llama_folder, tmp_path):
+    run = trainer(llama_folder, tmp_path)
+    run.train_dataset = run.train_dataset.select([])
+    with pytest.raises(ValueError):
+        run.train()
+    assert run.model.peft_config["default"].sparsity is None
