@@ -11,7 +11,9 @@ try:
     from .flylora import FlyLoraConfig, FlyLoraLinear, FlyLoraModel
     from .lori import LoriConfig, LoriLinear, LoriModel, SparsitySummary, sparsify
     from .mora import MoraConfig, MoraLinear, MoraModel, TaskSummary, start_task
+    from .pruning import PruneSummary, prune_experts
     from .quantization import use_exact_4bit_kernels
+    from .usage import expert_usage, record_usage
 except (ImportError, AttributeError) as error:
     raise registry.does_not_fit(error) from error
 
@@ -30,8 +32,12 @@ __all__ = [
     "MoraConfig",
     "MoraLinear",
     "MoraModel",
+    "PruneSummary",
     "SparsitySummary",
     "TaskSummary",
+    "expert_usage",
+    "prune_experts",
+    "record_usage",
     "sparsify",
     "start_task",
     "use_exact_4bit_kernels",

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import AdapterModel, adapter_layers, check_field, is_int, is_number
+from .base import AdapterModel, adapter_layers, check_field, is_int, is_names, is_number
 from .routing import softmax_gate
 from .usage import RoutedConfig, RoutedLinear, module_top_k, record_routing
 
@@ -53,7 +53,7 @@ class MoraConfig(RoutedConfig):
             "paper does; 'dense' has no gate: a LoRA that grows, mergeable."
         },
     )
-    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of the gate, > 0."})
+    temperature: float = field(default=0.1, metadata={"help": "Softmax temperature of the gate, > 0."})
     threshold: float = field(
         default=0.0, metadata={"help": "In eval mode, experts that score below do nothing. In [0, 1]; 0 is off."}
     )
@@ -63,12 +63,12 @@ class MoraConfig(RoutedConfig):
     )
     block_sizes: dict[str, list[int]] = field(
         default_factory=dict,
-        metadata={"help": "Module name -> experts left of each task, where `prune_experts` has deleted some of the r."},
+        metadata={"help": "Module name -> experts left of each task, where `prune_experts` has deleted some."},
     )
     frozen_top_k: dict[str, list[int]] = field(
         default_factory=dict,
         metadata={
-            "help": "Module name -> K of each frozen task, where it is not the K of the task in training: with routing "
+            "help": "Module name -> K of each frozen task, where it is not that of the task in training: with routing "
             "'task' a frozen block keeps the K that it was trained with."
         },
     )
@@ -86,17 +86,20 @@ class MoraConfig(RoutedConfig):
         check_field(
             is_number(self.threshold) and 0 <= self.threshold <= 1, "threshold", self.threshold, "a number in [0, 1]"
         )
-        self.tasks = list(self.tasks)
+        self.tasks = list(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
         check_field(
-            len(self.tasks) > 0 and all(isinstance(name, str) and name for name in self.tasks),
+            isinstance(self.tasks, list) and bool(self.tasks) and is_names(self.tasks) and all(self.tasks),
             "tasks",
             self.tasks,
             "a list of at least one name",
         )
         check_field(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "a list without repeats")
         for name, least, tasks in (("block_sizes", 0, len(self.tasks)), ("frozen_top_k", 1, len(self.tasks) - 1)):
+            check_field(isinstance(getattr(self, name), dict), name, getattr(self, name), "a dict by module name")
             for key, values in getattr(self, name).items():
-                ok = isinstance(values, list) and len(values) == tasks and all(is_int(v) and v >= least for v in values)
+                ok = (
+                    isinstance(values, list) and len(values) == tasks and all(is_int(v) and v >= least for v in values)
+                )
                 check_field(ok, f"{name}[{key!r}]", values, f"a list of {tasks} integers >= {least}")
 
 
@@ -168,7 +171,9 @@ class MoraLinear(RoutedLinear):
             sizes = self.mora_sizes[adapter_name][:-1]
             bank_A, bank_B = self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name]
             # Contiguous, so that a block computes bit for bit what it did before it was frozen.
-            yield from ((A, B.contiguous()) for A, B in zip(bank_A.split(sizes), bank_B.split(sizes, dim=1), strict=True))
+            yield from (
+                (A, B.contiguous()) for A, B in zip(bank_A.split(sizes), bank_B.split(sizes, dim=1), strict=True)
+            )
         yield self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight
 
     def update(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -222,9 +227,11 @@ class MoraLinear(RoutedLinear):
 
     def block_fields(self, adapter_name: str) -> dict[str, list[int] | None]:
         sizes, frozen = self.mora_sizes[adapter_name], self.mora_frozen_top_k[adapter_name]
+        differs = any(k != self.top_k(adapter_name) for k in frozen)
+        by_task = self.mora_gate[adapter_name].routing == "task"
         return {
             "block_sizes": list(sizes) if any(size != self.r[adapter_name] for size in sizes) else None,
-            "frozen_top_k": list(frozen) if any(k != self.top_k(adapter_name) for k in frozen) else None,
+            "frozen_top_k": list(frozen) if by_task and differs else None,
         }
 
     def is_static(self, adapter_name: str) -> bool:
@@ -249,6 +256,38 @@ class MoraLinear(RoutedLinear):
         self.usage.pop(adapter_name, None)  # counts of other experts
         for fresh in (self.mora_A[adapter_name], self.mora_B[adapter_name]):
             fresh.to(old.device, old.dtype).requires_grad_(adapter_name in self.active_adapters)
+
+    def without(self, adapter_name: str, kept: Tensor) -> tuple[list[int], list[Tensor]]:
+        """The weights that `keep` puts in place, computed without touching a thing.
+
+        Args:
+            kept: (R,) bool on the CPU, which experts stay, in the order of `blocks`.
+
+        Returns:
+            Experts left of each task; A and B of the trainable block, then, if there is a bank, its A and B.
+        """
+        masks = kept.split(self.mora_sizes[adapter_name])
+        parts = [(self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight, masks[-1])]
+        if adapter_name in self.mora_bank_A:
+            frozen = torch.cat(masks[:-1])
+            parts.append((self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name], frozen))
+        places = [(A, B, mask.nonzero().flatten().to(A.device)) for A, B, mask in parts]
+        tensors = [
+            t for A, B, index in places for t in (A.detach().index_select(0, index), B.detach().index_select(1, index))
+        ]
+        return [int(mask.sum()) for mask in masks], tensors
+
+    def keep(self, adapter_name: str, sizes: list[int], tensors: list[Tensor]) -> None:
+        """Go on with the experts that `without` has picked out, which are new parameters."""
+        A, B, *bank = tensors
+        trainable = self.mora_A[adapter_name].weight.requires_grad
+        self._add_fresh_experts(adapter_name, sizes[-1], zero_B=True)
+        for linear, values in ((self.mora_A[adapter_name], A), (self.mora_B[adapter_name], B)):
+            linear.weight = nn.Parameter(values.contiguous(), requires_grad=trainable)
+        if bank:
+            self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name] = (t.contiguous() for t in bank)
+        self.mora_sizes[adapter_name] = sizes
+        self.usage.pop(adapter_name, None)  # counts of other experts
 
 
 class MoraModel(AdapterModel):

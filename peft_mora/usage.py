@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .base import AdapterConfig, AdapterLinear, check_field, is_int
+from .base import AdapterConfig, AdapterLinear, check_field, is_int, is_names, matching_key
 
 
 @dataclass
@@ -29,23 +28,30 @@ class RoutedConfig(AdapterConfig):
 
     top_k_pattern: dict[str, int] = field(
         default_factory=dict,
-        metadata={"help": "Module name or regular expression -> K, where it differs from `top_k`; 1 <= K <= r."},
+        metadata={
+            "help": "Module name or regular expression -> K, where it is not `top_k`; the longest match counts."
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        pattern = self.top_k_pattern
+        ok = isinstance(pattern, dict) and is_names(list(pattern))
+        check_field(ok, "top_k_pattern", pattern, "a dict with module names or regular expressions as keys")
         largest = max([self.r, *self.rank_pattern.values()])
         for key, k in self.top_k_pattern.items():
             check_field(
-                is_int(k) and 1 <= k <= largest, f"top_k_pattern[{key!r}]", k, f"an integer from 1 to r (here {largest})"
+                is_int(k) and 1 <= k <= largest,
+                f"top_k_pattern[{key!r}]",
+                k,
+                f"an integer from 1 to r (here {largest})",
             )
 
 
 def module_top_k(config: Any, module_name: str, r: int) -> int:
-    """K of one module: its own entry in `top_k_pattern`, else the first pattern that matches, else `top_k`, else r."""
-    pattern = config.top_k_pattern
-    key = module_name if module_name in pattern else get_pattern_key(pattern.keys(), module_name)
-    k = pattern.get(key, config.top_k or r)
+    """K of one module: what `top_k_pattern` says of it, else `top_k` or r."""
+    key = matching_key(config.top_k_pattern, module_name)
+    k = config.top_k_pattern.get(key, config.top_k or r)
     check_field(k <= r, f"top_k_pattern[{key!r}]", k, f"<= r of module {module_name!r}, which is {r}")
     return k
 
@@ -186,9 +192,10 @@ class Usage:
             weights: (..., R) float, >= 0, summing to 1 over the experts that `top_k` chooses among, before the choice.
         """
         entropy = torch.special.entr(weights.float()).sum(-1, keepdim=True)
-        real, _ = self.meter.real_tokens(weights.shape[:-1], weights.device)
+        real, tokens = self.meter.real_tokens(weights.shape[:-1], weights.device)
         entropy = entropy.sum() if real is None else (entropy * real).sum()
-        self.entropy.add_(entropy.to(self.entropy.device))
+        self.entropy[0].add_(entropy.to(self.entropy.device))
+        self.entropy[1].add_(tokens)
 
 
 class UsageMeter:
@@ -202,12 +209,14 @@ class UsageMeter:
         adapter_name: which adapter.
         training_only: count only forwards in training mode with gradients enabled, so that neither an evaluation nor
             a sampling pass of the trainer counts.
-        need: record the entropy of the routing weights too.
+        need: record the entropy of the routing weights too; may be switched between steps. It takes three times as
+            long as counting (per layer and forward 0.11 ms and 0.035 ms on one CPU core, 240 tokens, 8 experts).
 
     Attributes:
         hits: (Σ(R + 1),) int64; for each layer the hits of its R experts and then the tokens seen, over all
             processes, as of the last `sync`.
-        entropy: (layers,) float32, summed over the tokens seen, in nats.
+        last_inputs: what the model was last called with while counting, less the labels.
+        entropy: (layers, 2) float32; nats summed over tokens, and those tokens. The reader sets it back to 0.
 
     Raises:
         ValueError: the adapter has no routing, or the model is an encoder-decoder.
@@ -225,6 +234,7 @@ class UsageMeter:
         self.adapter_name, self.training_only, self.need = adapter_name, training_only, need
         self.is_open = self.paused = False
         self.mask: Tensor | None = None
+        self.last_inputs: dict[str, Any] | None = None
         self._real: dict[Any, tuple[Tensor, Tensor]] = {}
         self._depth = 0
         device = next(p.device for layer in layers.values() for p in layer.parameters() if not p.is_meta)
@@ -236,7 +246,7 @@ class UsageMeter:
             self.places[name] = slice(start, stop)
         self.hits = torch.zeros(stop, dtype=torch.int64, device=device)
         self.pending, self.begin = self.hits.clone(), self.hits.clone()
-        self.entropy = torch.zeros(len(layers), dtype=torch.float32, device=device)
+        self.entropy = torch.zeros(len(layers), 2, dtype=torch.float32, device=device)
         self.pending_entropy = self.entropy.clone()
         for index, (name, layer) in enumerate(layers.items()):
             if adapter_name in layer.usage:
@@ -318,6 +328,9 @@ class UsageMeter:
                 f"{tuple(mask.shape)}."
             )
         self.mask = None if mask is None or not self.is_open else mask.bool()
+        if self.is_open:
+            kept = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+            self.last_inputs = {name: kwargs[name] for name in kept if kwargs.get(name) is not None} or None
         self._real.clear()
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -1,6 +1,7 @@
 """Callbacks for TRL's trainers that go with peft_mora's adapters."""
 
+from .budget import ActivationBudgetCallback
 from .calibration import LoriCalibrationCallback
 
 
-__all__ = ["LoriCalibrationCallback"]
+__all__ = ["ActivationBudgetCallback", "LoriCalibrationCallback"]

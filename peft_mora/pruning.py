@@ -1,0 +1,108 @@
+"""Delete MORA experts that hardly any token wakes: from the layers, the file and the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import AdapterLinear, check_field, is_number
+from .mora import MoraLinear
+from .usage import Usage, expert_usage, record_routing, routed_layers
+
+
+class PruneSummary(dict[str, int]):
+    """What `prune_experts` did: {module name: experts deleted}.
+
+    Attributes:
+        experts: how many there were before, over all modules.
+        change: relative change of the model's outputs on `inputs`, ‖after − before‖ / ‖before‖; None without inputs.
+    """
+
+    def __init__(self, deleted: Mapping[str, int], experts: int, change: float | None = None) -> None:
+        super().__init__(deleted)
+        self.experts, self.change = experts, change
+
+    def __str__(self) -> str:
+        modules = sum(n > 0 for n in self.values())
+        change = "" if self.change is None else f"; outputs on the given inputs changed by {self.change:.2%}"
+        return f"{sum(self.values())} of {self.experts} experts deleted, in {modules} of {len(self)} modules{change}"
+
+
+@torch.no_grad()
+def prune_experts(
+    model: nn.Module,
+    below: float = 0.01,
+    adapter_name: str = "default",
+    *,
+    inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
+) -> PruneSummary:
+    """Delete the experts of a MORA adapter, frozen ones too, that acted for less than a share of the tokens.
+
+    What is left keeps its scale (alpha / r of the original r) and trains on; `start_task` appends r experts as ever.
+    A block may lose all of its experts. The trainable parameters are new objects: make a new trainer afterwards.
+
+    Args:
+        model: a PeftModel, or any model with an injected MORA adapter, whose usage was counted (`record_usage`, or
+            `ActivationBudgetCallback`).
+        below: usage share in (0, 1]; experts under it go.
+        adapter_name: which adapter.
+        inputs: a batch (keyword arguments of the model), or a list of them, to measure the change of outputs on.
+
+    Returns:
+        A `PruneSummary`, which is {module name: experts deleted}; `print` it.
+
+    Raises:
+        ValueError: no routing, a FLYLORA adapter, a merged one, or nothing counted. Nothing is changed then.
+    """
+    check_field(is_number(below) and 0 < below <= 1, "below", below, "a number in (0, 1]")
+    routed = routed_layers(model, adapter_name)
+    layers = {name: layer for name, layer in routed.items() if isinstance(layer, MoraLinear)}
+    if len(layers) < len(routed):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is FLYLORA: its frozen projection comes from the seed with all of its experts. "
+            "Lower `top_k` to wake fewer of them, or train with a smaller r."
+        )
+    if any(layer.merged for layer in model.modules() if isinstance(layer, AdapterLinear)):
+        raise ValueError("Cannot prune while an adapter is merged: call model.unmerge_adapter() first.")
+    usage = expert_usage(model, adapter_name)
+    batches = [] if inputs is None else [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    before = _outputs(model, batches, layers, adapter_name)
+    parts = {name: layer.without(adapter_name, usage[name] >= below) for name, layer in layers.items()}
+    experts = {name: layer.expert_count(adapter_name) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.keep(adapter_name, *parts[name])
+    record_routing(model, adapter_name)
+    after = _outputs(model, batches, layers, adapter_name)
+    change = None
+    if batches:
+        moved = sum((a - b).square().sum().item() for a, b in zip(after, before, strict=True))
+        change = (moved / sum(b.square().sum().item() for b in before)) ** 0.5
+    deleted = {name: experts[name] - layer.expert_count(adapter_name) for name, layer in layers.items()}
+    return PruneSummary(deleted, sum(experts.values()), change)
+
+
+def _outputs(
+    model: nn.Module, batches: list[Mapping[str, Any]], layers: Mapping[str, MoraLinear], adapter_name: str
+) -> list[Tensor]:
+    """Outputs at the real tokens, float64 on the CPU, in eval mode and uncounted."""
+    found = []
+    counters: list[Usage] = [layer.usage[adapter_name] for layer in layers.values() if adapter_name in layer.usage]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for counter in counters:
+        counter.meter.paused = True
+    try:
+        for batch in batches:
+            output = model(**batch)
+            logits = output.logits if hasattr(output, "logits") else output
+            mask = batch.get("attention_mask")
+            found.append((logits if mask is None else logits[mask.to(logits.device).bool()]).double().cpu())
+    finally:
+        for counter in counters:
+            counter.meter.paused = False
+        for module, training in modes.items():
+            module.training = training
+    return found

@@ -1,0 +1,33 @@
+"""Put a callback's own numbers into the trainer's logs, so that trackers get them."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+
+def ahead_of_reporters(callback: TrainerCallback) -> None:
+    """Move `callback` to the front of the trainer's callbacks; call it from one of its own events.
+
+    The reporters (TensorBoard, W&B, …) stand before every callback of the user, so what a user's `on_log` writes into
+    `logs` comes too late for them. No event gets the handler that holds the list: it is the caller.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and any(other is callback for other in handler.callbacks):
+            # The handler is iterating over this very list: what stands behind `callback` keeps its place.
+            handler.callbacks[:] = [callback, *(other for other in handler.callbacks if other is not callback)]
+            return
+        frame = frame.f_back
+
+
+def add_to_logs(metrics: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
+    """Write metrics into the logs that reporters are about to get, and into the trainer's history."""
+    logs.update(metrics)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(metrics)
