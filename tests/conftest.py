@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package at every import
 
 import pytest
 import torch
