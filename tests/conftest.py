@@ -8,7 +8,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package at every import
 
 import pytest
