@@ -72,27 +72,77 @@ class FlyLoraConfig(SeededConfig, RoutedConfig):
         )
 
 
-class _CountOnBackward(torch.autograd.Function):
-    """Identity that moves the load-balance offset when the gradient comes through it.
+class Balance:
+    """Steps of the load-balance offset that wait for their moment.
 
-    Backward runs once per micro-batch, whatever recomputes the forward. The counts are a saved tensor on purpose:
-    under non-reentrant checkpointing, reading them recomputes the block first, with the offset that the forward used.
+    Under gradient checkpointing a forward is computed again in the backward, and must find the offset that it had. So
+    the offset moves once the last of the forwards that are still to be differentiated has had its backward; where
+    that cannot be known (a forward without a backward), at the next forward.
+    """
+
+    def __init__(self) -> None:
+        # Training forwards still to be differentiated: with gradients, and without. The latter are the first passes of
+        # reentrant checkpointing, or forwards that nobody will differentiate.
+        self.forwards = {True: 0, False: 0}
+        self.counts: list[Tensor] = []
+
+    def enter(self, offset: Tensor, rate: float) -> bool:
+        """A training forward begins. Returns whether it is a recomputation, which moves nothing."""
+        if torch._C._current_graph_task_id() != -1:
+            return True
+        self.settle(offset, rate)
+        self.forwards[torch.is_grad_enabled()] += 1
+        return False
+
+    def add(self, counts: Tensor, offset: Tensor, rate: float, recomputed: bool) -> None:
+        """A backward has come through; `recomputed` if its forward was a recomputation (reentrant checkpointing)."""
+        self.counts.append(counts)
+        self.forwards[not recomputed] -= 1
+        if self.forwards[not recomputed] <= 0:
+            self.settle(offset, rate)
+
+    def settle(self, offset: Tensor, rate: float) -> None:
+        """Take the steps that wait."""
+        if self.counts:
+            for counts in self.counts:
+                offset.copy_(balance_step(offset, counts, rate))
+            self.forwards = {True: 0, False: 0}
+            self.counts = []
+
+
+class _CountOnBackward(torch.autograd.Function):
+    """Identity that hands the counts over when the gradient comes through it: once per micro-batch, whatever
+    recomputes the forward.
+
+    The counts are a saved tensor on purpose: under non-reentrant checkpointing, reading them recomputes the block
+    first, with the offset that the forward used.
     """
 
     @staticmethod
-    def forward(ctx: Any, update: Tensor, counts: Tensor, offset: Tensor, rate: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        update: Tensor,
+        counts: Tensor,
+        offset: Tensor,
+        rate: float,
+        balance: Balance | None,
+        recomputed: bool,
+    ) -> Tensor:
         ctx.save_for_backward(counts)
-        ctx.offset, ctx.rate = offset, rate
+        ctx.offset, ctx.rate, ctx.balance, ctx.recomputed = offset, rate, balance, recomputed
         return update.view_as(update)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (counts,) = ctx.saved_tensors
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             counts = counts.clone()
             dist.all_reduce(counts)
-        ctx.offset.copy_(balance_step(ctx.offset, counts, ctx.rate))
-        return grad, None, None, None
+        if ctx.balance is None:  # compiled: a backward is traced once and keeps no Python state
+            ctx.offset.copy_(balance_step(ctx.offset, counts, ctx.rate))
+        else:
+            ctx.balance.add(counts, ctx.offset, ctx.rate, ctx.recomputed)
+        return grad, None, None, None, None, None
 
 
 class FlyLoraLinear(SeededLinear, RoutedLinear):
@@ -103,7 +153,8 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
     adapter_layer_names = ("flylora_B",)
     projection_names = ("flylora_A", "flylora_index")
     other_param_names = (
-        "flylora_A", "flylora_index", "flylora_checksum", "flylora_offset", "flylora_rule", "module_names", "usage",
+        "flylora_A", "flylora_index", "flylora_checksum", "flylora_offset", "flylora_rule",
+        "flylora_balance", "module_names", "usage",
         "r", "scaling", "dropout",
     )  # fmt: skip
     merge_refusal = (
@@ -115,6 +166,8 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.flylora_offset = BufferDict(persistent=True)
+        self.flylora_balance: dict[str, Balance] = {}
+        self.register_state_dict_pre_hook(_settle_all)
         self.flylora_rule: dict[str, tuple[Selection, int, float]] = {}
 
     def create_weights(self, adapter_name: str, config: FlyLoraConfig, module_name: str, twin: str | None) -> None:
@@ -125,6 +178,7 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
         self.create_projection(adapter_name, config, module_name, twin)
         self.flylora_B[adapter_name] = self.new_linear(r, self.out_features, zero=config.init_weights)
         offset = torch.zeros(r) if twin not in self.flylora_offset else self.flylora_offset[twin].clone()
+        self.flylora_balance[adapter_name] = Balance()
         self.flylora_offset[adapter_name] = offset.to(self._weight_placement()[0])
 
     def draw_projection(self, adapter_name: str, config: FlyLoraConfig, module_name: str) -> tuple[Tensor, ...]:
@@ -151,7 +205,10 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
 
     def update(self, adapter_name: str, x: Tensor) -> Tensor:
         selection, k, rate = self.flylora_rule[adapter_name]
-        offset = self.flylora_offset[adapter_name]
+        offset, B = self.flylora_offset[adapter_name], self.flylora_B[adapter_name].weight
+        balance = None if torch.compiler.is_compiling() else self.flylora_balance[adapter_name]
+        balanced = self.training and B.requires_grad and rate > 0
+        recomputed = balance.enter(offset, rate) if balanced and balance is not None else False
         h = F.linear(x, self.dense_A(adapter_name, x.dtype))
         index = (select_by_magnitude if selection == "magnitude" else select_by_sign)(h, offset, k)
         chosen = torch.zeros_like(h).scatter_(-1, index, 1)
@@ -159,11 +216,26 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
             counter.add(chosen != 0)
             if counter.meter.need:
                 counter.add_need(F.normalize(h.detach().float().abs(), p=1, dim=-1))
-        update = F.linear(h * chosen, self.flylora_B[adapter_name].weight.to(h.dtype))
-        if self.training and update.requires_grad and rate > 0:
-            counts = torch.bincount(index.flatten(), minlength=h.shape[-1])
-            update = _CountOnBackward.apply(update, counts, offset, rate)
+        update = F.linear(h * chosen, B.to(h.dtype))
+        if balanced and torch.is_grad_enabled():
+            counts = (chosen != 0).flatten(0, -2).sum(0)  # bincount would wait for the GPU
+            update = _CountOnBackward.apply(update, counts, offset, rate, balance, recomputed)
         return update
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves go through, casts stop at the offset: its steps of 1e-3 are nothing to a 16-bit number."""
+        before = dict(self.flylora_offset.items())
+        super()._apply(fn, recurse)
+        for name, offset in before.items():
+            if self.flylora_offset[name].dtype != offset.dtype:
+                self.flylora_offset[name] = offset.to(self.flylora_offset[name].device)
+        return self
+
+
+def _settle_all(layer: FlyLoraLinear, *_: Any) -> None:
+    """Before saving: no step may be left waiting."""
+    for name, balance in layer.flylora_balance.items():
+        balance.settle(layer.flylora_offset[name], layer.flylora_rule[name][2])
 
 
 class FlyLoraModel(SeededModel):

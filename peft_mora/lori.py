@@ -198,7 +198,8 @@ class LoriLinear(SeededLinear):
                 trained = cache is self.lori_places
                 kept = self.lori_B[adapter_name].weight if trained else self.lori_frozen_B[adapter_name]
                 return mask.byte().argsort(descending=True, stable=True)[: kept.numel()]
-            cache[adapter_name] = mask.nonzero().squeeze(1)
+            with torch.inference_mode(False):  # training goes on with these after an evaluation made them
+                cache[adapter_name] = mask.nonzero().squeeze(1).clone()
         return cache[adapter_name]
 
     def update(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -338,6 +339,10 @@ def _take_form(layer: LoriLinear, adapter_name: str, module_name: str, state_dic
         if frozen is not None:
             bits = state_dict[f"{module_name}.lori_frozen_mask"]
             layer.set_frozen(adapter_name, unpack_bits(bits, layer.size(adapter_name)), frozen)
+        else:
+            for entries in (layer.lori_frozen_mask, layer.lori_frozen_B):
+                if adapter_name in entries:
+                    del entries[adapter_name]
     layer.lori_B[adapter_name].to(current.dtype).requires_grad_(current.requires_grad)
     return True
 
@@ -411,7 +416,9 @@ def sparsify(
         )
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError("Cannot sparsify a merged adapter: call model.unmerge_adapter() first.")
-    magnitudes = torch.cat([layer.lori_B[adapter_name].weight.float().abs().flatten() for layer in layers.values()])
+    magnitudes = torch.cat(
+        [layer.lori_B[adapter_name].weight.float().abs().flatten().cpu() for layer in layers.values()]
+    )
     if not torch.isfinite(magnitudes).all():
         raise ValueError(
             "B has entries that are not finite: the calibration run has diverged. Lower its learning rate."

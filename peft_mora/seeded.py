@@ -64,11 +64,15 @@ def as_projection(values: np.ndarray) -> Tensor:
 
 
 def checksum(*tensors: Tensor) -> Tensor:
-    """() int64, the first 63 bits of a SHA-256 over the tensors, float ones as bfloat16."""
+    """() int64, the first 63 bits of a SHA-256 over the tensors.
+
+    Float tensors count as float16: of the values that `as_projection` gives, all dtypes keep that much, also after
+    `model.half()`, which rounds the smallest of them.
+    """
     digest = hashlib.sha256()
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
-        exact = tensor.bfloat16().view(torch.int16) if tensor.is_floating_point() else tensor
+        exact = tensor.half().view(torch.int16) if tensor.is_floating_point() else tensor
         digest.update(exact.numpy().tobytes())
     return torch.tensor(int.from_bytes(digest.digest()[:8], "little") >> 1)
 

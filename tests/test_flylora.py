@@ -178,6 +178,42 @@ def test_checkpointing_selects_the_same_in_forward_and_recompute_and_counts_once
         assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_two_forwards_before_one_backward_are_recomputed_with_the_offset_they_had(use_reentrant, inputs):
+    def run(checkpointing: bool):
+        model = flylora(balance_rate=0.5, alpha=60).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        loss = sum(model(input_ids=x, labels=x).loss for x in (inputs, inputs.flip(0, 1)))
+        loss.backward()
+        model.state_dict()  # nothing waits when it is saved
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, offsets(model)
+
+    (want, want_offsets), (got, got_offsets) = run(False), run(True)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(got_offsets, want_offsets, strict=True))
+    assert any((offset.abs() > 0.6).any() for offset in got_offsets)  # two steps of 0.5
+
+
+def test_a_frozen_adapter_s_offset_does_not_move(inputs):
+    model = flylora(balance_rate=0.1).train()
+    model.enable_input_require_grads()
+    for layer in layers(model):
+        layer.flylora_B["default"].requires_grad_(False)
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    assert all((offset == 0).all() for offset in offsets(model))
+
+
+def test_casting_the_model_leaves_the_offset_in_float32(inputs):
+    model = flylora(balance_rate=0.3).train()
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    before = offsets(model)
+    after = offsets(model.bfloat16())
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_the_offset_sums_the_counts_of_all_ranks_under_ddp(tmp_path):
     """Two gloo processes with different data end with one offset: that of both batches together."""
     program = textwrap.dedent(

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_pef
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_mora import LoriConfig, LoriLinear, sparsify
+from peft_mora import FlyLoraConfig, LoriConfig, LoriLinear, sparsify
 from peft_mora.lori import unpack_bits
 
 
@@ -98,6 +98,39 @@ def test_a_projection_that_differs_is_refused_by_name(tmp_path):
     save_file(state, file)
     with pytest.raises(ValueError, match="projection A of module '.*down_proj'"):
         PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+
+
+@pytest.mark.parametrize("config", [LoriConfig, FlyLoraConfig])
+def test_a_half_precision_model_saves_a_file_that_opens(config, tmp_path):
+    """float16 rounds the smallest of 16,384 bfloat16 values; the checksum must not mind."""
+    net = nn.Sequential(nn.Linear(4096, 4))
+    model = get_peft_model(copy.deepcopy(net), config(r=16, target_modules=["0"])).half()
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(net, str(tmp_path))
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode(inputs):
+    model = lori()
+    sparsify(model, 0.5)
+    with torch.inference_mode():
+        model(inputs)
+    assert gradients(model, inputs)
+
+
+def test_a_file_without_frozen_entries_leaves_none_behind(tmp_path, inputs):
+    plain = lori()
+    sparsify(plain, 0.5)
+    randomize(plain, seed=9)
+    plain.eval().save_pretrained(tmp_path)
+    model = lori()
+    sparsify(model, 0.5)
+    randomize(model, seed=4)
+    model.add_adapter("second", LoriConfig(r=4, alpha=8, target_modules="all-linear"))
+    model.set_adapter("second")
+    randomize(model, seed=12)
+    sparsify(model, 0.5, adapter_name="second", onto="default")
+    model.load_adapter(str(tmp_path), "second")
+    assert torch.equal(model.eval()(inputs).logits, plain(inputs).logits)
 
 
 def test_sparsify_keeps_the_largest_entries_over_all_modules(inputs):
