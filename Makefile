@@ -36,4 +36,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv out .cache build *.egg-info
+	rm -rf .venv out build *.egg-info

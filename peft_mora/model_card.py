@@ -22,9 +22,11 @@ def complete_card(folder: Path, method: str, base_model: str | None) -> None:
         method: name of the PeftType.
         base_model: name or path of the base model, None if it has none.
     """
-    card = next((f for f in (folder / "README.md", folder.parent / "README.md") if _is_peft_card(f)), None)
-    if card is None:
-        return
+    card = folder / "README.md"
+    if not _is_peft_card(card):
+        card = folder.parent / "README.md"  # PEFT's own only if its placeholder is still there
+        if not _is_peft_card(card) or PLACEHOLDER not in card.read_text(encoding="utf-8"):
+            return
     text = card.read_text(encoding="utf-8")
     if INSTALL in text:
         return

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
 from .base import AdapterModel, adapter_layers, check_field, is_int, is_names, is_number
@@ -296,6 +297,35 @@ class MoraModel(AdapterModel):
     prefix = "mora_"
     tuner_layer_cls = MoraLinear
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """PEFT's remapping, for a file whose experts are those that the adapter has room for.
+
+        Raises:
+            ValueError: they are not. PEFT would load what fits and drop the frozen experts without a word.
+        """
+        state = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        for name, layer in model.named_modules():
+            A = state.get(f"{name}.mora_A.{adapter_name}.weight")
+            if not isinstance(layer, MoraLinear) or adapter_name not in layer.r or A is None:
+                continue
+            bank = state.get(f"{name}.mora_bank_A.{adapter_name}")
+            if bank is None:  # not remapped where the adapter has none
+                checkpoint_name = name if name.startswith("base_model.model.") else f"base_model.model.{name}"
+                bank = state.get(f"{checkpoint_name}.mora_bank_A")
+            found = [0 if bank is None else len(bank), len(A)]
+            room = [sum(layer.mora_sizes[adapter_name][:-1]), layer.mora_sizes[adapter_name][-1]]
+            if found != room:
+                raise ValueError(
+                    f"The file has {found[0]} frozen and {found[1]} trainable experts in module {name!r}, the adapter "
+                    f"{adapter_name!r} has {room[0]} and {room[1]} (its tasks: {', '.join(config.tasks)}). Open the "
+                    "folder with PeftModel.from_pretrained, which reads its config. To resume a run, build the model "
+                    "as that run did: load the adapter of the earlier tasks and call start_task."
+                )
+        return state
+
 
 @dataclass(frozen=True)
 class TaskSummary:
@@ -345,6 +375,9 @@ def start_task(model: nn.Module, name: str, adapter_name: str = "default") -> Ta
     # A copy: TRL gives its reference adapter the same config object, and the reference does not grow.
     config = copy.deepcopy(config)
     config.tasks.append(name)
+    config.inference_mode = False
+    if any(adapter_name in layer.active_adapters for layer in layers.values()):
+        set_requires_grad(model, adapter_name)  # `modules_to_save` too, if the adapter was loaded for inference
     model.peft_config[adapter_name] = config
     record_routing(model, adapter_name)
     return TaskSummary(

@@ -99,7 +99,7 @@ def _outputs(
             output = model(**batch)
             logits = output.logits if hasattr(output, "logits") else output
             mask = batch.get("attention_mask")
-            found.append((logits if mask is None else logits[mask.to(logits.device).bool()]).double().cpu())
+            found.append((logits if mask is None else logits[mask.to(logits.device).bool()]).cpu().double())
     finally:
         for counter in counters:
             counter.meter.paused = False

@@ -2,7 +2,7 @@
 
 python recipes/demo.py                                   # MORA on the embedded helpdesk task, offline, on a CPU
 python recipes/demo.py --method lora mora lori flylora   # one row each
-python recipes/demo.py --model Qwen/Qwen3-0.6B --data ../shared/data --task agnews --device cuda
+python recipes/demo.py --model Qwen/Qwen3-0.6B --data my_data --task my_task --device cuda
 """
 
 from __future__ import annotations

@@ -198,6 +198,28 @@ def test_the_bank_survives_saving_bit_for_bit(tmp_path, inputs):
     assert set(gradients(trained_on, inputs)) == {n for n, p in trained_on.named_parameters() if p.requires_grad}
 
 
+def test_loading_a_grown_file_into_an_adapter_without_room_is_refused(tmp_path):
+    """The trainer's resume loads into the adapter that is there; PEFT would drop the bank without a word."""
+    grown("task", tasks=2).save_pretrained(tmp_path / "two")
+    grown("task", tasks=1).save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="4 frozen and 4 trainable experts.*has 0 and 4.*start_task"):
+        grown("task", tasks=1).load_adapter(str(tmp_path / "two"), "default")
+    with pytest.raises(ValueError, match="0 frozen and 4 trainable experts.*has 4 and 4"):
+        grown("task", tasks=2).load_adapter(str(tmp_path / "one"), "default")
+    again = grown("task", tasks=2)
+    again.load_adapter(str(tmp_path / "two"), "default")
+
+
+def test_an_adapter_loaded_for_inference_trains_after_start_task(tmp_path):
+    config = MoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    start_task(model, "next")
+    assert not model.peft_config["default"].inference_mode
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {n for n in dict(model.named_parameters()) if "mora_" in n or "modules_to_save" in n}
+
+
 def test_start_task_says_what_it_did_and_refuses_what_would_be_wrong():
     model = grown("dense", tasks=1)
     summary = start_task(model, "second")

@@ -173,6 +173,11 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         layers = routed_layers(model, self.adapter_name)
+        if args.n_gpu > 1:
+            raise ValueError(
+                "Experts cannot be counted under DataParallel, whose threads share one model. Start the script with "
+                "`accelerate launch` or `torchrun`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+            )
         self._check_pruning(args, layers)
         self._fixed = sum(layer.fixed_experts(self.adapter_name) for layer in layers.values())
         limits = {name: layer.choices(self.adapter_name) for name, layer in layers.items()}
@@ -244,9 +249,11 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
             print_table(usage, top_k, self.prune_below or DEAD)
             print(f"expert usage written to {' and '.join(map(str, written))}")
         if self.prune_below is not None:
-            summary = prune_experts(model, self.prune_below, self.adapter_name, inputs=meter.last_inputs)
+            one = {k: v[:1] for k, v in (meter.last_inputs or {}).items() if isinstance(v, Tensor)}  # logits are large
+            summary = prune_experts(model, self.prune_below, self.adapter_name, inputs=one or None)
+            meter.last_inputs = None
             if state.is_world_process_zero:
-                print(f"{summary} (the inputs: the last batch of training)")
+                print(f"{summary} (the inputs: a sequence of the last batch)")
 
     # Helpers
 

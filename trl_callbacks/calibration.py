@@ -63,6 +63,17 @@ class LoriCalibrationCallback(TrainerCallback):
             )
         layers = adapter_layers(model, self.adapter_name, LoriLinear).values()
         packed = any(layer.is_packed(self.adapter_name) for layer in layers)
+        if not packed and state.global_step >= self.calibration_steps:
+            raise ValueError(
+                f"The run resumes at step {state.global_step}, after the switch at {self.calibration_steps}, with an "
+                "adapter that is still dense: its checkpoint is of a run without this callback. Call "
+                "peft_mora.sparsify(model) and train without the callback, or raise calibration_steps."
+            )
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end could bring back the dense adapter from before the switch. Leave it out, or "
+                "calibrate in a run of its own, call peft_mora.sparsify(model) and train again."
+            )
         if packed and state.global_step < self.calibration_steps:
             raise ValueError(
                 f"Adapter {self.adapter_name!r} is sparse already, so there is nothing to calibrate. Leave `sparsity` "
