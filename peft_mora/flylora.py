@@ -213,7 +213,7 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
         index = (select_by_magnitude if selection == "magnitude" else select_by_sign)(h, offset, k)
         chosen = torch.zeros_like(h).scatter_(-1, index, 1)
         if (counter := self.counting(adapter_name)) is not None:
-            counter.add(chosen != 0)
+            counter.add(chosen)
             if counter.meter.need:
                 counter.add_need(F.normalize(h.detach().float().abs(), p=1, dim=-1))
         update = F.linear(h * chosen, B.to(h.dtype))

@@ -195,7 +195,7 @@ class MoraLinear(RoutedLinear):
         top_k = [*self.mora_frozen_top_k[adapter_name], gate.top_k] if by_task else [gate.top_k]
         weights = [softmax_gate(h, k, gate.temperature, threshold) for h, k in zip(groups, top_k, strict=True)]
         if (counter := self.counting(adapter_name)) is not None:
-            counter.add(torch.cat([w.detach() != 0 for w in weights], dim=-1))
+            counter.add(torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0])
             if counter.meter.need:
                 every = groups[-1].shape[-1]
                 counter.add_need(softmax_gate(groups[-1].detach(), every, gate.temperature))
