@@ -198,6 +198,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
+        self.module_names: dict[str, str] = {}  # this module's name as the adapter's config knows it
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.shares_weight = False  # another module has the very same weight (tied embeddings); known when merging
@@ -253,6 +254,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.r[adapter_name] = r
         self.scaling[adapter_name] = alpha / r
         self.dropout[adapter_name] = config.dropout
+        self.module_names[adapter_name] = module_name
         self.create_weights(adapter_name, config, module_name, twin)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

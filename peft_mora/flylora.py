@@ -51,9 +51,7 @@ class FlyLoraConfig(SeededConfig, RoutedConfig):
         default="magnitude",
         metadata={"help": "Select by |h| + d ('magnitude', the paper) or h + d ('signed', its code)."},
     )
-    balance_rate: float = field(
-        default=1e-3, metadata={"help": "Step of the load-balance offset d, >= 0. Half of a typical |h| is too much."}
-    )
+    balance_rate: float = field(default=1e-3, metadata={"help": "Step of the load-balance offset d, >= 0; 0 is off."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,7 +172,6 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
         r = self.r[adapter_name]
         top_k = module_top_k(config, module_name, r)
         self.flylora_rule[adapter_name] = (config.selection, top_k, config.balance_rate)
-        self.module_names[adapter_name] = module_name
         self.create_projection(adapter_name, config, module_name, twin)
         self.flylora_B[adapter_name] = self.new_linear(r, self.out_features, zero=config.init_weights)
         offset = torch.zeros(r) if twin not in self.flylora_offset else self.flylora_offset[twin].clone()

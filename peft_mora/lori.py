@@ -112,7 +112,6 @@ class LoriLinear(SeededLinear):
         self.lori_frozen_B = BufferDict(persistent=True)
         self.lori_places = BufferDict(persistent=False)  # what the masks say, as int64 places; made when needed
         self.lori_frozen_places = BufferDict(persistent=False)
-        self.module_names: dict[str, str] = {}
         self.register_load_state_dict_post_hook(_forget_old_places)
 
     def size(self, adapter_name: str) -> int:
@@ -120,7 +119,6 @@ class LoriLinear(SeededLinear):
         return self.out_features * self.r[adapter_name]
 
     def create_weights(self, adapter_name: str, config: LoriConfig, module_name: str, twin: str | None) -> None:
-        self.module_names[adapter_name] = module_name
         self.create_projection(adapter_name, config, module_name, twin)
         if config.sparsity is None:
             self.lori_B[adapter_name] = self.new_linear(self.r[adapter_name], self.out_features, config.init_weights)

@@ -144,7 +144,6 @@ class MoraLinear(RoutedLinear):
         top_k = module_top_k(config, module_name, r)
         sizes = config.block_sizes.get(module_name, [r] * len(config.tasks))
         check_field(max(sizes) <= r, f"block_sizes[{module_name!r}]", sizes, f"at most r, here {r}")
-        self.module_names[adapter_name] = module_name
         self.mora_gate[adapter_name] = Gate(config.routing, top_k, config.temperature, config.threshold)
         self.mora_sizes[adapter_name] = list(sizes)
         self.mora_frozen_top_k[adapter_name] = list(

@@ -61,7 +61,6 @@ class RoutedLinear(AdapterLinear):
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
-        self.module_names: dict[str, str] = {}  # as the config's patterns know this module
         self.usage: dict[str, Usage] = {}  # adapter name -> counters; empty unless something counts
 
     def is_routed(self, adapter_name: str) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
+import textwrap
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -126,6 +129,25 @@ def randomize(model: nn.Module, prefixes: tuple[str, ...] = ("mora_", "lori_", "
         if parameter.requires_grad and any(prefix in name for prefix in prefixes):
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def run_two_ranks(body: str, folder) -> None:
+    """Run `body` in two gloo processes of this folder, with `rank`, `torch`, `dist` and the group set up."""
+    program = (
+        f"import sys, torch, torch.distributed as dist\n"
+        f"sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})\n"
+        f"rank = int(sys.argv[1])\n"
+        f"dist.init_process_group('gloo', init_method='file://{folder}/rendezvous', rank=rank, world_size=2)\n"
+        f"{textwrap.dedent(body)}\n"
+        f"dist.destroy_process_group()\n"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program, str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for run in runs:
+        _, error = run.communicate(timeout=120)
+        assert run.returncode == 0, error[-2000:]
 
 
 def gradients(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,13 +1,10 @@
 """What only FLYLORA does: sparse seeded projections, the implicit router, a load-balance offset that moves once."""
 
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
-from conftest import quantized, randomize, tiny_llama
+from conftest import quantized, randomize, run_two_ranks, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -216,27 +213,14 @@ def test_casting_the_model_leaves_the_offset_in_float32(inputs):
 
 def test_the_offset_sums_the_counts_of_all_ranks_under_ddp(tmp_path):
     """Two gloo processes with different data end with one offset: that of both batches together."""
-    program = textwrap.dedent(
-        f"""
-        import sys, torch, torch.distributed as dist
-        sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+    body = f"""
         from test_flylora import flylora, offsets
-        rank = int(sys.argv[1])
-        dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
         model = torch.nn.parallel.DistributedDataParallel(flylora(balance_rate=0.1).train())
         x = torch.randint(4, 24, (2, 8), generator=torch.Generator().manual_seed(rank))
         model(input_ids=x, labels=x).loss.backward()
         torch.save(offsets(model.module), f"{tmp_path}/offsets{{rank}}.pt")
-        dist.destroy_process_group()
         """
-    )
-    runs = [
-        subprocess.Popen([sys.executable, "-c", program, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        _, error = run.communicate(timeout=120)
-        assert run.returncode == 0, error[-2000:]
+    run_two_ranks(body, tmp_path)
     one, two = (torch.load(tmp_path / f"offsets{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     model = flylora(balance_rate=0.1).train()

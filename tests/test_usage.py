@@ -2,13 +2,10 @@
 
 import copy
 import json
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
-from conftest import gradients, randomize, tiny_llama
+from conftest import gradients, randomize, run_two_ranks, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -184,15 +181,10 @@ def test_counting_changes_no_output_no_gradient_and_no_file(kind):
 
 def test_the_counts_of_all_ranks_are_summed_under_ddp(tmp_path):
     """Two gloo processes with different data: both read the counts of both batches together."""
-    program = textwrap.dedent(
-        f"""
-        import sys, torch, torch.distributed as dist
-        sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+    body = f"""
         from test_usage import adapted
         from peft_mora import expert_usage
         from peft_mora.usage import UsageMeter
-        rank = int(sys.argv[1])
-        dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
         model = torch.nn.parallel.DistributedDataParallel(adapted().train())
         meter = UsageMeter(model.module, training_only=True, need=True)
         x = torch.randint(4, 24, (2, 8), generator=torch.Generator().manual_seed(rank))
@@ -200,16 +192,8 @@ def test_the_counts_of_all_ranks_are_summed_under_ddp(tmp_path):
             model(input_ids=x, labels=x).loss.backward()
             meter.sync()
         torch.save((meter.hits, meter.entropy, expert_usage(model.module)), f"{tmp_path}/usage{{rank}}.pt")
-        dist.destroy_process_group()
         """
-    )
-    runs = [
-        subprocess.Popen([sys.executable, "-c", program, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        _, error = run.communicate(timeout=120)
-        assert run.returncode == 0, error[-2000:]
+    run_two_ranks(body, tmp_path)
     one, two = (torch.load(tmp_path / f"usage{rank}.pt") for rank in (0, 1))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     model = adapted().train()
