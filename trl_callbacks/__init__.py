@@ -2,6 +2,7 @@
 
 from .budget import ActivationBudgetCallback
 from .calibration import LoriCalibrationCallback
+from .projection import OrthogonalProjectionCallback
 
 
-__all__ = ["ActivationBudgetCallback", "LoriCalibrationCallback"]
+__all__ = ["ActivationBudgetCallback", "LoriCalibrationCallback", "OrthogonalProjectionCallback"]

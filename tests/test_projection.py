@@ -1,0 +1,457 @@
+"""Orthogonal projection in TRL's own trainer over an NF4 base: what is protected stays, to 1e-5."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import quantized, tiny_llama
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from test_trl import losses, texts
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
+from trl_callbacks import OrthogonalProjectionCallback
+from trl_callbacks.projection import trainable_factors
+from trl_callbacks.subspace import Subspace
+
+
+def sft(model, folder, output, callback=None, data_seed: int = 0, **kwargs) -> SFTTrainer:
+    arguments = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 3e-2,
+        "weight_decay": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "seed": data_seed,
+        **kwargs,
+    }
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(output), **arguments),
+        train_dataset=texts(),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[] if callback is None else [callback] if isinstance(callback, TrainerCallback) else callback,
+    )
+
+
+ROUTINGS = ("task", "bank", "dense")
+
+
+@pytest.fixture(scope="module")
+def first_task(llama_folder, tmp_path_factory):
+    """{kind: folder} of an adapter trained on task one, with its subspace at energy .9."""
+    folders = {}
+    for kind in (*ROUTINGS, "lora"):
+        output = tmp_path_factory.mktemp(f"one-{kind}")
+        torch.manual_seed(0)
+        config = LoraConfig(r=4) if kind == "lora" else MoraConfig(r=4, routing=kind)
+        config.target_modules = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        model = get_peft_model(quantized(llama_folder), config)
+        trainer = sft(model, llama_folder, output, OrthogonalProjectionCallback(energy=0.9))
+        trainer.train()
+        trainer.save_model()
+        folders[kind] = output
+    return folders
+
+
+def second_task(kind, folders, llama_folder):
+    """The model that goes on to task two, with fresh weights in training."""
+    torch.manual_seed(1)
+    if kind != "lora":
+        model = PeftModel.from_pretrained(quantized(llama_folder), folders[kind], is_trainable=True)
+        start_task(model, "two")
+        return model
+    model = PeftModel.from_pretrained(quantized(llama_folder), folders[kind], adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=4, target_modules=model.peft_config["one"].target_modules))
+    model.base_model.set_adapter(["one", "two"])
+    model.set_requires_grad("one", requires_grad=False)
+    return model
+
+
+class Worst(TrainerCallback):
+    """The largest ‖ΔW V‖ / ‖ΔW‖ of any module after any step, from the plain product in float64."""
+
+    def __init__(self, memory):
+        self.subspace = Subspace.load(memory)
+        self.leak, self.moved = 0.0, 0.0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for name, pair in trainable_factors(model, None)[1].items():
+            delta = pair.B.detach().double() @ pair.A.detach().double()
+            V = self.subspace.right[self.subspace.group_of(name)].double()
+            if delta.norm() > 0:
+                self.leak = max(self.leak, (delta @ V).norm().item() / delta.norm().item())
+            self.moved = max(self.moved, delta.norm().item())
+
+
+class GradientOnly(OrthogonalProjectionCallback):
+    def on_optimizer_step(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("kind", [*ROUTINGS, "lora"])
+def test_adamw_steps_stay_out_of_the_protected_span(kind, first_task, llama_folder, tmp_path):
+    memory = first_task[kind] / "subspace"
+    leaks = {}
+    for callback in (OrthogonalProjectionCallback, GradientOnly):
+        worst = Worst(memory)
+        model = second_task(kind, first_task, llama_folder)
+        trainer = sft(model, llama_folder, tmp_path / callback.__name__, [callback(memory), worst])
+        trainer.train()
+        assert worst.moved > 1e-2
+        leaks[callback] = worst.leak
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert leaks[OrthogonalProjectionCallback] <= 1e-5
+    assert leaks[GradientOnly] >= 1e-2
+
+
+@pytest.mark.parametrize("start", ["random", "inputs"])
+def test_full_energy_keeps_the_outputs_on_protected_inputs(start, first_task, llama_folder, tmp_path):
+    """Inputs of a module are stored, protected in full, and give the same outputs after training on task two."""
+    model = second_task("dense", first_task, llama_folder)
+    factors = trainable_factors(model, None)[1]
+    generator = torch.Generator().manual_seed(5)
+    subspace = Subspace.load(first_task["dense"] / "subspace")
+    stored = {}
+    for name, pair in factors.items():
+        group = subspace.group_of(name)
+        if group not in stored:
+            stored[group] = torch.randn(20, pair.A.shape[1], generator=generator)
+            subspace.right[group] = torch.linalg.qr(stored[group].T)[0]
+    subspace.save(tmp_path / "memory")
+    model.eval()
+    before = {name: pair.layer(stored[subspace.group_of(name)]) for name, pair in factors.items()}
+    model.train()
+    callback = OrthogonalProjectionCallback(tmp_path / "memory", energy=1.0, start=start)
+    sft(model, llama_folder, tmp_path / "two", callback).train()
+    model.eval()
+    other = torch.randn(20, 64, generator=generator)
+    for name, pair in trainable_factors(model, None)[1].items():
+        after = pair.layer(stored[subspace.group_of(name)])
+        scale = before[name].norm()
+        assert (after - before[name]).norm() <= 1e-5 * scale, name
+        if pair.A.shape[1] == 64:
+            update = torch.nn.functional.linear(torch.nn.functional.linear(other, pair.A), pair.B)
+            assert update.norm() > 1e-3 * scale  # other inputs do get an update
+
+
+def test_what_task_two_used_is_added_to_the_memory(first_task, llama_folder, tmp_path):
+    memory = first_task["task"] / "subspace"
+    model = second_task("task", first_task, llama_folder)
+    sft(model, llama_folder, tmp_path / "two", OrthogonalProjectionCallback(memory, energy=0.97)).train()
+    one, two = Subspace.load(memory), Subspace.load(tmp_path / "two" / "subspace")
+    assert [task["name"] for task in two.tasks] == ["initial", "two"]
+    assert two.groups == one.groups
+    grown = 0
+    for group, V in two.right.items():
+        k = one.right[group].shape[1]
+        assert torch.equal(V[:, :k], one.right[group])
+        torch.testing.assert_close(V.T @ V, torch.eye(V.shape[1]), atol=1e-5, rtol=0)
+        grown += V.shape[1] - k
+    assert grown > 0
+
+
+def test_metrics_reach_the_trainers_logs(first_task, llama_folder, tmp_path):
+    memory = first_task["task"] / "subspace"
+    model = second_task("task", first_task, llama_folder)
+    trainer = sft(model, llama_folder, tmp_path / "two", OrthogonalProjectionCallback(memory))
+    trainer.train()
+    ranks = [V.shape[1] for V in Subspace.load(memory).right.values()]
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 6
+    for entry in entries:
+        assert entry["protected_rank_mean"] == pytest.approx(sum(ranks) / len(ranks))
+        assert entry["protected_rank_max"] == max(ranks)
+        assert 0 <= entry["leakage"] <= 1e-5
+    removed = [entry["gradient_removed"] for entry in entries[1:]]  # A has no gradient in the first step: B is 0
+    assert all(0 < share <= 1 for share in removed)
+
+
+def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(first_task, llama_folder, tmp_path):
+    memory = first_task["task"] / "subspace"
+
+    def run(output, **kwargs):
+        model = second_task("task", first_task, llama_folder)
+        worst = Worst(memory)
+        callback = OrthogonalProjectionCallback(memory, start="inputs")
+        options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+        return sft(model, llama_folder, output, [callback, worst], **options), worst
+
+    whole, _ = run(tmp_path / "whole")
+    whole.train()
+    resumed, worst = run(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    assert worst.leak <= 1e-5
+    saved = load_file(tmp_path / "whole" / "checkpoint-3" / "adapter_model.safetensors")
+    assert {t.dtype for name, t in saved.items() if "mora_A" in name} == {torch.float32}
+
+
+def test_checkpoint_that_was_trained_without_the_callback_is_refused(first_task, llama_folder, tmp_path):
+    model = second_task("task", first_task, llama_folder)
+    sft(model, llama_folder, tmp_path / "free", save_strategy="steps", save_steps=3).train()
+    model = second_task("task", first_task, llama_folder)
+    callback = OrthogonalProjectionCallback(first_task["task"] / "subspace")
+    trainer = sft(model, llama_folder, tmp_path / "two", callback)
+    with pytest.raises(ValueError, match="trained without this callback"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "free" / "checkpoint-3"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": False}, {"max_grad_norm": 1e-3}, {"optim": "adamw_torch"}]
+)
+def test_guarantee_holds_with(options, first_task, llama_folder, tmp_path):
+    memory = first_task["task"] / "subspace"
+    worst = Worst(memory)
+    model = second_task("task", first_task, llama_folder)
+    sft(model, llama_folder, tmp_path / "two", [OrthogonalProjectionCallback(memory), worst], **options).train()
+    assert worst.moved > 0 and worst.leak <= 1e-5
+
+
+def test_a_skipped_step_moves_nothing_and_leaves_the_metrics_finite(first_task, llama_folder, tmp_path):
+    """What fp16's loss scaling does on overflow: gradients that are not finite, and a step that is left out."""
+
+    class Overflowing(OrthogonalProjectionCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == 2:
+                for pair in trainable_factors(model, None)[1].values():
+                    pair.A.grad.fill_(math.inf)
+                self.before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+                self.step, optimizer.step = optimizer.step, lambda *a, **k: None
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+
+        def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            super().on_optimizer_step(args, state, control, **kwargs)
+            if state.global_step == 2:
+                optimizer.step = self.step
+                after = [p.detach() for p in model.parameters() if p.requires_grad]
+                for old, new in zip(self.before, after, strict=True):
+                    torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
+
+    memory = first_task["task"] / "subspace"
+    worst = Worst(memory)
+    model = second_task("task", first_task, llama_folder)
+    trainer = sft(model, llama_folder, tmp_path / "two", [Overflowing(memory), worst])
+    trainer.train()
+    assert worst.leak <= 1e-5
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert "gradient_removed" not in entries[2]
+    assert all(math.isfinite(entry["gradient_removed"]) for entry in entries[3:])
+
+
+def test_start_from_inputs_sees_more_of_the_new_task(first_task, llama_folder, tmp_path):
+    memory = first_task["task"] / "subspace"
+    seen = {}
+    for start in ("random", "inputs"):
+
+        class Look(TrainerCallback):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                if state.global_step == 0:
+                    self.rows = {n: p.A.detach().clone() for n, p in trainable_factors(model, None)[1].items()}
+
+        look = Look()
+        model = second_task("task", first_task, llama_folder)
+        sft(
+            model,
+            llama_folder,
+            tmp_path / start,
+            [OrthogonalProjectionCallback(memory, start=start), look],
+            max_steps=1,
+        ).train()
+        tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+        layer = model.get_base_model().model.layers[1].mlp.gate_proj
+        inputs: list[torch.Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].detach()))
+        with torch.no_grad():
+            model(**tokenizer(list(texts()["text"]), return_tensors="pt"))
+        handle.remove()
+        A = look.rows["model.layers.1.mlp.gate_proj"]
+        seen[start] = (inputs[0].float() @ A.T).norm().item() / A.norm().item()
+    assert seen["inputs"] > 1.5 * seen["random"]
+
+
+# The other sources
+
+
+def test_base_weights_protect_the_first_task_on_both_sides(llama_folder, tmp_path):
+    model = get_peft_model(quantized(llama_folder), MoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    weight = model.get_base_model().model.layers[0].mlp.down_proj.get_base_weight().double()
+    sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(source="base_weights", max_rank=20)).train()
+    pair = trainable_factors(model, None)[1]["model.layers.0.mlp.down_proj"]
+    delta = pair.B.detach().double() @ pair.A.detach().double()
+    U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+    assert delta.norm() > 1e-3
+    assert (delta @ Vh[:20].T).norm() <= 1e-5 * delta.norm()
+    assert (U[:, :20].T @ delta).norm() <= 1e-5 * delta.norm()
+
+
+def test_base_weights_without_energy_keep_more_where_a_layer_changes_less(llama_folder, tmp_path):
+    base = tiny_llama()
+    base.model.layers[1].mlp.down_proj.weight.data *= 300  # its output is another direction than its input
+    model = get_peft_model(base, MoraConfig(r=4, target_modules=["q_proj"]))
+    callback = OrthogonalProjectionCallback(source="base_weights", energy=None)
+    sft(model, llama_folder, tmp_path, callback, max_steps=1).train()
+    ranks = [V.shape[1] for V in Subspace.load(tmp_path / "subspace").right.values()]
+    assert ranks[0] == round(0.8 * 64)
+    assert round(0.1 * 64) <= ranks[1] < ranks[0]
+
+
+@pytest.mark.parametrize("kind", ["dense", "lora"])
+def test_past_adapters_are_avoided_without_a_memory(kind, first_task, llama_folder, tmp_path):
+    model = second_task(kind, first_task, llama_folder)
+    old = {name: pair.past_A[0].detach().double() for name, pair in trainable_factors(model, None)[1].items()}
+    sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(source="past_adapters")).train()
+    for name, pair in trainable_factors(model, None)[1].items():
+        delta = pair.B.detach().double() @ pair.A.detach().double()
+        assert (delta @ old[name].T).norm() <= 1e-5 * delta.norm() * old[name].norm()
+    assert {V.shape[1] for V in Subspace.load(tmp_path / "subspace").right.values()} == {8}
+
+
+def test_gradients_are_sketched_and_the_sketch_survives_a_resume(llama_folder, tmp_path):
+    def run(output):
+        torch.manual_seed(0)
+        model = get_peft_model(quantized(llama_folder), MoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        callback = OrthogonalProjectionCallback(source="gradients", energy=0.98)
+        return sft(model, llama_folder, output, callback, save_strategy="steps", save_steps=3)
+
+    run(tmp_path / "whole").train()
+    resumed = run(tmp_path / "whole")
+    (tmp_path / "whole" / "subspace").rename(tmp_path / "expected")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    expected, found = Subspace.load(tmp_path / "expected"), Subspace.load(tmp_path / "whole" / "subspace")
+    assert all(V.shape[1] > 0 for V in expected.right.values())
+    for name, V in expected.right.items():
+        torch.testing.assert_close(found.right[name].abs(), V.abs(), atol=1e-4, rtol=1e-3)
+    elsewhere = run(tmp_path / "elsewhere")
+    (tmp_path / "whole" / "checkpoint-3" / "orthogonal_projection.safetensors").unlink()
+    with pytest.raises(ValueError, match="gradients seen before"):
+        elsewhere.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"memory": 3}, "`memory` must be a folder"),
+        ({"source": "weights"}, "`source` must be one of 'inputs', 'gradients', 'base_weights', 'past_adapters'"),
+        ({"energy": 1.5}, "`energy` must be a number in"),
+        ({"max_rank": 0}, "`max_rank` must be an integer >= 1"),
+        ({"calibration_batches": 0}, "`calibration_batches` must be an integer >= 1"),
+        ({"start": "zeros"}, "`start` must be 'random' or 'inputs'"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OrthogonalProjectionCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoriConfig(r=4, target_modules=["q_proj"]),
+        FlyLoraConfig(r=4, top_k=2, target_modules=["q_proj"]),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        LoraConfig(target_modules=["q_proj"], use_dora=True),
+        LoraConfig(target_modules=["q_proj"], lora_bias=True),
+    ],
+    ids=["lori", "flylora", "prompt", "dora", "bias"],
+)
+def test_adapters_that_it_cannot_protect_are_refused_with_what_would_work(config, llama_folder, tmp_path):
+    model = get_peft_model(quantized(llama_folder), config)
+    with pytest.raises(ValueError, match="Use (MoraConfig|LoraConfig)"):
+        sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback()).train()
+
+
+@pytest.mark.parametrize("kind", ["task", "lora"])
+def test_going_on_with_trained_weights_is_refused(kind, first_task, llama_folder, tmp_path):
+    model = PeftModel.from_pretrained(quantized(llama_folder), first_task[kind], is_trainable=True)
+    trainer = sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(first_task[kind] / "subspace"))
+    with pytest.raises(ValueError, match="start_task"):
+        trainer.train()
+
+
+def test_other_trainable_weights_are_refused(first_task, llama_folder, tmp_path):
+    model = second_task("task", first_task, llama_folder)
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    trainer = sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(first_task["task"] / "subspace"))
+    with pytest.raises(ValueError, match="more parameters are trainable"):
+        trainer.train()
+
+
+def test_two_adapters_in_training_are_refused(first_task, llama_folder, tmp_path):
+    model = second_task("lora", first_task, llama_folder)
+    model.set_requires_grad("one", requires_grad=True)
+    with pytest.raises(ValueError, match="Several adapters are in training"):
+        sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(first_task["lora"] / "subspace"))
+
+
+def test_a_memory_of_other_modules_another_source_or_its_own_output_is_refused(first_task, llama_folder, tmp_path):
+    memory = first_task["task"] / "subspace"
+
+    def attempt(model, output, memory=memory, **kwargs):
+        sft(model, llama_folder, output, OrthogonalProjectionCallback(memory, **kwargs)).train()
+
+    fewer = Subspace.load(memory)
+    fewer.groups.pop("model.layers.1.mlp.down_proj")
+    fewer.right.pop("model.layers.1.mlp.down_proj")
+    fewer.save(tmp_path / "fewer")
+    with pytest.raises(ValueError, match=r"no basis for module 'model\.layers\.1\.mlp\.down_proj'"):
+        attempt(second_task("task", first_task, llama_folder), tmp_path, tmp_path / "fewer")
+    with pytest.raises(ValueError, match="source='inputs': go on with that"):
+        attempt(second_task("task", first_task, llama_folder), tmp_path, source="gradients")
+    with pytest.raises(ValueError, match="output_dir of its own"):
+        attempt(second_task("task", first_task, llama_folder), first_task["task"])
+    assert Subspace.load(memory)  # still there
+    text = json.loads((memory / "subspace.json").read_text())
+    text["model"]["weights_sha256"] = "0"
+    other = tmp_path / "other"
+    Subspace.load(memory).save(other)
+    (other / "subspace.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match="another base model"):
+        sft(
+            second_task("task", first_task, llama_folder), llama_folder, tmp_path, OrthogonalProjectionCallback(other)
+        ).train()
+
+
+def test_added_after_the_trainer_was_made_it_says_so(first_task, llama_folder, tmp_path):
+    trainer = sft(second_task("task", first_task, llama_folder), llama_folder, tmp_path)
+    trainer.add_callback(OrthogonalProjectionCallback(first_task["task"] / "subspace"))
+    with pytest.raises(ValueError, match="constructor"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name, match", [("deepspeed", "steps inside backward"), ("fsdp", "in pieces")])
+@pytest.mark.parametrize("by", ["arguments", "accelerate"])
+def test_trainers_that_step_out_of_reach_are_refused(by, name, match, monkeypatch):
+    arguments = SimpleNamespace(deepspeed=None, fsdp=None)
+    if by == "arguments":
+        setattr(arguments, name, "a config")
+    else:
+        monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=match):
+        OrthogonalProjectionCallback().on_init_end(arguments, None, None, model=None)
+
+
+def test_full_bases_are_refused_and_short_ones_warned_of(first_task, llama_folder, tmp_path):
+    subspace = Subspace.load(first_task["task"] / "subspace")
+    for size, name in ((64, "full"), (60, "short")):
+        subspace.right = {g: torch.linalg.qr(torch.randn(len(V), len(V)))[0][:, : size if len(V) == 64 else 4]
+                          for g, V in subspace.right.items()}  # fmt: skip
+        subspace.save(tmp_path / name)
+    model = second_task("task", first_task, llama_folder)
+    with pytest.raises(ValueError, match="fill all 64 dimensions"):
+        sft(model, llama_folder, tmp_path / "a", OrthogonalProjectionCallback(tmp_path / "full")).train()
+    model = second_task("task", first_task, llama_folder)
+    with pytest.warns(UserWarning, match="less than 10% of their dimensions left to this task"):
+        sft(model, llama_folder, tmp_path / "b", OrthogonalProjectionCallback(tmp_path / "short"), max_steps=1).train()

@@ -1,0 +1,503 @@
+"""Training task t leaves what the tasks before it taught alone: A moves only where their inputs are not.
+
+A fresh adapter has ΔW = s·B·A with B = 0. Whatever B becomes, ΔW V = s·B·(A V) is 0 as long as A·V = 0, for the
+orthonormal V (I, k) of directions to protect. So A starts in the complement of V, and every *realised* step is
+projected
+    A <- A - (A V) Vᵀ                       after optimizer.step
+since Adam's rescaling, its momentum and weight decay carry A out of the complement even when every gradient was
+projected. The gradient is projected as well, before the step, which keeps the moments clean.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_mora import use_exact_4bit_kernels
+from peft_mora.base import check_field, is_int, is_number
+from peft_mora.mora import MoraLinear
+
+from .logs import add_to_logs, ahead_of_reporters
+from .sources import SOURCES, Factors, Run
+from .subspace import Subspace, fingerprint, input_statistics, leakage, project_out, start_rows
+
+
+Start = Literal["random", "inputs"]
+CHECKPOINT_FILE = "orthogonal_projection.safetensors"
+SHORT = 0.1  # less than this share of a module's input space left: say so
+
+
+class OrthogonalProjectionCallback(TrainerCallback):
+    """Keep what earlier tasks taught: train a fresh adapter only in directions that their inputs do not use.
+
+    Works for MORA (any routing) after `start_task`, and for a fresh PEFT LoRA adapter beside frozen older ones. At the
+    end of training `<output_dir>/subspace` holds what all tasks so far need; give it to the next task's callback.
+
+    The guarantee is about weights: ‖ΔW V‖ / ‖ΔW‖ <= 1e-5 for the float32 weights of the new experts, in every module,
+    after every step, whatever the optimizer. What the bases do not hold (1 - energy of the inputs) is not protected,
+    and routing "bank" chooses among old and new experts together, which no projection keeps as it was.
+
+    Pass it to the trainer's constructor: it puts the adapter's trainable weights back to float32, which TRL has cast
+    to bfloat16 on a quantised base, before the optimizer is made (in bfloat16, A·V could only be 0 to about 1e-3).
+
+    Args:
+        memory: the folder that an earlier task's training wrote, or None for the first task.
+        source: how directions are found: "inputs", "gradients", "base_weights" or "past_adapters".
+        energy: share of the inputs' (gradients', weight's) squared norm that the bases hold, in (0, 1]. None: all, up
+            to max_rank; for "base_weights" a share that depends on the layer.
+        max_rank: most protected directions a module, all tasks together; None for no limit.
+        calibration_batches: batches of the training data to find the directions with, on each process.
+        start: where A's rows start inside the complement: "random", or "inputs", along the strongest directions of
+            the new task's inputs there (InfLoRA).
+        adapter_name: which adapter; None is the one in training.
+
+    Raises:
+        ValueError: on construction for a wrong argument; at the start of training for an adapter or a trainer that it
+            cannot protect, or a memory of another model. The message says what would work.
+
+    Example:
+        >>> start_task(model, "task2")
+        >>> callback = OrthogonalProjectionCallback("out/task1/subspace")
+        >>> SFTTrainer(model, args=args, train_dataset=train_dataset, callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        memory: str | Path | None = None,
+        *,
+        source: str = "inputs",
+        energy: float | None = 0.95,
+        max_rank: int | None = None,
+        calibration_batches: int = 8,
+        start: Start = "random",
+        adapter_name: str | None = None,
+    ) -> None:
+        check_field(memory is None or isinstance(memory, (str, Path)), "memory", memory, "a folder or None")
+        check_field(source in SOURCES, "source", source, "one of " + ", ".join(map(repr, SOURCES)))
+        check_field(
+            energy is None or (is_number(energy) and 0 < energy <= 1), "energy", energy, "a number in (0, 1], or None"
+        )
+        check_field(
+            max_rank is None or (is_int(max_rank) and max_rank >= 1), "max_rank", max_rank, "an integer >= 1, or None"
+        )
+        check_field(
+            is_int(calibration_batches) and calibration_batches >= 1,
+            "calibration_batches",
+            calibration_batches,
+            "an integer >= 1",
+        )
+        check_field(start in get_args(Start), "start", start, "'random' or 'inputs'")
+        self.memory = Path(memory) if memory is not None else None
+        self.calibration_batches, self.start, self.adapter_name = calibration_batches, start, adapter_name
+        self.source = SOURCES[source](energy, max_rank)
+        self._constrains = self.memory is not None or self.source.protects_from_start
+        self._run: Run | None = None
+        self._groups: list[tuple[Tensor, list[nn.Parameter], bool]] = []  # basis, its parameters, whether of columns
+
+    # The trainer's events
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        _refuse_trainer(args)
+        _, factors = trainable_factors(model, self.adapter_name)
+        if self._constrains:
+            for pair in factors.values():
+                for parameter in (pair.A, pair.B):
+                    parameter.data = parameter.data.float()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_trainer(args)
+        adapter_name, factors = trainable_factors(model, self.adapter_name)
+        output = Path(args.output_dir) / "subspace"
+        if self.memory is not None and self.memory.resolve() == output.resolve():
+            raise ValueError(
+                f"`memory` is {self.memory}, where this run will write its own subspace: an interrupted run would "
+                "lose it. Give each task an output_dir of its own."
+            )
+        use_exact_4bit_kernels(model)  # forwards in eval mode follow, which would repack 4-bit weights on a CPU
+        batches = _batches(train_dataloader, args, self.calibration_batches)
+        run = Run(model, adapter_name, factors, batches)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.memory is not None:
+            subspace = Subspace.load(self.memory)
+            subspace.check_model(fingerprint(base), self.memory)
+            _check_memory(subspace, self.source.name, factors, self.memory)
+        else:
+            subspace = Subspace(self.source.name, fingerprint(base))
+        resumed = state.global_step > 0
+        if resumed:
+            path = _checkpoint_file(args, state)
+            if path is not None:
+                self.source.load(path)
+            elif self.source.name == "gradients":
+                raise ValueError(
+                    f"The run resumes at step {state.global_step}, but {CHECKPOINT_FILE} with the gradients seen "
+                    f"before is not in {Path(args.output_dir) / f'checkpoint-{state.global_step}'}. Resume from a "
+                    "checkpoint in output_dir that was trained with this callback."
+                )
+        self.source.at_begin(run, subspace)
+        self._subspace, self._run = subspace, run
+        self._groups = list(_constraints(subspace, factors))
+        if self._groups:
+            _check_protectable(model, factors, self._groups, resumed)
+            if not resumed:
+                self._place(run)
+            _report_room(subspace, "left to this task")
+        self._removed = self._total = torch.zeros((), device=next(iter(factors.values())).A.device)
+        ahead_of_reporters(self)
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._run is not None
+        for V, parameters, columns in self._groups:
+            grads = [p.grad for p in parameters if p.grad is not None]
+            if not grads:
+                continue
+            before, after = _project(grads, V, columns)
+            total = before.square().sum()
+            self._total = self._total + total.to(self._total.device)
+            self._removed = self._removed + (total - after.square().sum()).to(self._total.device)
+        self.source.at_step(self._run)
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A step that was skipped (fp16 overflow) has moved nothing, and projecting twice is projecting once.
+        for V, parameters, columns in self._groups:
+            _project([p.data for p in parameters], V, columns)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._run is None or not self._groups or logs is None or "loss" not in logs:
+            return
+        ranks = [V.shape[1] for V in self._subspace.right.values()]
+        metrics = {
+            "protected_rank_mean": sum(ranks) / len(ranks),
+            "protected_rank_max": float(max(ranks)),
+            "leakage": self.leakage(),
+        }
+        removed, total = float(self._removed), float(self._total)
+        if math.isfinite(total) and total > 0:  # a skipped fp16 step has gradients that are not finite
+            metrics["gradient_removed"] = math.sqrt(max(0.0, removed) / total)
+        self._removed, self._total = torch.zeros_like(self._removed), torch.zeros_like(self._total)
+        add_to_logs(metrics, logs, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                self.source.save(folder / CHECKPOINT_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        self._groups = []
+        subspace = self._subspace
+        self.source.at_end(run, subspace)
+        config = model.peft_config[run.adapter_name]
+        name = config.tasks[-1] if hasattr(config, "tasks") else run.adapter_name
+        subspace.tasks.append({"name": name, "energy": self.source.energy, "max_rank": self.source.max_rank})
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / "subspace"
+            subspace.save(folder)
+            ranks = [V.shape[1] for V in subspace.right.values()]
+            mean = sum(ranks) / max(1, len(ranks))
+            print(
+                f"subspace of {len(subspace.tasks)} task(s) written to {folder}: {mean:.0f} protected directions a "
+                f"module, at most {max(ranks, default=0)}"
+            )
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+        _report_room(subspace, "left to the next task")
+
+    def leakage(self) -> float:
+        """‖ΔW V‖ / ‖ΔW‖ over all constrained modules together, 0..1; 0 while ΔW is 0. Only while training."""
+        assert self._run is not None
+        inside, whole = 0.0, 0.0
+        for name, pair in self._run.factors.items():
+            A, B = pair.A.detach(), pair.B.detach().to(pair.A.dtype)
+            group = self._subspace.group_of(name)
+            parts = [(A, B, self._subspace.right[group])] if group is not None else []
+            if name in self._subspace.left:
+                parts.append((B.T, A.T, self._subspace.left[name]))
+            found = [leakage(a, b, V.to(a)) for a, b, V in parts]
+            inside += max((float(protected) for protected, _ in found), default=0.0)
+            whole += float(found[0][1]) if found else 0.0
+        return math.sqrt(inside / whole) if whole > 0 else 0.0
+
+    @torch.no_grad()
+    def _place(self, run: Run) -> None:
+        """Start A inside the complement, with the row norms that it was initialised with."""
+        found = None
+        if self.start == "inputs":
+            found = input_statistics(run.model, {n: pair.layer for n, pair in run.factors.items()}, run.batches())
+        for name, pair in run.factors.items():
+            A = pair.A.data
+            V = self._subspace.right[self._subspace.group_of(name) or name].to(A)
+            norms = A.norm(dim=1, keepdim=True)
+            rows = project_out(project_out(A, V), V)
+            if found is not None:
+                group = next(group for group, modules in found.groups.items() if name in modules)
+                lead = start_rows(found.covariance[group].to(A), V, len(A))
+                rows[: len(lead)] = lead
+            rows = rows * (norms / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
+            A.copy_(project_out(rows, V))
+
+
+def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[str, Factors]]:
+    """The adapter in training and, by module name in the base model, its A and B.
+
+    Raises:
+        ValueError: none or several adapters are in training, or one whose new update cannot be kept from old inputs.
+    """
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    training = sorted({adapter for layer in layers.values() for adapter in _training(layer)})
+    if adapter_name is None and len(training) > 1:
+        raise ValueError(
+            f"Several adapters are in training ({', '.join(map(repr, training))}), of which one alone can be kept "
+            "from the directions of earlier tasks. Freeze the others: model.set_requires_grad(NAME, "
+            "requires_grad=False)."
+        )
+    name = adapter_name if adapter_name is not None else next(iter(training), None)
+    if name is None or name not in training:
+        kinds = {
+            n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in getattr(model, "peft_config", {}).items()
+        }
+        shown = ", ".join(f"{n!r} ({kind})" for n, kind in kinds.items()) or "none"
+        raise ValueError(
+            f"OrthogonalProjectionCallback needs {'an adapter' if name is None else f'adapter {name!r}'} in training "
+            f"whose A it can keep from old inputs; the model's adapters are: {shown}. Use MoraConfig (and start_task "
+            "for each further task), or a fresh LoraConfig adapter for each task. LORI and FLYLORA have a frozen "
+            "projection that reads every input, and prompts change the inputs of all layers."
+        )
+    if isinstance(config := model.peft_config[name], LoraConfig):
+        _check_plain_lora(config, name)
+    found = {}
+    for module_name, layer in layers.items():
+        if name not in _training(layer):
+            continue
+        if isinstance(layer, MoraLinear):
+            A, B = layer.mora_A[name].weight, layer.mora_B[name].weight
+            past = [layer.mora_bank_A[name]] if name in layer.mora_bank_A else []
+        else:
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            past = [layer.lora_A[n].weight for n in layer.active_adapters if n != name and n in layer.lora_A]
+        found[module_name] = Factors(A, B, tuple(past), layer)
+    return name, found
+
+
+def _training(layer: BaseTunerLayer) -> set[str]:
+    """The adapters of a MORA or LoRA layer whose A or B is trainable."""
+    if isinstance(layer, MoraLinear):
+        pairs = [layer.mora_A, layer.mora_B]
+    elif isinstance(layer, LoraLayer):
+        pairs = [layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B]
+    else:
+        return set()
+    found = set()
+    for entries in pairs:
+        for name, entry in entries.items():
+            parameters = [entry] if isinstance(entry, nn.Parameter) else list(entry.parameters())
+            found |= {name} if any(p.requires_grad for p in parameters) else set()
+    return found
+
+
+def _check_plain_lora(config: LoraConfig, name: str) -> None:
+    for option, what in (("use_dora", "rescales the base's own weight"), ("lora_bias", "adds a bias to every output")):
+        if getattr(config, option, False):
+            raise ValueError(
+                f"Adapter {name!r} has {option}=True, which {what}, for old inputs too. Use LoraConfig without it."
+            )
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(f"Adapter {name!r} trains biases (bias={config.bias!r}): use bias='none'.")
+
+
+def _check_memory(subspace: Subspace, source: str, factors: Mapping[str, Factors], folder: Path) -> None:
+    if subspace.source != source:
+        raise ValueError(
+            f"The subspace in {folder} was found by source={subspace.source!r}: go on with that, not {source!r}."
+        )
+    for name, pair in factors.items():
+        group = subspace.group_of(name)
+        if group is None:
+            raise ValueError(
+                f"The subspace in {folder} has no basis for module {name!r}, which earlier tasks did not adapt: what "
+                "they need of it is not known. Give this adapter the same target_modules as theirs."
+            )
+        if subspace.right[group].shape[0] != pair.A.shape[1]:
+            raise ValueError(
+                f"The subspace in {folder} has directions of {subspace.right[group].shape[0]} dimensions for module "
+                f"{name!r}, whose input has {pair.A.shape[1]}. It is of another model."
+            )
+
+
+def _constraints(
+    subspace: Subspace, factors: Mapping[str, Factors]
+) -> Iterator[tuple[Tensor, list[nn.Parameter], bool]]:
+    """(basis on the parameters' device, parameters that it constrains, whether their columns): modules that share an
+    input are projected by one product."""
+    shared: dict[tuple[str, torch.device], list[nn.Parameter]] = {}
+    for name, pair in factors.items():
+        group = subspace.group_of(name)
+        if group is not None:
+            shared.setdefault((group, pair.A.device), []).append(pair.A)
+    for (group, device), parameters in shared.items():
+        if subspace.right[group].shape[1]:
+            yield subspace.right[group].to(device, torch.float32), parameters, False
+    for name, U in subspace.left.items():
+        if name in factors:
+            yield U.to(factors[name].B.device, torch.float32), [factors[name].B], True
+
+
+def _project(tensors: Sequence[Tensor], V: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
+    """Project the rows (or columns) of all tensors in place; returns them stacked, (n, I), before and after."""
+    views = [t.T if columns else t for t in tensors]
+    before = torch.cat(views) if len(views) > 1 else views[0].clone()
+    after = project_out(before, V)
+    for view, rows in zip(views, after.split([len(v) for v in views]), strict=True):
+        view.copy_(rows)
+    return before, after
+
+
+def _check_protectable(
+    model: nn.Module, factors: Mapping[str, Factors], groups: Sequence[tuple[Tensor, Any, bool]], resumed: bool
+) -> None:
+    full = next((V for V, _, _ in groups if V.shape[1] >= V.shape[0]), None)
+    if full is not None:
+        raise ValueError(
+            f"The protected directions fill all {full.shape[0]} dimensions of a module's input: nothing could be "
+            "learned there. Learn the earlier tasks with a lower energy or with max_rank."
+        )
+    own = {id(p) for pair in factors.values() for p in (pair.A, pair.B)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
+        raise ValueError(
+            f"{len(others)} more parameters are trainable, e.g. {others[0]!r}, and change the model for old inputs. "
+            "Leave out modules_to_save and trainable_token_indices, and freeze earlier adapters."
+        )
+    for name, pair in factors.items():
+        if pair.A.dtype != torch.float32:
+            raise ValueError(
+                f"A of module {name!r} is in {pair.A.dtype}, in which it cannot be kept orthogonal. Pass the callback "
+                "to the trainer's constructor (callbacks=[...]), where it restores float32 before the optimizer is "
+                "made; add_callback comes too late."
+            )
+        if not resumed and bool(pair.B.detach().any()):
+            raise ValueError(
+                f"The adapter has been trained already (B of module {name!r} is not 0): while its B is trainable, no "
+                "constraint on A keeps what it does now. Freeze it and train fresh weights: with MORA "
+                "start_task(model, NAME); with LoRA model.add_adapter(NAME, config), "
+                "model.base_model.set_adapter([OLD, NAME]), model.set_requires_grad(OLD, requires_grad=False)."
+            )
+    if resumed:
+        for V, parameters, columns in groups:
+            for p in parameters:
+                rows = p.detach().T if columns else p.detach()
+                if float((rows @ V).norm()) > 1e-3 * max(float(rows.norm()), torch.finfo(rows.dtype).tiny):
+                    raise ValueError(
+                        "The checkpoint's A is not in the complement of the protected directions: it was trained "
+                        "without this callback, or with another memory. Resume with the callback that the run began "
+                        "with."
+                    )
+
+
+def _report_room(subspace: Subspace, when: str) -> None:
+    left = {group: 1 - V.shape[1] / V.shape[0] for group, V in subspace.right.items()}
+    short = {group: share for group, share in left.items() if share < SHORT}
+    if short:
+        least = min(short, key=lambda group: short[group])
+        warnings.warn(
+            f"{len(short)} of {len(left)} module inputs have less than {SHORT:.0%} of their dimensions {when}, least "
+            f"{least!r} with {short[least]:.1%}. It may not learn well: use a lower energy or max_rank for the next "
+            "run of an earlier task, fewer target_modules, or a larger base model.",
+            stacklevel=2,
+        )
+
+
+def _refuse_trainer(args: TrainingArguments) -> None:
+    def used(name: str) -> bool:
+        return bool(getattr(args, name, None)) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "") in ("true", "1")
+
+    if used("deepspeed"):
+        raise ValueError(
+            "DeepSpeed steps inside backward, before a callback can project the gradient or the step. Use DDP or one "
+            "GPU, or LoriConfig, whose frozen projection needs no callback."
+        )
+    if used("fsdp"):
+        raise ValueError(
+            "FSDP holds A in pieces, which cannot be projected one by one. Use DDP or one GPU: the trainable part is "
+            "small and the 4-bit base is not sharded anyway."
+        )
+
+
+def _batches(loader: DataLoader, args: TrainingArguments, count: int) -> Callable[[], list[dict[str, Any]]]:
+    """A function that returns the same `count` batches at each call, and leaves the trainer's own order alone."""
+    kept: list[dict[str, Any]] = []
+
+    def batches() -> list[dict[str, Any]]:
+        if kept:
+            return kept
+        rank = args.process_index
+        options: dict[str, Any] = {"batch_size": args.per_device_train_batch_size, "collate_fn": loader.collate_fn}
+        skipped = 0
+        if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+            skipped = rank * count
+        else:
+            generator = torch.Generator().manual_seed(args.seed + rank)
+            options["sampler"] = RandomSampler(loader.dataset, generator=generator)
+        for batch in islice(DataLoader(loader.dataset, **options), skipped, skipped + count):
+            if not isinstance(batch, Mapping) or "input_ids" not in batch:
+                raise ValueError(
+                    "The trainer's batches have no input_ids (GRPO and the like make them from prompts), so the "
+                    "inputs of this task cannot be seen in advance. Use source='past_adapters' or 'gradients'."
+                )
+            kept.append(dict(batch))
+        if not kept:
+            raise ValueError("The training data gave no batch to find directions with.")
+        return kept
+
+    return batches
+
+
+def _checkpoint_file(args: TrainingArguments, state: TrainerState) -> Path | None:
+    folders = [args.resume_from_checkpoint, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+    files = [Path(folder) / CHECKPOINT_FILE for folder in folders if isinstance(folder, (str, Path))]
+    return next((path for path in files if path.is_file()), None)

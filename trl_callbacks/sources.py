@@ -1,0 +1,196 @@
+"""Four answers to one question: which directions must the next task leave alone?
+
+    inputs         what went into each module on this task (GPM, arXiv 2103.09762; InfLoRA, arXiv 2404.00228)
+    gradients      where this task's gradients pointed (CoSO, arXiv 2505.11816)
+    base_weights   what the base's own weights respond to and write to (OSFT, arXiv 2504.07097; OPLoRA, 2510.13003)
+    past_adapters  the row space of the earlier adapters' A (O-LoRA, arXiv 2310.14152)
+
+A source says what is protected from the first step on (`at_begin`, on top of the memory of earlier tasks), may look at
+the gradients (`at_step`), and says what this task adds for the next (`at_end`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .subspace import (
+    InputStatistics,
+    Subspace,
+    input_statistics,
+    layer_similarity,
+    leading_directions,
+    orthonormal,
+    shrink_sketch,
+)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One adapted module: its trainable A (r, I) and B (O, r), the frozen A's before them, and the layer."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    past_A: tuple[Tensor, ...]
+    layer: Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a source may look at."""
+
+    model: nn.Module
+    adapter_name: str
+    factors: Mapping[str, Factors]  # module name -> its factors
+    batches: Callable[[], Sequence[Mapping[str, Any]]]  # a few of this task's batches, the same at each call
+
+
+class Source:
+    """What to protect. `energy` and `max_rank` as in `leading_directions`."""
+
+    name: ClassVar[str]
+    protects_from_start: ClassVar[bool] = False  # whether the first task is constrained as well
+
+    def __init__(self, energy: float | None, max_rank: int | None) -> None:
+        self.energy, self.max_rank = energy, max_rank
+
+    def at_begin(self, run: Run, subspace: Subspace) -> None:
+        """Add to `subspace` what this run must leave alone from its first step on."""
+
+    def at_step(self, run: Run) -> None:
+        """See A's gradients, as the optimizer is about to get them."""
+
+    def at_end(self, run: Run, subspace: Subspace) -> None:
+        """Add to `subspace` what the tasks after this one must leave alone."""
+
+    def save(self, path: Path) -> None:
+        """Keep in a checkpoint what `at_step` has gathered."""
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` kept."""
+
+
+def append(subspace: Subspace, group: str, modules: Sequence[str], new: Tensor) -> None:
+    """Put orthonormal columns `new` (I, k), orthogonal to what is held, behind those of the group."""
+    held = subspace.right.get(group)
+    new = new.float().cpu()
+    subspace.groups[group] = tuple(modules)
+    subspace.right[group] = new if held is None else torch.cat([held, new], dim=1)
+
+
+class Inputs(Source):
+    """The leading directions of Σ x xᵀ over this task's training inputs, at the end of it."""
+
+    name = "inputs"
+
+    def at_end(self, run: Run, subspace: Subspace) -> None:
+        layers = {name: factors.layer for name, factors in run.factors.items()}
+        found: InputStatistics = input_statistics(run.model, layers, run.batches())
+        for group, covariance in found.covariance.items():
+            modules = found.groups[group]
+            place = subspace.group_of(modules[0]) or group
+            new = leading_directions(covariance, self.energy, self.max_rank, subspace.right.get(place))
+            append(subspace, place, subspace.groups.get(place, modules), new)
+
+
+class Gradients(Source):
+    """The leading right singular directions of all of A's gradients, by a Frequent Directions sketch of 2·r rows."""
+
+    name = "gradients"
+
+    def __init__(self, energy: float | None, max_rank: int | None) -> None:
+        super().__init__(energy, max_rank)
+        self.sketches: dict[str, Tensor] = {}
+
+    def at_step(self, run: Run) -> None:
+        for name, factors in run.factors.items():
+            grad = factors.A.grad
+            if grad is None:
+                continue
+            rows = torch.cat([self.sketches[name], grad.float()]) if name in self.sketches else grad.float()
+            # Shrunk only when twice as long, so that the decomposition is not paid at each step.
+            size = max(64, 2 * len(grad))
+            self.sketches[name] = rows.clone() if len(rows) < 2 * size else shrink_sketch(rows, size)
+
+    def at_end(self, run: Run, subspace: Subspace) -> None:
+        for name, rows in self.sketches.items():
+            new = leading_directions(rows.T @ rows, self.energy, self.max_rank, subspace.right.get(name))
+            append(subspace, name, [name], new)
+
+    def save(self, path: Path) -> None:
+        save_file({name: rows.cpu().contiguous() for name, rows in self.sketches.items()}, path)
+
+    def load(self, path: Path) -> None:
+        self.sketches = load_file(path)
+
+
+class BaseWeights(Source):
+    """Top singular directions of each frozen weight: right ones for A, left ones for B.
+
+    With `energy`, so many that they hold that share of ‖W‖². With energy=None, OSFT's rule by layer: a share
+    `0.1 + importance · 0.7` of the directions, at most 0.8, where importance is the mean cosine between a decoder
+    layer's input and output, over its mean of all layers. (OSFT's cosine is between a weight's input and output, which
+    only a square weight has.)
+    """
+
+    name = "base_weights"
+    protects_from_start = True
+    min_keep, max_keep = 0.1, 0.8
+
+    def at_begin(self, run: Run, subspace: Subspace) -> None:
+        if subspace.right:
+            return  # the memory has them
+        keep = self._shares(run) if self.energy is None else {}
+        for name, factors in run.factors.items():
+            weight = factors.layer.get_base_weight().float()
+            if isinstance(factors.layer.get_base_layer(), Conv1D):
+                weight = weight.T
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+            if self.energy is None:
+                k = round(keep[name] * len(S))
+            else:
+                share = S.square().cumsum(0) / S.square().sum()
+                k = int((share < self.energy).sum()) + 1
+            k = min(k, len(S), self.max_rank or len(S))
+            append(subspace, name, [name], Vh[:k].T)
+            subspace.left[name] = U[:, :k].cpu().contiguous()
+
+    def _shares(self, run: Run) -> dict[str, float]:
+        layer_of = {name: found[1] if (found := re.match(r"(.*\.\d+)\.", name)) else "" for name in run.factors}
+        modules = {n.removeprefix("base_model.model."): module for n, module in run.model.named_modules()}
+        layers = {name: modules[name] for name in set(layer_of.values()) if name}
+        similarity = layer_similarity(run.model, layers, run.batches()) if layers else {}
+        mean = sum(similarity.values()) / max(1, len(similarity))
+        importance = {name: similarity[layer] / mean if layer else 1.0 for name, layer in layer_of.items()}
+        span = self.max_keep - self.min_keep
+        return {n: min(self.max_keep, max(self.min_keep, self.min_keep + i * span)) for n, i in importance.items()}
+
+
+class PastAdapters(Source):
+    """The rows of every earlier adapter's A (MORA: of the frozen experts'), whatever `energy` says."""
+
+    name = "past_adapters"
+    protects_from_start = True
+
+    def at_begin(self, run: Run, subspace: Subspace) -> None:
+        for name, factors in run.factors.items():
+            self._add(subspace, name, [A.detach().float().cpu() for A in factors.past_A])
+
+    def at_end(self, run: Run, subspace: Subspace) -> None:
+        for name, factors in run.factors.items():
+            self._add(subspace, name, [factors.A.detach().float().cpu()])
+
+    def _add(self, subspace: Subspace, name: str, rows: list[Tensor]) -> None:
+        if rows:
+            append(subspace, name, [name], orthonormal(torch.cat(rows).T, subspace.right.get(name)))
+
+
+SOURCES: dict[str, type[Source]] = {source.name: source for source in (Inputs, Gradients, BaseWeights, PastAdapters)}

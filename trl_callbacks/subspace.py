@@ -1,0 +1,452 @@
+"""Directions of each module's input that later training must leave alone: find, grow, apply, save, load.
+
+    V (I, k)  orthonormal columns, float32: what is protected of an input space of I dimensions
+    A (r, I)  the down-projection of a fresh adapter; with A·V = 0 its ΔW = s·B·A gives 0 for every input in span V
+
+Pure functions first: tensors in, tensors out. No trainer in this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+# Linear algebra
+
+
+def project_out(rows: Tensor, V: Tensor) -> Tensor:
+    """The part of each row that is orthogonal to span V: `rows - (rows V) Vᵀ`.
+
+    Args:
+        rows: (..., I), any float dtype.
+        V: (I, k) orthonormal columns, in the same dtype.
+
+    Returns:
+        (..., I) in the same dtype.
+    """
+    return rows - (rows @ V) @ V.T
+
+
+def leading_directions(
+    covariance: Tensor, energy: float | None = None, max_rank: int | None = None, held: Tensor | None = None
+) -> Tensor:
+    """The fewest new directions that, with those held already, keep an energy share of the inputs (GPM, eq. 5 and 9).
+
+    With `C = Σ x xᵀ`, held basis V and the eigenvalues λ of `(I - V Vᵀ) C (I - V Vᵀ)` in falling order, the smallest k
+    with `tr(Vᵀ C V) + Σ_{i<=k} λ_i >= energy · tr(C)`.
+
+    Args:
+        covariance: (I, I) symmetric, float32 or float64: the sum of x xᵀ, not centred.
+        energy: share to keep, in (0, 1]. None keeps all that is there, up to `max_rank`.
+        max_rank: most directions that held and new ones may be together; None for no limit.
+        held: (I, k0) orthonormal columns, or None.
+
+    Returns:
+        (I, k) orthonormal columns, orthogonal to `held`, strongest first, in the covariance's dtype. k may be 0.
+    """
+    size = covariance.shape[0]
+    held = covariance.new_zeros(size, 0) if held is None else held.to(covariance)
+    total = covariance.diagonal().sum()
+    inside = ((held.T @ covariance) * held.T).sum()
+    rest = project_out(project_out(covariance, held).T, held)
+    values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    # Below the rounding of the largest eigenvalue there is noise and the null space of what is held.
+    noise = total * size * torch.finfo(covariance.dtype).eps
+    most = min(int((values > noise).sum()), size - held.shape[1])
+    if energy is not None:
+        reached = (inside + values.cumsum(0)) >= energy * total - noise
+        most = min(most, 0 if inside >= energy * total - noise else int(reached.int().argmax()) + 1)
+    if max_rank is not None:
+        most = min(most, max(0, max_rank - held.shape[1]))
+    return orthonormal(vectors[:, :most], held)
+
+
+def orthonormal(vectors: Tensor, held: Tensor | None = None) -> Tensor:
+    """An orthonormal basis of what `vectors` (I, n) span beyond `held` (I, k0): (I, k), k <= n, same dtype.
+
+    Directions below 1e-4 of the longest vector are dropped: they are what rounding has left of `held`.
+    """
+    if vectors.shape[1] == 0:
+        return vectors
+    smallest = 1e-4 * vectors.norm(dim=0).max()
+    if held is not None:
+        vectors = project_out(project_out(vectors.T, held), held).T  # twice: once leaves a rounding's worth behind
+    U, S, _ = torch.linalg.svd(vectors, full_matrices=False)
+    return U[:, S.gt(smallest)]
+
+
+def leakage(A: Tensor, B: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """‖ΔW V‖² and ‖ΔW‖² (Frobenius) of ΔW = B·A, without forming ΔW: `‖B M‖² = tr(Mᵀ (Bᵀ B) M)`.
+
+    Args:
+        A: (r, I). B: (O, r). V: (I, k). One float dtype.
+
+    Returns:
+        Two scalars; the square root of their ratio is the leakage, 0..1.
+    """
+    gram = B.T @ B  # (r, r)
+    protected = A @ V
+    return ((gram @ protected) * protected).sum().clamp_min(0), ((gram @ A) * A).sum().clamp_min(0)
+
+
+def shrink_sketch(rows: Tensor, size: int) -> Tensor:
+    """Frequent Directions (Liberty 2013; CoSO, arXiv 2505.11816): n rows to `size` rows that keep rowsᵀrows nearly.
+
+    With singular values σ, every σ_i becomes √(σ_i² - σ_{size+1}²). `0 ⪯ rowsᵀrows - resultᵀresult ⪯ σ_{size+1}² I`.
+
+    Args:
+        rows: (n, I) float.
+        size: rows to keep, >= 1.
+
+    Returns:
+        (min(n, size), I) in the same dtype.
+    """
+    if len(rows) <= size:
+        return rows
+    _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
+    cut = S[size] if size < len(S) else S.new_zeros(())
+    return (S[:size].square() - cut.square()).clamp_min(0).sqrt()[:, None] * Vh[:size]
+
+
+def start_rows(covariance: Tensor, V: Tensor, rows: int) -> Tensor:
+    """The `rows` strongest directions of new inputs inside the complement of V (InfLoRA, arXiv 2404.00228, eq. 8).
+
+    Args:
+        covariance: (I, I) Σ x xᵀ of the new task's inputs. V: (I, k). The same float dtype.
+
+    Returns:
+        (n, I) orthonormal rows, n <= rows; fewer where the new inputs have fewer directions outside of V.
+    """
+    return leading_directions(covariance, None, V.shape[1] + rows, held=V).T
+
+
+# Inputs of modules
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Σ x xᵀ of each distinct input, float32 on the model's device, and the modules that share it."""
+
+    covariance: dict[str, Tensor]  # group -> (I, I); a group is named after the first module called with it
+    groups: dict[str, tuple[str, ...]]
+
+
+@torch.no_grad()
+def input_statistics(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Mapping[str, Any]],
+    budget_gib: float = 4.0,
+) -> InputStatistics:
+    """Stream batches through the model and add up Σ x xᵀ of what goes into each module, over real tokens.
+
+    Modules that are called with the very same tensor (q/k/v; gate/up) share one matrix. Each matrix takes 4·I² bytes
+    and all of them at once would not fit beside a large model, so the batches go through the model as often as
+    `budget_gib` asks for. Nothing but the matrices is kept.
+
+    Args:
+        model: any model; it is in eval mode during the call, and as before after it.
+        modules: name -> module whose first argument is the input (..., I).
+        batches: keyword arguments of the model's forward; labels are left out. `attention_mask` (B, S) marks padding.
+        budget_gib: GiB of matrices held at a time; at least one is.
+
+    Raises:
+        ValueError: a module was never called, or its tokens are not those of the attention mask.
+    """
+    groups: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    seen: dict[int, tuple[weakref.ref, str]] = {}
+
+    def discover(name: str, x: Tensor) -> None:
+        reference, group = seen.get(id(x), (lambda: None, ""))
+        if reference() is not x:
+            group = next((g for g, members in groups.items() if name in members), name)
+            seen[id(x)] = (weakref.ref(x), group)
+        if not any(name in members for members in groups.values()):
+            groups.setdefault(group, []).append(name)
+            sizes[group] = x.shape[-1]
+
+    with _observed(model, modules, discover):
+        for batch in batches[:1]:
+            _forward(model, batch)
+    missing = [name for name in modules if not any(name in members for members in groups.values())]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} adapted modules saw no input in a forward of the training data, e.g. {missing[0]!r}, so "
+            "what they must keep cannot be known. Leave them out of `target_modules`."
+        )
+    covariance: dict[str, Tensor] = {}
+    mask: Tensor | None = None
+
+    def add(name: str, x: Tensor) -> None:
+        rows = real_rows(x, mask).float()
+        if name not in covariance:
+            covariance[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        covariance[name].addmm_(rows.T, rows)
+
+    done: dict[str, Tensor] = {}
+    for part in _parts(sizes, budget_gib * 2**30):
+        with _observed(model, {name: modules[name] for name in part}, add):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                _forward(model, batch)
+        for name in part:
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(covariance[name])
+            done[name] = covariance.pop(name)
+    return InputStatistics(done, {name: tuple(members) for name, members in groups.items()})
+
+
+@torch.no_grad()
+def layer_similarity(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Mean cosine, over real tokens, between what goes into each decoder layer and what comes out of it."""
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
+    mask: Tensor | None = None
+
+    def see(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        y = output[0] if isinstance(output, tuple) else output
+        cosine = torch.cosine_similarity(real_rows(x, mask).float(), real_rows(y, mask).float(), dim=-1)
+        sums[name] += torch.stack([cosine.sum(), torch.ones_like(cosine).sum()]).double().cpu()
+
+    handles = [layer.register_forward_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with _eval_mode(model):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                _forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if dist.is_available() and dist.is_initialized():
+        stacked = torch.stack(list(sums.values()))
+        stacked = stacked.to(next(p.device for p in model.parameters()))
+        dist.all_reduce(stacked)
+        sums = dict(zip(sums, stacked.cpu(), strict=True))
+    return {name: float(total / count) for name, (total, count) in sums.items()}
+
+
+def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(T, I) rows of a module's input (B, S, I) or (B·S, I) whose token is no padding by `mask` (B, S).
+
+    Raises:
+        ValueError: the tokens are not those of the mask.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None:
+        return rows
+    if len(rows) != mask.numel():
+        raise ValueError(
+            f"Cannot tell which tokens are padding in a module whose inputs have shape {tuple(x.shape)} while the "
+            f"attention mask has {tuple(mask.shape)}. Leave such modules (experts of a mixture, vision towers) out of "
+            "`target_modules`."
+        )
+    return rows[mask.reshape(-1).to(rows.device, torch.bool)]
+
+
+@contextmanager
+def _observed(model: nn.Module, modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        with _eval_mode(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:  # one by one: a part may have been in eval mode before
+            module.training = True
+
+
+def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accepted = inspect.signature(base.forward).parameters
+    # Sequence lengths of padding-free batches go through **kwargs to the attention.
+    inputs = {
+        k: v
+        for k, v in batch.items()
+        if (k in accepted and k not in ("labels", "shift_labels")) or k.startswith(("cu_seq_lens", "max_length"))
+    }
+    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = 1  # the logits are not wanted
+    model(**inputs, use_cache=False)
+
+
+def _parts(sizes: Mapping[str, int], budget: float) -> Iterable[list[str]]:
+    part: list[str] = []
+    used = 0.0
+    for name, size in sizes.items():
+        if part and used + 4 * size**2 > budget:
+            yield part
+            part, used = [], 0.0
+        part.append(name)
+        used += 4 * size**2
+    if part:
+        yield part
+
+
+# What is kept between tasks
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What tells one base model from another, whatever it is quantised to: its type, sizes and a hash of weights.
+
+    The hash is over 64 rows of the input embeddings and all norms' weights, in bfloat16: those stay as they are when
+    a model is quantised or loaded in another float dtype.
+    """
+    config = getattr(model, "config", None)
+    table = model.get_input_embeddings()
+    while not hasattr(table, "weight") or isinstance(table, BaseTunerLayer):  # PEFT's wrappers
+        table = table.get_base_layer() if isinstance(table, BaseTunerLayer) else table.original_module
+    weights = [table.weight[:: max(1, len(table.weight) // 64)]]
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and "modules_to_save" not in name:
+            weights += list(module.parameters(recurse=False))
+    digest = hashlib.sha256()
+    for weight in weights:
+        plain = weight.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(plain.view(torch.int16).numpy().tobytes())
+    return {
+        "model_type": getattr(config, "model_type", type(model).__name__),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        "vocab_size": len(table.weight),
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+VERSION = 1
+TENSORS, DESCRIPTION = "basis.safetensors", "subspace.json"
+
+
+@dataclass
+class Subspace:
+    """Bases of what the tasks so far need, and where they came from.
+
+    Args:
+        source: name of the rule that found them: one of `SOURCES`.
+        model: `fingerprint` of the base model.
+        tasks: one dict a task learned: its name, energy, max_rank.
+        groups: group -> modules that share its input; a group is named after one of them.
+        right: group -> (I, k) orthonormal, float32: directions of inputs.
+        left: module -> (O, k) orthonormal, float32: directions of outputs; only `base_weights` has them.
+    """
+
+    source: str
+    model: dict[str, Any]
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    right: dict[str, Tensor] = field(default_factory=dict)
+    left: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write FOLDER/basis.safetensors and FOLDER/subspace.json; what was there before is replaced as a whole."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            tensors = {f"right.{name}": V.float().cpu().contiguous() for name, V in self.right.items()}
+            tensors |= {f"left.{name}": U.float().cpu().contiguous() for name, U in self.left.items()}
+            save_file(tensors, temporary / TENSORS)
+            text = {
+                "version": VERSION,
+                "source": self.source,
+                "model": self.model,
+                "tasks": self.tasks,
+                "groups": {
+                    name: {"modules": list(modules), "dimensions": V.shape[0], "rank": V.shape[1]}
+                    for name, modules in self.groups.items()
+                    for V in [self.right[name]]
+                },
+            }
+            (temporary / DESCRIPTION).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+            temporary.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Subspace:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: the files are no subspace, or not of one run.
+        """
+        folder = Path(folder)
+        for name in (TENSORS, DESCRIPTION):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name} is missing. `memory` is the folder that OrthogonalProjectionCallback wrote at "
+                    "the end of an earlier task's training: <its output_dir>/subspace."
+                )
+        try:
+            text = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            version = text["version"]
+            if version != VERSION:
+                raise ValueError(f"{folder} has version {version}, this release reads {VERSION}.")
+            tensors = load_file(folder / TENSORS)
+            groups = {name: tuple(entry["modules"]) for name, entry in text["groups"].items()}
+            right = {name: tensors.pop(f"right.{name}") for name in groups}
+            left = {name.removeprefix("left."): U for name, U in tensors.items()}
+            shapes = {name: (entry["dimensions"], entry["rank"]) for name, entry in text["groups"].items()}
+            subspace = cls(text["source"], text["model"], text["tasks"], groups, right, left)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"{folder} does not hold a subspace: {type(error).__name__}: {error}.") from error
+        if any(tuple(right[name].shape) != shape for name, shape in shapes.items()):
+            raise ValueError(f"{folder / TENSORS} and {folder / DESCRIPTION} are not of the same run.")
+        return subspace
+
+    def check_model(self, model: dict[str, Any], folder: str | Path) -> None:
+        """Refuse another base model than the one the bases were found on.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        differs = [key for key in self.model if self.model[key] != model.get(key)]
+        if differs:
+            shown = ", ".join(f"{key} {self.model[key]!r} there, {model.get(key)!r} here" for key in differs)
+            raise ValueError(
+                f"The subspace in {folder} is of another base model ({shown}). Directions of one model mean nothing "
+                "to another: train on the model that it was made with, or learn the first task again with memory=None."
+            )
+
+    def group_of(self, module: str) -> str | None:
+        """The group whose input the module shares, or None."""
+        return next((group for group, modules in self.groups.items() if module in modules), None)
