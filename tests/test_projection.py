@@ -2,6 +2,11 @@
 
 import json
 import math
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -114,7 +119,7 @@ def test_adamw_steps_stay_out_of_the_protected_span(kind, first_task, llama_fold
     assert leaks[GradientOnly] >= 1e-2
 
 
-@pytest.mark.parametrize("start", ["random", "inputs"])
+@pytest.mark.parametrize("start", ["random", "inputs", "contrast"])
 def test_full_energy_keeps_the_outputs_on_protected_inputs(start, first_task, llama_folder, tmp_path):
     """Inputs of a module are stored, protected in full, and give the same outputs after training on task two."""
     model = second_task("dense", first_task, llama_folder)
@@ -182,7 +187,7 @@ def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(first_task
     def run(output, **kwargs):
         model = second_task("task", first_task, llama_folder)
         worst = Worst(memory)
-        callback = OrthogonalProjectionCallback(memory, start="inputs")
+        callback = OrthogonalProjectionCallback(memory, start="contrast", room=6)
         options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
         return sft(model, llama_folder, output, [callback, worst], **options), worst
 
@@ -251,7 +256,7 @@ def test_a_skipped_step_moves_nothing_and_leaves_the_metrics_finite(first_task, 
 def test_start_from_inputs_sees_more_of_the_new_task(first_task, llama_folder, tmp_path):
     memory = first_task["task"] / "subspace"
     seen = {}
-    for start in ("random", "inputs"):
+    for start in ("random", "inputs", "contrast"):
 
         class Look(TrainerCallback):
             def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -277,6 +282,29 @@ def test_start_from_inputs_sees_more_of_the_new_task(first_task, llama_folder, t
         A = look.rows["model.layers.1.mlp.gate_proj"]
         seen[start] = (inputs[0].float() @ A.T).norm().item() / A.norm().item()
     assert seen["inputs"] > 1.5 * seen["random"]
+    assert seen["contrast"] > 1.2 * seen["random"]
+
+
+@pytest.mark.parametrize("start", ["inputs", "contrast"])
+def test_room_holds_the_rows_to_a_few_directions(start, first_task, llama_folder, tmp_path):
+    memory = first_task["dense"] / "subspace"
+    worst = Worst(memory)
+    model = second_task("dense", first_task, llama_folder)
+    starts = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            for name, pair in trainable_factors(model, None)[1].items():
+                starts.setdefault(name, pair.A.detach().double().clone())
+
+    callback = OrthogonalProjectionCallback(memory, start=start, room=3)
+    sft(model, llama_folder, tmp_path / "two", [callback, worst, Look()]).train()
+    assert worst.leak <= 1e-5 and worst.moved > 1e-2
+    for name, pair in trainable_factors(model, None)[1].items():
+        both = torch.cat([starts[name], pair.A.detach().double()])
+        values = torch.linalg.svdvals(both)  # 4 rows at the start and 4 at the end, in 3 dimensions
+        assert values[2] > 1e-3 and values[3] < 1e-5 * values[0]
+        assert (starts[name] - pair.A.detach()).norm() > 1e-3
 
 
 # The other sources
@@ -333,7 +361,7 @@ def test_gradients_are_sketched_and_the_sketch_survives_a_resume(llama_folder, t
         torch.testing.assert_close(found.right[name].abs(), V.abs(), atol=1e-4, rtol=1e-3)
     elsewhere = run(tmp_path / "elsewhere")
     (tmp_path / "whole" / "checkpoint-3" / "orthogonal_projection.safetensors").unlink()
-    with pytest.raises(ValueError, match="gradients seen before"):
+    with pytest.raises(ValueError, match="has no orthogonal_projection.safetensors"):
         elsewhere.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
 
@@ -348,7 +376,10 @@ def test_gradients_are_sketched_and_the_sketch_survives_a_resume(llama_folder, t
         ({"energy": 1.5}, "`energy` must be a number in"),
         ({"max_rank": 0}, "`max_rank` must be an integer >= 1"),
         ({"calibration_batches": 0}, "`calibration_batches` must be an integer >= 1"),
-        ({"start": "zeros"}, "`start` must be 'random' or 'inputs'"),
+        ({"start": "zeros"}, "`start` must be 'random', 'inputs' or 'contrast'"),
+        ({"start": "contrast", "source": "gradients"}, "only source='inputs' knows"),
+        ({"room": 4}, "`room` must be None with start='random'"),
+        ({"room": 0, "start": "inputs"}, "`room` must be an integer >= 1"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
@@ -455,3 +486,44 @@ def test_full_bases_are_refused_and_short_ones_warned_of(first_task, llama_folde
     model = second_task("task", first_task, llama_folder)
     with pytest.warns(UserWarning, match="less than 10% of their dimensions left to this task"):
         sft(model, llama_folder, tmp_path / "b", OrthogonalProjectionCallback(tmp_path / "short"), max_steps=1).train()
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_directions_and_the_guarantee(first_task, llama_folder, tmp_path):
+    """DDP: bases over both processes' data, one file, equal weights on both."""
+    program = textwrap.dedent(
+        f"""
+        import json, os, sys
+        rank = int(sys.argv[1])
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_projection import *
+        folders = {{"task": Path({str(first_task["task"])!r})}}
+        model, memory = second_task("task", folders, {llama_folder!r}), folders["task"] / "subspace"
+        worst = Worst(memory)
+        callbacks = [OrthogonalProjectionCallback(memory, start="contrast"), worst]
+        sft(model, {llama_folder!r}, {str(tmp_path / "two")!r}, callbacks, ddp_backend="gloo").train()
+        pairs = trainable_factors(model, None)[1].values()
+        torch.save([[p.A.detach(), p.B.detach()] for p in pairs], f"{tmp_path}/weights{{rank}}.pt")
+        with open(f"{tmp_path}/{{rank}}.json", "w") as file:
+            json.dump([worst.leak, worst.moved], file)
+        """
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program, rank, port], stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    for run in runs:
+        _, error = run.communicate(timeout=300)
+        assert run.returncode == 0, error[-2000:]
+    for rank in ("0", "1"):
+        leak, moved = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert leak <= 1e-5 and moved > 1e-2
+    one, two = (torch.load(tmp_path / f"weights{rank}.pt") for rank in (0, 1))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert len(Subspace.load(tmp_path / "two" / "subspace").tasks) == 2

@@ -98,6 +98,37 @@ def test_frequent_directions_keep_a_low_rank_stream_exactly():
     torch.testing.assert_close(sketch.T @ sketch, rows.T @ rows)
 
 
+def test_contrast_maximises_the_ratio_of_new_to_old():
+    X, Y = (torch.randn(60, 14, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (1, 2))
+    new, old = X.T @ X, (Y * torch.linspace(3, 0.2, 14, dtype=torch.float64)).T @ (Y * torch.linspace(3, 0.2, 14))
+    V = S.leading_directions(old, None, max_rank=4)
+    U = S.contrast_directions(new, old, V, 3)
+    assert is_orthonormal(torch.cat([V, U], dim=1))
+
+    def ratio(u):
+        ridge = 0.1 / 14 * u @ u
+        return (u @ new @ u / new.trace()) / (u @ old @ u / old.trace() + ridge)
+
+    best = ratio(U[:, 0])
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(200):  # no other direction of the complement does better, near or far
+        far = S.project_out(torch.randn(14, generator=generator, dtype=torch.float64), V)
+        near = U[:, 0] + 0.05 * far / far.norm()
+        assert ratio(far) <= best + 1e-9 and ratio(near) <= best + 1e-9
+    assert S.contrast_directions(new, old, V, 99).shape == (14, 10)
+
+
+def test_old_inputs_are_remembered_to_their_energy_and_their_trace_in_full():
+    subspace = make_subspace()
+    one, two = covariance(8, 8, seed=1), covariance(8, 8, seed=2)
+    subspace.remember("q", one)
+    subspace.remember("q", 7 * two)  # every task has the same weight, however many tokens it had
+    both = one / one.trace() + two / two.trace()
+    kept = subspace.old_covariance("q").double()
+    torch.testing.assert_close(kept.trace(), torch.tensor(2.0, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert torch.linalg.eigvalsh(both - kept).abs().max() < 0.05 * 2
+
+
 # Inputs of a model
 
 
@@ -167,12 +198,14 @@ def make_subspace(model=None) -> S.Subspace:
 
 def test_subspace_comes_back_from_its_files_as_it_was(tmp_path):
     subspace = make_subspace()
+    subspace.remember("q", covariance(8, 5).float())
     subspace.save(tmp_path / "subspace")
     again = S.Subspace.load(tmp_path / "subspace")
     assert (again.source, again.model, again.tasks, again.groups) == (
         subspace.source, subspace.model, subspace.tasks, subspace.groups,
     )  # fmt: skip
     assert torch.equal(again.right["q"], subspace.right["q"]) and torch.equal(again.left["q"], subspace.left["q"])
+    torch.testing.assert_close(again.old_covariance("q"), subspace.old_covariance("q"), atol=1e-3, rtol=1e-2)
     assert [path.name for path in tmp_path.iterdir()] == ["subspace"]  # nothing temporary is left
 
 

@@ -1,4 +1,4 @@
-"""Put a callback's own numbers into the trainer's logs, so that trackers get them."""
+"""What no event tells a callback: how to get numbers to the trackers, and where a run resumes from."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def add_to_logs(metrics: dict[str, float], logs: dict[str, Any], state: TrainerS
     logs.update(metrics)
     if state.log_history and state.log_history[-1].get("step") == state.global_step:
         state.log_history[-1].update(metrics)
+
+
+def caller_local(name: str) -> Any:
+    """The innermost caller's local variable of that name, or None. The trainer tells no event which checkpoint it
+    resumes from, which may be in any folder; `resume_from_checkpoint` is a variable of its training loop."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if name in frame.f_locals:
+            return frame.f_locals[name]
+        frame = frame.f_back
+    return None

@@ -14,6 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -30,12 +32,20 @@ from peft_mora import use_exact_4bit_kernels
 from peft_mora.base import check_field, is_int, is_number
 from peft_mora.mora import MoraLinear
 
-from .logs import add_to_logs, ahead_of_reporters
+from .logs import add_to_logs, ahead_of_reporters, caller_local
 from .sources import SOURCES, Factors, Run
-from .subspace import Subspace, fingerprint, input_statistics, leakage, project_out, start_rows
+from .subspace import (
+    Subspace,
+    contrast_directions,
+    fingerprint,
+    input_statistics,
+    leading_directions,
+    leakage,
+    project_out,
+)
 
 
-Start = Literal["random", "inputs"]
+Start = Literal["random", "inputs", "contrast"]
 CHECKPOINT_FILE = "orthogonal_projection.safetensors"
 SHORT = 0.1  # less than this share of a module's input space left: say so
 
@@ -60,8 +70,11 @@ class OrthogonalProjectionCallback(TrainerCallback):
             to max_rank; for "base_weights" a share that depends on the layer.
         max_rank: most protected directions a module, all tasks together; None for no limit.
         calibration_batches: batches of the training data to find the directions with, on each process.
-        start: where A's rows start inside the complement: "random", or "inputs", along the strongest directions of
-            the new task's inputs there (InfLoRA).
+        start: where A's rows start inside the complement: "random"; "inputs", along the strongest directions of the
+            new task's inputs there (InfLoRA, arXiv 2404.00228); "contrast", along those in which the new task's
+            inputs are strong and the earlier tasks' are weak.
+        room: how many of the directions that `start` finds A may move in during the whole run; None for all of the
+            complement. The protected span is then larger than the memory's.
         adapter_name: which adapter; None is the one in training.
 
     Raises:
@@ -83,6 +96,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         max_rank: int | None = None,
         calibration_batches: int = 8,
         start: Start = "random",
+        room: int | None = None,
         adapter_name: str | None = None,
     ) -> None:
         check_field(memory is None or isinstance(memory, (str, Path)), "memory", memory, "a folder or None")
@@ -99,13 +113,23 @@ class OrthogonalProjectionCallback(TrainerCallback):
             calibration_batches,
             "an integer >= 1",
         )
-        check_field(start in get_args(Start), "start", start, "'random' or 'inputs'")
+        check_field(start in get_args(Start), "start", start, "'random', 'inputs' or 'contrast'")
+        check_field(
+            start != "contrast" or source == "inputs",
+            "start",
+            start,
+            "'random' or 'inputs' with this source: only source='inputs' knows the earlier tasks' inputs",
+        )
+        check_field(room is None or (is_int(room) and room >= 1), "room", room, "an integer >= 1, or None")
+        check_field(room is None or start != "random", "room", room, "None with start='random', which has no order")
         self.memory = Path(memory) if memory is not None else None
-        self.calibration_batches, self.start, self.adapter_name = calibration_batches, start, adapter_name
+        self.calibration_batches, self.adapter_name = calibration_batches, adapter_name
+        self.start, self.room = start, room
         self.source = SOURCES[source](energy, max_rank)
         self._constrains = self.memory is not None or self.source.protects_from_start
         self._run: Run | None = None
-        self._groups: list[tuple[Tensor, list[nn.Parameter], bool]] = []  # basis, its parameters, whether of columns
+        self._constraints: list[Constraint] = []
+        self._room: dict[str, Tensor] = {}  # group -> (I, m) the directions that A may move in, if not all
 
     # The trainer's events
 
@@ -147,23 +171,17 @@ class OrthogonalProjectionCallback(TrainerCallback):
         else:
             subspace = Subspace(self.source.name, fingerprint(base))
         resumed = state.global_step > 0
+        self._room = {}
         if resumed:
-            path = _checkpoint_file(args, state)
-            if path is not None:
-                self.source.load(path)
-            elif self.source.name == "gradients":
-                raise ValueError(
-                    f"The run resumes at step {state.global_step}, but {CHECKPOINT_FILE} with the gradients seen "
-                    f"before is not in {Path(args.output_dir) / f'checkpoint-{state.global_step}'}. Resume from a "
-                    "checkpoint in output_dir that was trained with this callback."
-                )
+            self._restore(args, state)
         self.source.at_begin(run, subspace)
         self._subspace, self._run = subspace, run
-        self._groups = list(_constraints(subspace, factors))
-        if self._groups:
-            _check_protectable(model, factors, self._groups, resumed)
+        if any(V.shape[1] for V in subspace.right.values()):
+            self._constraints = list(_constraints(subspace, factors, self._room))
+            _check_protectable(model, factors, self._constraints, resumed)
             if not resumed:
                 self._place(run)
+                self._constraints = list(_constraints(subspace, factors, self._room))
             _report_room(subspace, "left to this task")
         self._removed = self._total = torch.zeros((), device=next(iter(factors.values())).A.device)
         ahead_of_reporters(self)
@@ -173,11 +191,11 @@ class OrthogonalProjectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self._run is not None
-        for V, parameters, columns in self._groups:
-            grads = [p.grad for p in parameters if p.grad is not None]
+        for constraint in self._constraints:
+            grads = [p.grad for p in constraint.parameters if p.grad is not None]
             if not grads:
                 continue
-            before, after = _project(grads, V, columns)
+            before, after = constraint.apply(grads)
             total = before.square().sum()
             self._total = self._total + total.to(self._total.device)
             self._removed = self._removed + (total - after.square().sum()).to(self._total.device)
@@ -188,8 +206,8 @@ class OrthogonalProjectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A step that was skipped (fp16 overflow) has moved nothing, and projecting twice is projecting once.
-        for V, parameters, columns in self._groups:
-            _project([p.data for p in parameters], V, columns)
+        for constraint in self._constraints:
+            constraint.apply([p.data for p in constraint.parameters])
 
     def on_log(
         self,
@@ -199,7 +217,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._run is None or not self._groups or logs is None or "loss" not in logs:
+        if self._run is None or not self._constraints or logs is None or "loss" not in logs:
             return
         ranks = [V.shape[1] for V in self._subspace.right.values()]
         metrics = {
@@ -216,8 +234,10 @@ class OrthogonalProjectionCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if folder.is_dir():
-                self.source.save(folder / CHECKPOINT_FILE)
+            tensors = {f"source.{name}": t for name, t in self.source.state().items()}
+            tensors |= {f"room.{group}": U for group, U in self._room.items()}
+            if folder.is_dir() and tensors:
+                save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / CHECKPOINT_FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -225,7 +245,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         run, self._run = self._run, None
         if run is None:
             return
-        self._groups = []
+        self._constraints, self._room = [], {}
         subspace = self._subspace
         self.source.at_end(run, subspace)
         config = model.peft_config[run.adapter_name]
@@ -263,19 +283,72 @@ class OrthogonalProjectionCallback(TrainerCallback):
     def _place(self, run: Run) -> None:
         """Start A inside the complement, with the row norms that it was initialised with."""
         found = None
-        if self.start == "inputs":
+        if self.start != "random":
             found = input_statistics(run.model, {n: pair.layer for n, pair in run.factors.items()}, run.batches())
+            for name, group in ((n, self._subspace.group_of(n) or n) for n in run.factors):
+                if group not in self._room:
+                    lead = next(lead for lead, modules in found.groups.items() if name in modules)
+                    rows = max(len(p.A) for n, p in run.factors.items() if self._subspace.group_of(n) == group)
+                    self._room[group] = self._directions(group, found.covariance[lead], self.room or rows)
         for name, pair in run.factors.items():
+            group = self._subspace.group_of(name) or name
             A = pair.A.data
-            V = self._subspace.right[self._subspace.group_of(name) or name].to(A)
+            V = self._subspace.right[group].to(A)
             norms = A.norm(dim=1, keepdim=True)
             rows = project_out(project_out(A, V), V)
             if found is not None:
-                group = next(group for group, modules in found.groups.items() if name in modules)
-                lead = start_rows(found.covariance[group].to(A), V, len(A))
-                rows[: len(lead)] = lead
+                U = self._room[group].to(A)
+                rows = rows @ U @ U.T
             rows = rows * (norms / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
             A.copy_(project_out(rows, V))
+        if self.room is None:
+            self._room = {}
+
+    def _directions(self, group: str, new: Tensor, count: int) -> Tensor:
+        V = self._subspace.right[group].to(new)
+        if self.start == "inputs" or group not in self._subspace.seen:
+            return leading_directions(new, None, V.shape[1] + count, held=V)
+        return contrast_directions(new, self._subspace.old_covariance(group).to(new), V, count)
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        needed = self.source.name == "gradients" or self.room is not None
+        folders = [caller_local("resume_from_checkpoint"), Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        paths = [Path(folder) / CHECKPOINT_FILE for folder in folders if isinstance(folder, (str, Path))]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None and needed:
+            raise ValueError(
+                f"The run resumes at step {state.global_step}, but the checkpoint has no {CHECKPOINT_FILE}, in which "
+                f"this callback keeps the directions of the run ({' and '.join(map(str, paths))} would be it). Resume "
+                "from a checkpoint that was trained with this callback, or start the task again."
+            )
+        tensors = load_file(path) if path is not None else {}
+        self.source.restore({n.removeprefix("source."): t for n, t in tensors.items() if n.startswith("source.")})
+        self._room = {n.removeprefix("room."): t for n, t in tensors.items() if n.startswith("room.")}
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What some parameters, stacked by rows (or columns), are held to: out of a span, or inside one."""
+
+    basis: Tensor  # (I, k) orthonormal, float32, on the parameters' device
+    parameters: tuple[nn.Parameter, ...]
+    columns: bool = False
+    inside: bool = False
+
+    def apply(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Project tensors (parameters or their gradients) in place; returns them stacked, (n, I), before and after."""
+        views = [t.T if self.columns else t for t in tensors]
+        before = torch.cat(views) if len(views) > 1 else views[0].clone()
+        after = before @ self.basis @ self.basis.T if self.inside else project_out(before, self.basis)
+        for view, rows in zip(views, after.split([len(v) for v in views]), strict=True):
+            view.copy_(rows)
+        return before, after
+
+    def violation(self) -> float:
+        """Share of the parameters' norm that is where it must not be, 0..1."""
+        rows = torch.cat([p.detach().T if self.columns else p.detach() for p in self.parameters])
+        kept = rows @ self.basis @ self.basis.T if self.inside else project_out(rows, self.basis)
+        return float((rows - kept).norm() / rows.norm().clamp_min(torch.finfo(rows.dtype).tiny))
 
 
 def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[str, Factors]]:
@@ -370,41 +443,29 @@ def _check_memory(subspace: Subspace, source: str, factors: Mapping[str, Factors
 
 
 def _constraints(
-    subspace: Subspace, factors: Mapping[str, Factors]
-) -> Iterator[tuple[Tensor, list[nn.Parameter], bool]]:
-    """(basis on the parameters' device, parameters that it constrains, whether their columns): modules that share an
-    input are projected by one product."""
+    subspace: Subspace, factors: Mapping[str, Factors], room: Mapping[str, Tensor]
+) -> Iterator[Constraint]:
+    """One constraint for all modules that share an input, so that one product projects them all."""
     shared: dict[tuple[str, torch.device], list[nn.Parameter]] = {}
     for name, pair in factors.items():
-        group = subspace.group_of(name)
-        if group is not None:
-            shared.setdefault((group, pair.A.device), []).append(pair.A)
+        shared.setdefault((subspace.group_of(name) or name, pair.A.device), []).append(pair.A)
     for (group, device), parameters in shared.items():
-        if subspace.right[group].shape[1]:
-            yield subspace.right[group].to(device, torch.float32), parameters, False
+        basis = room.get(group, subspace.right.get(group))
+        if basis is not None and basis.shape[1]:
+            yield Constraint(basis.to(device, torch.float32), tuple(parameters), inside=group in room)
     for name, U in subspace.left.items():
         if name in factors:
-            yield U.to(factors[name].B.device, torch.float32), [factors[name].B], True
-
-
-def _project(tensors: Sequence[Tensor], V: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
-    """Project the rows (or columns) of all tensors in place; returns them stacked, (n, I), before and after."""
-    views = [t.T if columns else t for t in tensors]
-    before = torch.cat(views) if len(views) > 1 else views[0].clone()
-    after = project_out(before, V)
-    for view, rows in zip(views, after.split([len(v) for v in views]), strict=True):
-        view.copy_(rows)
-    return before, after
+            yield Constraint(U.to(factors[name].B.device, torch.float32), (factors[name].B,), columns=True)
 
 
 def _check_protectable(
-    model: nn.Module, factors: Mapping[str, Factors], groups: Sequence[tuple[Tensor, Any, bool]], resumed: bool
+    model: nn.Module, factors: Mapping[str, Factors], constraints: Sequence[Constraint], resumed: bool
 ) -> None:
-    full = next((V for V, _, _ in groups if V.shape[1] >= V.shape[0]), None)
+    full = next((c for c in constraints if not c.inside and c.basis.shape[1] >= c.basis.shape[0]), None)
     if full is not None:
         raise ValueError(
-            f"The protected directions fill all {full.shape[0]} dimensions of a module's input: nothing could be "
-            "learned there. Learn the earlier tasks with a lower energy or with max_rank."
+            f"The protected directions fill all {full.basis.shape[0]} dimensions of a module's input: nothing could "
+            "be learned there. Learn the earlier tasks with a lower energy or with max_rank."
         )
     own = {id(p) for pair in factors.values() for p in (pair.A, pair.B)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
@@ -427,16 +488,11 @@ def _check_protectable(
                 "start_task(model, NAME); with LoRA model.add_adapter(NAME, config), "
                 "model.base_model.set_adapter([OLD, NAME]), model.set_requires_grad(OLD, requires_grad=False)."
             )
-    if resumed:
-        for V, parameters, columns in groups:
-            for p in parameters:
-                rows = p.detach().T if columns else p.detach()
-                if float((rows @ V).norm()) > 1e-3 * max(float(rows.norm()), torch.finfo(rows.dtype).tiny):
-                    raise ValueError(
-                        "The checkpoint's A is not in the complement of the protected directions: it was trained "
-                        "without this callback, or with another memory. Resume with the callback that the run began "
-                        "with."
-                    )
+    if resumed and any(constraint.violation() > 1e-3 for constraint in constraints):
+        raise ValueError(
+            "The checkpoint's A is not in the complement of the protected directions: it was trained without this "
+            "callback, or with another memory. Resume with the callback that the run began with."
+        )
 
 
 def _report_room(subspace: Subspace, when: str) -> None:
@@ -495,9 +551,3 @@ def _batches(loader: DataLoader, args: TrainingArguments, count: int) -> Callabl
         return kept
 
     return batches
-
-
-def _checkpoint_file(args: TrainingArguments, state: TrainerState) -> Path | None:
-    folders = [args.resume_from_checkpoint, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
-    files = [Path(folder) / CHECKPOINT_FILE for folder in folders if isinstance(folder, (str, Path))]
-    return next((path for path in files if path.is_file()), None)

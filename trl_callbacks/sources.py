@@ -14,11 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -71,11 +69,12 @@ class Source:
     def at_end(self, run: Run, subspace: Subspace) -> None:
         """Add to `subspace` what the tasks after this one must leave alone."""
 
-    def save(self, path: Path) -> None:
-        """Keep in a checkpoint what `at_step` has gathered."""
+    def state(self) -> dict[str, Tensor]:
+        """What `at_step` has gathered, for a checkpoint."""
+        return {}
 
-    def load(self, path: Path) -> None:
-        """Go on from what `save` kept."""
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
 
 
 def append(subspace: Subspace, group: str, modules: Sequence[str], new: Tensor) -> None:
@@ -99,6 +98,7 @@ class Inputs(Source):
             place = subspace.group_of(modules[0]) or group
             new = leading_directions(covariance, self.energy, self.max_rank, subspace.right.get(place))
             append(subspace, place, subspace.groups.get(place, modules), new)
+            subspace.remember(place, covariance)
 
 
 class Gradients(Source):
@@ -115,21 +115,22 @@ class Gradients(Source):
             grad = factors.A.grad
             if grad is None:
                 continue
-            rows = torch.cat([self.sketches[name], grad.float()]) if name in self.sketches else grad.float()
+            known = self.sketches.get(name, grad[:0]).to(grad.device, torch.float32)
+            rows = torch.cat([known, grad.float()])
             # Shrunk only when twice as long, so that the decomposition is not paid at each step.
             size = max(64, 2 * len(grad))
-            self.sketches[name] = rows.clone() if len(rows) < 2 * size else shrink_sketch(rows, size)
+            self.sketches[name] = rows if len(rows) < 2 * size else shrink_sketch(rows, size)
 
     def at_end(self, run: Run, subspace: Subspace) -> None:
         for name, rows in self.sketches.items():
             new = leading_directions(rows.T @ rows, self.energy, self.max_rank, subspace.right.get(name))
             append(subspace, name, [name], new)
 
-    def save(self, path: Path) -> None:
-        save_file({name: rows.cpu().contiguous() for name, rows in self.sketches.items()}, path)
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.sketches)
 
-    def load(self, path: Path) -> None:
-        self.sketches = load_file(path)
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.sketches = dict(state)
 
 
 class BaseWeights(Source):
