@@ -2,7 +2,8 @@
 
 from .budget import ActivationBudgetCallback
 from .calibration import LoriCalibrationCallback
+from .metrics import continual_metrics
 from .projection import OrthogonalProjectionCallback
 
 
-__all__ = ["ActivationBudgetCallback", "LoriCalibrationCallback", "OrthogonalProjectionCallback"]
+__all__ = ["ActivationBudgetCallback", "LoriCalibrationCallback", "OrthogonalProjectionCallback", "continual_metrics"]

@@ -1,0 +1,34 @@
+"""The numbers of continual learning, by hand."""
+
+import pytest
+
+from trl_callbacks import continual_metrics
+
+
+def test_three_tasks_by_hand():
+    scores = [[0.9, 0.3, 0.2], [0.95, 0.8, 0.25], [0.6, 0.7, 0.5]]
+    found = continual_metrics(scores, zero_shot=[0.1, 0.2, 0.3])
+    assert found == pytest.approx(
+        {
+            "AA": (0.6 + 0.7 + 0.5) / 3,
+            "BWT": ((0.6 - 0.9) + (0.7 - 0.8)) / 2,
+            "forgetting": ((0.95 - 0.6) + (0.8 - 0.7)) / 2,
+            "FWT": ((0.3 - 0.2) + (0.25 - 0.3)) / 2,
+        }
+    )
+
+
+def test_the_example_in_its_docstring():
+    found = continual_metrics([[0.75, 0.25], [0.5, 1.0]], zero_shot=[0.0, 0.125])
+    assert found == {"AA": 0.75, "BWT": -0.25, "forgetting": 0.25, "FWT": 0.125}
+
+
+def test_one_task_has_an_average_alone_and_no_baseline_no_forward_transfer():
+    assert continual_metrics([[0.5]], [0.1]) == {"AA": 0.5}
+    assert set(continual_metrics([[0.5, 0], [0.5, 0.5]])) == {"AA", "BWT", "forgetting"}
+
+
+@pytest.mark.parametrize("scores, zero_shot", [([], None), ([[1, 2]], None), ([[1.0]], [1.0, 2.0])])
+def test_scores_that_are_no_square_are_refused(scores, zero_shot):
+    with pytest.raises(ValueError, match="N rows of N numbers"):
+        continual_metrics(scores, zero_shot)

@@ -1,0 +1,44 @@
+"""What a sequence of tasks has left of each of them: the usual numbers of continual learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+
+def continual_metrics(scores: Sequence[Sequence[float]], zero_shot: Sequence[float] | None = None) -> dict[str, float]:
+    """Average accuracy, backward transfer, forgetting and forward transfer of N tasks learnt in order.
+
+    With R[i][j] the score on task j after learning task i (Lopez-Paz and Ranzato 2017; Chaudhry et al. 2018):
+        AA = mean_j R[N][j]                        BWT = mean_{j<N} (R[N][j] - R[j][j])
+        forgetting = mean_{j<N} (max_{i<N} R[i][j] - R[N][j])
+        FWT = mean_{j>0} (R[j-1][j] - zero_shot[j])
+
+    Args:
+        scores: N rows of N numbers, higher is better.
+        zero_shot: N scores of the base model; without them there is no FWT.
+
+    Returns:
+        "AA", and with two tasks or more "BWT", "forgetting" and, with `zero_shot`, "FWT".
+
+    Raises:
+        ValueError: the scores are not square, or `zero_shot` is of another length.
+
+    Example:
+        >>> continual_metrics([[0.75, 0.25], [0.5, 1.0]], zero_shot=[0.0, 0.125])
+        {'AA': 0.75, 'BWT': -0.25, 'forgetting': 0.25, 'FWT': 0.125}
+    """
+    n = len(scores)
+    if n == 0 or any(len(row) != n for row in scores) or (zero_shot is not None and len(zero_shot) != n):
+        raise ValueError(
+            f"Scores must be N rows of N numbers, one row after each task, got rows of {[len(row) for row in scores]}"
+            + (f" and {len(zero_shot)} zero-shot scores." if zero_shot is not None else ".")
+        )
+    found = {"AA": mean(scores[-1])}
+    if n > 1:
+        earlier = range(n - 1)
+        found["BWT"] = mean(scores[-1][j] - scores[j][j] for j in earlier)
+        found["forgetting"] = mean(max(scores[i][j] for i in earlier) - scores[-1][j] for j in earlier)
+        if zero_shot is not None:
+            found["FWT"] = mean(scores[j - 1][j] - zero_shot[j] for j in range(1, n))
+    return found
