@@ -71,11 +71,11 @@ def leading_directions(
     values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     # Below the rounding of the largest eigenvalue there is noise and the null space of what is held.
-    noise = total * size * torch.finfo(covariance.dtype).eps
+    noise = 10 * torch.finfo(covariance.dtype).eps * torch.linalg.matrix_norm(covariance, 2)
     most = min(int((values > noise).sum()), size - held.shape[1])
     if energy is not None:
-        reached = (inside + values.cumsum(0)) >= energy * total - noise
-        most = min(most, 0 if inside >= energy * total - noise else int(reached.int().argmax()) + 1)
+        missing = energy * total - inside - noise
+        most = min(most, int((values.cumsum(0) < missing).sum()) + 1 if missing > 0 else 0)
     if max_rank is not None:
         most = min(most, max(0, max_rank - held.shape[1]))
     return orthonormal(vectors[:, :most], held)
