@@ -290,6 +290,8 @@ def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    metrics = dict.fromkeys(("word_perplexity", "byte_perplexity"), "weighted_perplexity")
+    metrics["bits_per_byte"] = "bits_per_byte"
     config = {
         "task": name,
         "dataset_path": "json",
@@ -298,7 +300,7 @@ def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "text",
-        "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        "metric_list": [{"metric": m, "aggregation": a, "higher_is_better": False} for m, a in metrics.items()],
         "metadata": {"version": 1.0},
     }
     (folder / f"{name}.yaml").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

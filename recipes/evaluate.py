@@ -1,0 +1,158 @@
+"""Score an adapter on the 4-bit base that it was trained on with lm-eval, through the kernels of training.
+
+python recipes/evaluate.py --adapter out/sft                            # the embedded helpdesk task
+python recipes/evaluate.py --adapter out/sft --task arc_easy hellaswag --limit 200 --baseline
+python recipes/evaluate.py --adapter out/sft --task my_task --data my_data --perplexity passages.jsonl
+
+--adapter is a folder that PEFT opens (MORA, LORI, FLYLORA, LoRA, …); without it the base alone is scored. --task takes
+names that lm-eval knows (its own, or those of --include_path), folders NAME/{train,test}.jsonl in --data, and embedded
+tasks. The last line printed is the plain `lm_eval` command for the same thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import data
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", metavar="DIR", help="adapter to score (none: the base alone)")
+    parser.add_argument("--baseline", action="store_true", help="score the base without the adapter as well")
+    parser.add_argument(
+        "--model", metavar="NAME_OR_DIR", help="base (the adapter's; without one SmolLM2-135M from PyPI)"
+    )
+    parser.add_argument(
+        "--bits", type=int, default=4, choices=(4, 16), help="4: NF4, saved in --output once (%(default)s)"
+    )
+    parser.add_argument("--task", "--tasks", nargs="+", default=[], metavar="NAME", help="what to score (helpdesk)")
+    parser.add_argument("--data", metavar="DIR", help="where NAME/{train,test}.jsonl are")
+    parser.add_argument("--include_path", metavar="DIR", help="more lm-eval task files")
+    parser.add_argument(
+        "--perplexity", metavar="FILE", help="JSONL passages (`text` or `page`): is the language kept?"
+    )
+    parser.add_argument(
+        "--passage_words", type=int, default=48, metavar="N",
+        help="cut the passages of --data tasks to N words, as demo.py trains; 0: not at all, as sft.py (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, help="samples a task (all)")
+    parser.add_argument("--batch_size", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
+    parser.add_argument("--output", default="out/evaluate", metavar="DIR", help="tasks and results.json (%(default)s)")
+    args = parser.parse_args()
+    if not args.task and not args.perplexity:
+        args.task = ["helpdesk"]
+    return args
+
+
+def load(base: str, adapter: str | None, device: str, quantize: bool) -> tuple[Any, Any]:
+    """(model, tokenizer), in eval mode, whose 4-bit layers compute what they compute in training.
+
+    bitsandbytes would repack them for the first evaluation on a CPU with AVX512-BF16, and scores would differ by 2 %.
+    """
+    from peft import PeftModel
+
+    from peft_mora import use_exact_4bit_kernels
+
+    model, tokenizer = data.load_base(base, device, quantize)
+    use_exact_4bit_kernels(model)
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    return model.eval(), tokenizer
+
+
+def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list[str]]:
+    """Write the tasks that are not lm-eval's into `folder`; (their names, the names that lm-eval has to know)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written, known = [], []
+    for name in args.task:
+        if args.data and (Path(args.data) / name).is_dir():
+            task = data.read_task(args.data, name, args.passage_words or None)
+        elif name in data.TASKS:
+            task = data.make_task(name)
+        else:
+            known.append(name)
+            continue
+        ours = data.write_lm_eval_task(task, folder)
+        written += [ours, f"{ours}_greedy"]
+    return written + ([data.write_lm_eval_perplexity(args.perplexity, folder)] if args.perplexity else []), known
+
+
+def score(model: Any, tokenizer: Any, names: list[str], manager: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """{task: {metric: value}} by lm-eval's own evaluator, with its configs and versions."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    # Else log-likelihoods are summed in the logits' own bfloat16, which has two or three digits.
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, softmax_dtype="float32")
+    return simple_evaluate(lm, tasks=names, task_manager=manager, limit=args.limit, log_samples=False)
+
+
+def main() -> None:
+    args = parse()
+    import torch
+    from lm_eval.tasks import TaskManager
+    from peft import PeftConfig
+    from rich.console import Console
+    from rich.table import Table
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    output = Path(args.output).resolve()
+    tasks = output / "tasks"
+    written, known = write_tasks(args, tasks)
+    names = written + known
+    folders = [str(tasks), *([args.include_path] if args.include_path else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in known):
+        manager = TaskManager(include_path=folders)  # thousands of files, which takes seconds
+    if unknown := [name for name in known if not manager.match_tasks([name])]:
+        raise SystemExit(
+            f"lm-eval knows no task {', '.join(unknown)}. Give one of its own (`lm_eval ls tasks`), a folder with its "
+            "YAML as --include_path, the folder of NAME/train.jsonl and test.jsonl as --data, or an embedded task: "
+            + ", ".join(data.TASKS)
+        )
+    base = args.model or (PeftConfig.from_pretrained(args.adapter).base_model_name_or_path if args.adapter else None)
+    if base in (None, data.EMBEDDED):
+        base = str(data.embedded_model(quantized=args.bits == 4))
+    elif args.bits == 4 and not data.is_quantized(base):
+        base = str(data.nf4_folder(base, output / f"{Path(base).name}-nf4", device))  # what plain lm_eval can open
+    model, tokenizer = load(base, args.adapter, device, args.bits == 4)
+    results = {"adapter" if args.adapter else "base": score(model, tokenizer, names, manager, args)}
+    if args.baseline and args.adapter:
+        with model.disable_adapter():
+            results["base"] = score(model, tokenizer, names, manager, args)
+
+    table = Table("task", "metric", *results, "±", "samples", title=f"{args.adapter or 'no adapter'} on {base}")
+    shown = next(iter(results.values()))
+    for name, metrics in shown["results"].items():
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            columns = [f"{found['results'][name][key]:.4g}" for found in results.values()]
+            samples = shown.get("n-samples", {}).get(name, {}).get("effective", "")
+            table.add_row(name, metric, *columns, f"{error:.2g}" if isinstance(error, float) else "", str(samples))
+    Console(width=120).print(table)
+    record = {"model": base, "adapter": args.adapter, "limit": args.limit, **results}
+    (output / "results.json").write_text(json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n")
+    print(f"Everything lm-eval reports: {output / 'results.json'}. The same with plain lm-eval:")
+    arguments = (
+        f"pretrained={base}{f',peft={args.adapter}' if args.adapter else ''},dtype=bfloat16,softmax_dtype=float32"
+    )
+    for group, folder in ((written, tasks), (known, args.include_path)):  # it takes one folder at a time
+        if group:
+            where = f" --include_path {shlex.quote(str(folder))}" if folder else ""
+            where += f" --limit {args.limit}" if args.limit else ""
+            print(
+                f"  lm_eval --model hf --model_args {shlex.quote(arguments)} --tasks {','.join(group)}{where} "
+                f"--device {device} --batch_size {args.batch_size}"
+            )
+
+
+if __name__ == "__main__":
+    main()

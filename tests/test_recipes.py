@@ -1,0 +1,242 @@
+"""sft.py and evaluate.py as a person runs them, on a tiny model: flags, refusals, the numbers and the kernels."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import data
+import pytest
+import torch
+import trl
+from conftest import METHODS, WORDS, quantized, randomize
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model
+
+
+RECIPES = Path(data.__file__).parent
+BNB = importlib.util.find_spec("bitsandbytes") is not None
+
+
+def load_recipe(name: str):
+    """By its path: a plain `import evaluate` is the package of that name."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look their types up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sft():
+    return load_recipe("sft")
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    return load_recipe("evaluate")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a recipe's main with these arguments; its output."""
+
+    def run(recipe, *arguments) -> str:
+        # sft.py gives TRL functions of its own; each run starts from TRL's
+        for name in ("get_peft_config", "get_dataset", "SFTTrainer"):
+            monkeypatch.setattr(trl, name, getattr(trl, name))
+        monkeypatch.setattr(sys, "argv", ["recipe", *map(str, arguments)])
+        recipe.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> Path:
+    """DIR of a task `colours`: prompts of the tiny model's words, a label each."""
+    folder = tmp_path_factory.mktemp("tasks") / "colours"
+    folder.mkdir()
+    for split, n in (("train", 12), ("test", 6)):
+        rows = [{"prompt": f"the {WORDS[i]} is", "answer": ("red", "blue")[i % 2]} for i in range(n)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder.parent
+
+
+def flags(llama_folder, source, output) -> list:
+    """What any user of TRL would write, for a 4-bit run on a CPU."""
+    names = ["--model_name_or_path", llama_folder, "--dataset_name", source, "--output_dir", output]
+    names += ["--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "bfloat16", "--use_cpu", "--bf16", "false"]
+    names += [
+        "--lora_target_modules",
+        "all-linear",
+        "--learning_rate",
+        "1e-2",
+        "--max_steps",
+        "2",
+        "--report_to",
+        "none",
+    ]
+    return [*names, "--per_device_train_batch_size", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--peft_method", "lora"], {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05}),
+        (["--peft_method", "lora", "--lora_r", "4", "--use_dora"], {"peft_type": "LORA", "r": 4, "use_dora": True}),
+        ([], {"peft_type": "MORA", "r": 8, "alpha": 16, "dropout": 0.0, "routing": "task"}),
+        (
+            ["--lora_r", "4", "--lora_alpha", "32", "--lora_dropout", "0.1", "--top_k", "2", "--routing", "bank"],
+            {"peft_type": "MORA", "r": 4, "alpha": 32, "dropout": 0.1, "top_k": 2, "routing": "bank"},
+        ),
+        (
+            ["--peft_method", "lori", "--sparsity", "0.5", "--save_projection", "false", "--seed", "5"],
+            {"peft_type": "LORI", "r": 32, "alpha": 64, "sparsity": 0.5, "save_projection": False, "seed": 5},
+        ),
+        (
+            ["--peft_method", "lori", "--lora_r", "8", "--sparsity", "0.75", "--calibration_steps", "1"],
+            {"peft_type": "LORI", "r": 8, "sparsity": 0.75},
+        ),
+        (
+            ["--peft_method", "flylora", "--lora_r", "8", "--top_k", "4", "--density", "0.5", "--selection", "signed"],
+            {"peft_type": "FLYLORA", "r": 8, "top_k": 4, "density": 0.5, "selection": "signed"},
+        ),
+        (["--lora_r", "4", "--active_experts", "2"], {"peft_type": "MORA", "r": 4, "top_k_pattern": 14 * [2]}),
+    ],
+    ids=["lora", "lora-dora", "mora", "mora-fields", "lori", "lori-calibrated", "flylora", "budget"],
+)
+def test_sft_trains_and_saves_the_adapter_that_its_flags_describe(
+    extra, expected, sft, run, llama_folder, task, tmp_path
+):
+    told = run(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), *extra)
+    assert "train.jsonl: 12 records, columns prompt, answer" in told
+    config = PeftConfig.from_pretrained(tmp_path / "out").to_dict()
+    config["top_k_pattern"] = list((config.get("top_k_pattern") or {}).values())
+    assert {name: config[name] for name in expected} == expected
+    assert (config["base_model_name_or_path"], len(config["target_modules"])) == (llama_folder, 14)
+
+
+def test_sft_reads_a_datasets_folder_and_evaluates_on_its_test_split(sft, run, llama_folder, tmp_path, task):
+    parts = {split: str(task / "colours" / f"{split}.jsonl") for split in ("train", "test")}
+    Dataset.from_json(parts).save_to_disk(tmp_path / "set")
+    arguments = [
+        *flags(llama_folder, tmp_path / "set", tmp_path / "out"),
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        1,
+    ]
+    told = run(sft, *arguments, "--peft_method", "lora")
+    assert "set[train]: 12 records" in told and "set[test]: 6 records" in told and "eval_loss" in told
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--peft_method", "lori", "--routing", "dense"], "--routing is no field of lori"),
+        (["--peft_method", "lora", "--sparsity", "0.5"], "--sparsity is no field of lora"),
+        (["--peft_method", "mora", "--use_dora"], "--use_dora is LoRA's own"),
+        (["--peft_method", "mole"], "invalid choice: 'mole'"),
+    ],
+)
+def test_sft_refuses_a_flag_that_would_have_no_effect(extra, message, sft, run, llama_folder, task, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), *extra)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sft_refuses_records_whose_answer_truncation_would_cut_off(sft, run, llama_folder, task, tmp_path):
+    with pytest.raises(ValueError, match="train.jsonl:1: the prompt alone has 3 tokens: truncation to 3"):
+        run(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), "--max_length", "3")
+
+
+def test_sft_gives_plain_lora_exact_kernels_too(sft, llama_folder):
+    model = quantized(llama_folder)
+    sft.ExactKernels().on_train_begin(None, None, None, model=model)
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_help_of_the_scripts_runs_and_names_every_method():
+    """As programs, from their own folder, which is how Python finds their data module."""
+    for name in ("sft", "evaluate"):
+        command = [sys.executable, str(RECIPES / f"{name}.py"), "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-1000:]
+        assert all(method in done.stdout.lower() for method in ("lora", "mora", "lori", "flylora"))
+
+
+@pytest.fixture(scope="session", params=["mora", "lora"])
+def adapter(request, llama_folder, tmp_path_factory) -> Path:
+    """A saved adapter with an effect."""
+    from peft import LoraConfig
+
+    config = METHODS.get(request.param, lambda **kw: LoraConfig(r=4, init_lora_weights=False, **kw))
+    torch.manual_seed(0)
+    model = get_peft_model(quantized(llama_folder), config(target_modules="all-linear"))
+    randomize(model)
+    model.peft_config["default"].base_model_name_or_path = llama_folder
+    folder = tmp_path_factory.mktemp("adapter") / request.param
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_evaluate_scores_tasks_and_perplexity_through_lm_eval(evaluate, run, adapter, task, tmp_path):
+    passages = tmp_path / "short.jsonl"
+    passages.write_text('{"page": "the cat sat on the red mat"}\n{"page": "a dog ran under the log"}\n')
+    own = tmp_path / "own"
+    data.write_lm_eval_task({**data.read_task(task, "colours"), "name": "mine"}, own)
+    arguments = ["--adapter", adapter, "--task", "colours", "peft_mora_mine", "--data", task, "--include_path", own]
+    told = run(evaluate, *arguments, "--perplexity", passages, "--baseline", "--device", "cpu", "--output", tmp_path)
+    record = json.loads((tmp_path / "results.json").read_text())
+    ours, base = record["adapter"]["results"], record["base"]["results"]
+    (ppl,) = (name for name in ours if "perplexity" in name)
+    assert ours["peft_mora_colours"]["acc,none"] == ours["peft_mora_mine"]["acc,none"]  # the same task twice
+    assert {*ours} == {"peft_mora_colours", "peft_mora_colours_greedy", "peft_mora_mine", ppl} == {*base}
+    assert ours[ppl]["word_perplexity,none"] != base[ppl]["word_perplexity,none"]
+    assert "word_perplexity" in told and "peft_mora_colours" in told
+    assert f"lm_eval --model hf --model_args pretrained={tmp_path}" in told
+
+    # the same passages by hand, through the layers as they are in training: what lm-eval calls rolling log-likelihood
+    model, tokenizer = evaluate.load(record["model"], str(adapter), "cpu", True)
+    total = words = 0.0
+    for line in passages.read_text().splitlines():
+        text = json.loads(line)["page"]
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
+        with torch.no_grad():
+            scores = model.train()(ids).logits[0, :-1].float().log_softmax(-1)
+        total += scores.gather(1, ids[0, 1:, None]).sum().item()
+        words += len(text.split())
+    by_hand = torch.tensor(-total / words).exp().item()
+    assert ours[ppl]["word_perplexity,none"] == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_evaluate_scores_through_the_kernels_of_training(evaluate, adapter, llama_folder, inputs):
+    model, _ = evaluate.load(llama_folder, str(adapter), "cpu", True)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(inputs).logits, model.train()(inputs).logits)
+
+
+@pytest.mark.skipif(
+    not (BNB and __import__("bitsandbytes").functional.has_avx512bf16()), reason="this CPU has no AVX512-BF16"
+)
+def test_without_that_bitsandbytes_scores_otherwise_than_it_trains(llama_folder, inputs):
+    """The test above could not fail on a bitsandbytes without the trap; this one says that the trap is there."""
+    model = quantized(llama_folder)
+    with torch.no_grad():
+        trained = model.train()(inputs).logits
+        assert not torch.equal(model.eval()(inputs).logits, trained)
+
+
+def test_evaluate_refuses_a_task_that_nobody_knows(evaluate, run, llama_folder, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    def without_defaults(**options):  # reading lm-eval's own takes ten times as long as the rest
+        return TaskManager(**{**options, "include_defaults": False})
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", without_defaults)
+    with pytest.raises(SystemExit, match="lm-eval knows no task colors_of_the_wind. Give one of its own"):
+        run(evaluate, "--model", llama_folder, "--task", "colors_of_the_wind", "--output", tmp_path)
