@@ -86,9 +86,7 @@ def main() -> None:
     types = (MethodArguments, trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
     parser = trl.TrlParser(types, description=__doc__, formatter_class=Help)
     lora = {f.name: f.default for f in fields(trl.ModelConfig) if f.name in ("lora_r", "lora_alpha", "lora_dropout")}
-    parser.set_defaults_with_config(
-        **dict.fromkeys(lora)
-    )  # None is "not given", so that a method's own default counts
+    parser.set_defaults_with_config(**dict.fromkeys(lora))  # None is "not given": a method's own default counts
     flags = {argument.split("=")[0].replace("-", "_") for argument in sys.argv[1:]}
     small = not flags & {"__model_name_or_path", "__config"}
     if small:
@@ -132,17 +130,16 @@ def main() -> None:
         model_args.model_name_or_path = str(data.embedded_model(quantized=quantized))
 
     def get_dataset(_: trl.DatasetMixtureConfig) -> dict[str, Any]:
-        model, options = model_args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision, **options)
-        # Neither a template that the trainer is yet to load nor packing, which cuts nothing off, can be checked here.
-        checked = {} if args.chat_template_path or args.packing else {"tokenizer": tokenizer}
-        splits = [script_args.dataset_train_split]
-        splits += [script_args.dataset_test_split] if args.eval_strategy != "no" else []
+        checked = {}
+        split = args.packing and args.packing_strategy != "bfd"  # then nothing is cut off
+        if not split and not args.chat_template_path:  # a template that is not loaded yet
+            model, trust = model_args.model_name_or_path, args.trust_remote_code
+            options = {"revision": model_args.model_revision, "trust_remote_code": trust}
+            checked = {"tokenizer": AutoTokenizer.from_pretrained(model, **options), "max_length": args.max_length}
+        parts = [script_args.dataset_train_split]
+        parts += [script_args.dataset_test_split] if args.eval_strategy != "no" else []
         script_args.dataset_name = name  # for the model card
-        read = partial(
-            data.read_dataset, name, config=script_args.dataset_config, max_length=args.max_length, **checked
-        )
-        return {split: read(split) for split in splits}
+        return {part: data.read_dataset(name, part, script_args.dataset_config, **checked) for part in parts}
 
     # TRL's main asks its own package for each of these when it runs.
     trls_get_peft_config = trl.get_peft_config

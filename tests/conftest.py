@@ -6,10 +6,13 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-")  # trackio asks where to write when TRL imports it
+os.environ["TRACKIO_DIR"] = TRACKIO.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package at every import
 

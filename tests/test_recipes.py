@@ -240,3 +240,11 @@ def test_evaluate_refuses_a_task_that_nobody_knows(evaluate, run, llama_folder, 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", without_defaults)
     with pytest.raises(SystemExit, match="lm-eval knows no task colors_of_the_wind. Give one of its own"):
         run(evaluate, "--model", llama_folder, "--task", "colors_of_the_wind", "--output", tmp_path)
+
+
+def test_the_flags_on_the_page_give_the_base_that_evaluate_scores_on():
+    page = (RECIPES.parent / "docs" / "sft.md").read_text(encoding="utf-8")
+    flags = "--load_in_4bit --use_bnb_nested_quant --dtype bfloat16"
+    assert flags in page
+    (model_args,) = trl.TrlParser([trl.ModelConfig]).parse_args_and_config(flags.split())
+    assert trl.get_quantization_config(model_args).to_dict() == data.nf4_config().to_dict()

@@ -1,0 +1,68 @@
+"""`report_to` gets our callbacks' numbers: what a tracker has stored is what the trainer's history says."""
+
+from pathlib import Path
+
+import pytest
+from conftest import METHODS, TRACKIO, quantized
+from test_trl import sft
+
+from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback
+
+
+# method, the callback, and what it must bring into the trackers; a callback that logs is a row here.
+CALLBACKS = {
+    "budget": ("mora", lambda: ActivationBudgetCallback(2), ("active_experts", "usage_entropy", "dead_experts")),
+    "budget-flylora": (
+        "flylora",
+        lambda: ActivationBudgetCallback(1.5, rebalance=True, interval=1),
+        ("active_experts", "usage_entropy", "dead_experts"),
+    ),
+    "calibration": ("lori", lambda: LoriCalibrationCallback(0.5, calibration_steps=2), ("loss", "grad_norm")),
+}
+
+
+def read_tensorboard(folder) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stored: dict[str, dict[int, float]] = {}
+    for file in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            stored.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    return stored
+
+
+def read_trackio(project: str) -> dict[str, dict[int, float]]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert SQLiteStorage.get_project_db_path(project).parent == Path(TRACKIO.name)
+    (run,) = SQLiteStorage.get_runs(project)
+    stored: dict[str, dict[int, float]] = {}
+    for entry in SQLiteStorage.get_logs(project, run):
+        for tag, value in entry.items():
+            if isinstance(value, (int, float)):
+                stored.setdefault(tag, {})[entry["train/global_step"]] = value
+    return stored
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+@pytest.mark.parametrize("row", CALLBACKS)
+def test_a_tracker_has_the_numbers_of_the_trainer_s_history(row, tracker, llama_folder, tmp_path):
+    pytest.importorskip(tracker)
+    method, make_callback, metrics = CALLBACKS[row]
+    trainer = sft(
+        quantized(llama_folder),
+        llama_folder,
+        tmp_path,
+        METHODS[method](target_modules="all-linear"),
+        report_to=tracker,
+        project=row,  # trackio's; local, since no trackio_space_id is given
+    )
+    trainer.add_callback(make_callback())
+    trainer.train()
+    stored = read_tensorboard(tmp_path) if tracker == "tensorboard" else read_trackio(row)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 6
+    for metric in metrics:
+        logged = {entry["step"]: entry[metric] for entry in history}
+        assert stored[f"train/{metric}"] == pytest.approx(logged, rel=1e-6), metric
