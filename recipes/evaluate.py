@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
 def load(base: str, adapter: str | None, device: str, quantize: bool) -> tuple[Any, Any]:
     """(model, tokenizer), in eval mode, whose 4-bit layers compute what they compute in training.
 
-    bitsandbytes would repack them for the first evaluation on a CPU with AVX512-BF16, and scores would differ by 2 %.
+    On a CPU with AVX512-BF16, bitsandbytes would repack them for the first evaluation, and scores would differ.
     """
     from peft import PeftModel
 

@@ -132,6 +132,16 @@ def test_sft_reads_a_datasets_folder_and_evaluates_on_its_test_split(sft, run, l
     assert "set[train]: 12 records" in told and "set[test]: 6 records" in told and "eval_loss" in told
 
 
+@pytest.mark.parametrize(("method", "r", "alpha"), [("lora", 8, 16), ("mora", 8, 128), ("lori", 32, 256)])
+def test_sft_without_a_model_runs_on_the_embedded_one(method, r, alpha, sft, run, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "embedded_model", lambda quantized: data.nf4_folder(llama_folder, tmp_path / "nf4"))
+    told = run(sft, "--peft_method", method, "--max_steps", "1", "--output_dir", tmp_path / "out", "--use_cpu")
+    assert "helpdesk[train]: 400 records" in told and "'train_loss'" in told
+    config = PeftConfig.from_pretrained(tmp_path / "out").to_dict()
+    saved = config["r"], config.get("alpha", config.get("lora_alpha")), config["base_model_name_or_path"]
+    assert saved == (r, alpha, str(tmp_path / "nf4"))
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -160,13 +170,15 @@ def test_sft_gives_plain_lora_exact_kernels_too(sft, llama_folder):
     assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
-def test_help_of_the_scripts_runs_and_names_every_method():
-    """As programs, from their own folder, which is how Python finds their data module."""
-    for name in ("sft", "evaluate"):
-        command = [sys.executable, str(RECIPES / f"{name}.py"), "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-1000:]
-        assert all(method in done.stdout.lower() for method in ("lora", "mora", "lori", "flylora"))
+def test_help_names_every_method(sft, run, capsys):
+    """evaluate.py as a program, from its own folder, which is how Python finds the data module; sft.py imports TRL."""
+    done = subprocess.run([sys.executable, RECIPES / "evaluate.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    with pytest.raises(SystemExit) as end:
+        run(sft, "--help")
+    assert end.value.code == 0
+    for text in (done.stdout, capsys.readouterr().out):
+        assert all(method in text.lower() for method in ("lora", "mora", "lori", "flylora"))
 
 
 @pytest.fixture(scope="session", params=["mora", "lora"])
@@ -248,3 +260,30 @@ def test_the_flags_on_the_page_give_the_base_that_evaluate_scores_on():
     assert flags in page
     (model_args,) = trl.TrlParser([trl.ModelConfig]).parse_args_and_config(flags.split())
     assert trl.get_quantization_config(model_args).to_dict() == data.nf4_config().to_dict()
+
+
+def test_lm_eval_s_own_way_to_4_bits_is_broken_as_the_page_says(llama_folder):
+    from lm_eval.models.huggingface import HFLM
+
+    page = (RECIPES.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    with pytest.raises(TypeError) as caught:
+        HFLM(pretrained=llama_folder, load_in_4bit=True, device="cpu")
+    assert str(caught.value).replace("LlamaForCausalLM", "…ForCausalLM") in page
+
+
+def test_plain_lm_eval_over_a_4_bit_folder_scores_as_we_do(evaluate, adapter, llama_folder, tmp_path):
+    if "lora" in adapter.name:
+        pytest.skip("plain lm_eval scores LoRA with bitsandbytes' own kernels")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = str(tmp_path / "nf4")
+    base, tokenizer = data.load_base(llama_folder)
+    base.resize_token_embeddings(len(tokenizer))  # with peft=, plain lm_eval does this to a model with spare rows
+    for part in (base, tokenizer):
+        part.save_pretrained(folder)
+    model, _ = evaluate.load(folder, str(adapter), "cpu", True)
+    ours = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32")
+    plain = HFLM(pretrained=folder, peft=str(adapter), dtype="bfloat16", softmax_dtype="float32", device="cpu")
+    requests = [Instance("loglikelihood", {}, ("the cat", f" {word}"), 0) for word in ("sat", "ran", "red")]
+    assert ours.loglikelihood(requests) == plain.loglikelihood(requests)
