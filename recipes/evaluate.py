@@ -24,22 +24,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", metavar="DIR", help="adapter to score (none: the base alone)")
     parser.add_argument("--baseline", action="store_true", help="score the base without the adapter as well")
-    parser.add_argument(
-        "--model", metavar="NAME_OR_DIR", help="base (the adapter's; without one SmolLM2-135M from PyPI)"
-    )
-    parser.add_argument(
-        "--bits", type=int, default=4, choices=(4, 16), help="4: NF4, saved in --output once (%(default)s)"
-    )
+    parser.add_argument("--model", metavar="NAME_OR_DIR", help="base (the adapter's; else SmolLM2-135M from PyPI)")
+    parser.add_argument("--bits", type=int, default=4, choices=(4, 16), help="4: NF4, saved in --output (%(default)s)")
     parser.add_argument("--task", "--tasks", nargs="+", default=[], metavar="NAME", help="what to score (helpdesk)")
     parser.add_argument("--data", metavar="DIR", help="where NAME/{train,test}.jsonl are")
     parser.add_argument("--include_path", metavar="DIR", help="more lm-eval task files")
-    parser.add_argument(
-        "--perplexity", metavar="FILE", help="JSONL passages (`text` or `page`): is the language kept?"
-    )
+    parser.add_argument("--perplexity", metavar="FILE", help="JSONL passages (text or page): is the language kept?")
     parser.add_argument(
         "--passage_words", type=int, default=48, metavar="N",
         help="cut the passages of --data tasks to N words, as demo.py trains; 0: not at all, as sft.py (%(default)s)",
     )  # fmt: skip
+    parser.add_argument("--apply_chat_template", action="store_true", help="ask as in a chat (trained on messages)")
     parser.add_argument("--limit", type=int, help="samples a task (all)")
     parser.add_argument("--batch_size", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
@@ -89,7 +84,8 @@ def score(model: Any, tokenizer: Any, names: list[str], manager: Any, args: argp
 
     # Else log-likelihoods are summed in the logits' own bfloat16, which has two or three digits.
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, softmax_dtype="float32")
-    return simple_evaluate(lm, tasks=names, task_manager=manager, limit=args.limit, log_samples=False)
+    options = {"task_manager": manager, "limit": args.limit, "apply_chat_template": args.apply_chat_template}
+    return simple_evaluate(lm, tasks=names, log_samples=False, **options)
 
 
 def main() -> None:
@@ -112,11 +108,14 @@ def main() -> None:
     if unknown := [name for name in known if not manager.match_tasks([name])]:
         raise SystemExit(
             f"lm-eval knows no task {', '.join(unknown)}. Give one of its own (`lm_eval ls tasks`), a folder with its "
-            "YAML as --include_path, the folder of NAME/train.jsonl and test.jsonl as --data, or an embedded task: "
-            + ", ".join(data.TASKS)
+            f"YAML as --include_path, the folder of NAME/*.jsonl as --data, or one of {', '.join(data.TASKS)}"
         )
-    base = args.model or (PeftConfig.from_pretrained(args.adapter).base_model_name_or_path if args.adapter else None)
-    if base in (None, data.EMBEDDED):
+    base = args.model or data.EMBEDDED
+    if args.adapter and not args.model:
+        base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+        if not base:
+            raise SystemExit(f"{args.adapter} does not say which base it is for: give it as --model NAME_OR_DIR")
+    if base == data.EMBEDDED:
         base = str(data.embedded_model(quantized=args.bits == 4))
     elif args.bits == 4 and not data.is_quantized(base):
         base = str(data.nf4_folder(base, output / f"{Path(base).name}-nf4", device))  # what plain lm_eval can open
@@ -148,6 +147,7 @@ def main() -> None:
         if group:
             where = f" --include_path {shlex.quote(str(folder))}" if folder else ""
             where += f" --limit {args.limit}" if args.limit else ""
+            where += " --apply_chat_template" if args.apply_chat_template else ""
             print(
                 f"  lm_eval --model hf --model_args {shlex.quote(arguments)} --tasks {','.join(group)}{where} "
                 f"--device {device} --batch_size {args.batch_size}"

@@ -226,6 +226,12 @@ def test_evaluate_scores_tasks_and_perplexity_through_lm_eval(evaluate, run, ada
     assert ours[ppl]["word_perplexity,none"] == pytest.approx(by_hand, rel=1e-4)
 
 
+def test_evaluate_refuses_an_adapter_that_names_no_base(evaluate, run, task, tmp_path):
+    METHODS["lori"](target_modules="all-linear").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match="adapter does not say which base it is for: give it as --model"):
+        run(evaluate, "--adapter", tmp_path / "adapter", "--task", "colours", "--data", task, "--output", tmp_path)
+
+
 def test_evaluate_scores_through_the_kernels_of_training(evaluate, adapter, llama_folder, inputs):
     model, _ = evaluate.load(llama_folder, str(adapter), "cpu", True)
     with torch.no_grad():
