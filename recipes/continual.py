@@ -119,7 +119,7 @@ def score(
         model, tokenizer = data.load_base(args.base, args.device)
         use_exact_4bit_kernels(model)
         model = PeftModel.from_pretrained(model, adapter) if adapter is not None else model
-        lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=args.batch_size)
+        lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=args.batch_size, softmax_dtype="float32")
     for name in missing:
         found = simple_evaluate(lm, tasks=[name], task_manager=manager, limit=args.limit, bootstrap_iters=0)
         values = {k.split(",")[0]: v for k, v in found["results"][name].items() if isinstance(v, (int, float))}

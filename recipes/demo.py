@@ -75,7 +75,7 @@ def accuracy(model: Any, tokenizer: Any, task: str, folder: Path, limit: int | N
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0)
     return found["results"][task]["acc,none"]
@@ -175,7 +175,7 @@ def main() -> None:
     print(f"Saved in {output}: " + ", ".join(f"{method}-{name}" for method in args.method))
     print("Evaluate one again with plain lm-eval:")
     print(
-        f"  lm_eval --model hf --model_args pretrained={base},peft={folder},dtype=bfloat16 "
+        f"  lm_eval --model hf --model_args pretrained={base},peft={folder},dtype=bfloat16,softmax_dtype=float32 "
         f"--tasks {task_name} --include_path {tasks} --device {args.device}"
     )
 
