@@ -376,10 +376,10 @@ def test_gradients_are_sketched_and_the_sketch_survives_a_resume(llama_folder, t
         ({"energy": 1.5}, "`energy` must be a number in"),
         ({"max_rank": 0}, "`max_rank` must be an integer >= 1"),
         ({"calibration_batches": 0}, "`calibration_batches` must be an integer >= 1"),
-        ({"start": "zeros"}, "`start` must be 'random', 'inputs' or 'contrast'"),
+        ({"start": "zeros"}, "`start` must be 'contrast', 'inputs', 'random' or None"),
         ({"start": "contrast", "source": "gradients"}, "only source='inputs' knows"),
-        ({"room": 4}, "`room` must be None with start='random'"),
-        ({"room": 0, "start": "inputs"}, "`room` must be an integer >= 1"),
+        ({"room": 4, "start": "random"}, "`room` must be None with start='random'"),
+        ({"room": 0}, "`room` must be an integer >= 1"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -70,11 +70,11 @@ class OrthogonalProjectionCallback(TrainerCallback):
             to max_rank; for "base_weights" a share that depends on the layer.
         max_rank: most protected directions a module, all tasks together; None for no limit.
         calibration_batches: batches of the training data to find the directions with, on each process.
-        start: where A's rows start inside the complement: "random"; "inputs", along the strongest directions of the
-            new task's inputs there (InfLoRA, arXiv 2404.00228); "contrast", along those in which the new task's
-            inputs are strong and the earlier tasks' are weak.
-        room: how many of the directions that `start` finds A may move in during the whole run; None for all of the
-            complement. The protected span is then larger than the memory's.
+        start: which directions of the complement the new task gets: "contrast", those in which its inputs are strong
+            and the earlier tasks' are weak; "inputs", those in which its inputs are strong (InfLoRA, arXiv
+            2404.00228); "random", all of them, and A starts anywhere (GPM). None is "contrast" where the source
+            knows the earlier inputs ("inputs"), else "random".
+        room: how many directions "contrast" and "inputs" give; A moves inside them for the whole run. None is 2·r.
         adapter_name: which adapter; None is the one in training.
 
     Raises:
@@ -95,7 +95,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         energy: float | None = 0.95,
         max_rank: int | None = None,
         calibration_batches: int = 8,
-        start: Start = "random",
+        start: Start | None = None,
         room: int | None = None,
         adapter_name: str | None = None,
     ) -> None:
@@ -113,15 +113,16 @@ class OrthogonalProjectionCallback(TrainerCallback):
             calibration_batches,
             "an integer >= 1",
         )
-        check_field(start in get_args(Start), "start", start, "'random', 'inputs' or 'contrast'")
+        start = start or ("contrast" if source == "inputs" else "random")
+        check_field(start in get_args(Start), "start", start, "'contrast', 'inputs', 'random' or None")
         check_field(
             start != "contrast" or source == "inputs",
             "start",
             start,
-            "'random' or 'inputs' with this source: only source='inputs' knows the earlier tasks' inputs",
+            "'inputs' or 'random' with this source: only source='inputs' knows the earlier tasks' inputs",
         )
         check_field(room is None or (is_int(room) and room >= 1), "room", room, "an integer >= 1, or None")
-        check_field(room is None or start != "random", "room", room, "None with start='random', which has no order")
+        check_field(room is None or start != "random", "room", room, "None with start='random', which gives all")
         self.memory = Path(memory) if memory is not None else None
         self.calibration_batches, self.adapter_name = calibration_batches, adapter_name
         self.start, self.room = start, room
@@ -288,8 +289,8 @@ class OrthogonalProjectionCallback(TrainerCallback):
             for name, group in ((n, self._subspace.group_of(n) or n) for n in run.factors):
                 if group not in self._room:
                     lead = next(lead for lead, modules in found.groups.items() if name in modules)
-                    rows = max(len(p.A) for n, p in run.factors.items() if self._subspace.group_of(n) == group)
-                    self._room[group] = self._directions(group, found.covariance[lead], self.room or rows)
+                    r = max(len(p.A) for n, p in run.factors.items() if self._subspace.group_of(n) == group)
+                    self._room[group] = self._directions(group, found.covariance[lead], self.room or 2 * r)
         for name, pair in run.factors.items():
             group = self._subspace.group_of(name) or name
             A = pair.A.data
@@ -301,8 +302,6 @@ class OrthogonalProjectionCallback(TrainerCallback):
                 rows = rows @ U @ U.T
             rows = rows * (norms / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
             A.copy_(project_out(rows, V))
-        if self.room is None:
-            self._room = {}
 
     def _directions(self, group: str, new: Tensor, count: int) -> Tensor:
         V = self._subspace.right[group].to(new)
@@ -311,7 +310,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         return contrast_directions(new, self._subspace.old_covariance(group).to(new), V, count)
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        needed = self.source.name == "gradients" or self.room is not None
+        needed = self.source.name == "gradients" or (self.memory is not None and self.start != "random")
         folders = [caller_local("resume_from_checkpoint"), Path(args.output_dir) / f"checkpoint-{state.global_step}"]
         paths = [Path(folder) / CHECKPOINT_FILE for folder in folders if isinstance(folder, (str, Path))]
         path = next((path for path in paths if path.is_file()), None)
@@ -543,7 +542,7 @@ def _batches(loader: DataLoader, args: TrainingArguments, count: int) -> Callabl
             if not isinstance(batch, Mapping) or "input_ids" not in batch:
                 raise ValueError(
                     "The trainer's batches have no input_ids (GRPO and the like make them from prompts), so the "
-                    "inputs of this task cannot be seen in advance. Use source='past_adapters' or 'gradients'."
+                    "inputs of this task cannot be seen in advance. Use source='gradients' or 'past_adapters'."
                 )
             kept.append(dict(batch))
         if not kept:
