@@ -19,15 +19,16 @@ from typing import Any
 import data
 
 
-# name: (adapter, whether each task gets parameters of its own, arguments of OrthogonalProjectionCallback)
-WAYS: dict[str, tuple[str, bool, dict[str, Any] | None]] = {
-    "separate": ("lora", False, None),
-    "sequential": ("lora", False, None),
-    "growing": ("dense", True, None),
-    "bank": ("bank", True, None),
-    "task": ("task", True, None),
-    "dense+projection": ("dense", True, {}),
-    "task+projection": ("task", True, {}),
+# name: (adapter, alpha / r, whether each task gets parameters of its own, whether they are projected). The weights of
+# a gated block sum to 1: at r times LoRA's alpha it has LoRA's scale. Along a few strong directions 6 is enough.
+WAYS = {
+    "separate": ("lora", 2, False, False),
+    "sequential": ("lora", 2, False, False),
+    "growing": ("dense", 2, True, False),
+    "bank": ("bank", 16, True, False),
+    "task": ("task", 16, True, False),
+    "dense+projection": ("dense", 2, True, True),
+    "task+projection": ("task", 6, True, True),
 }
 
 
@@ -44,21 +45,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--r", type=int, default=8, help="rank, or experts a task (%(default)s)")
-    parser.add_argument("--callback", type=json.loads, default={}, metavar="JSON", help="more callback arguments")
+    parser.add_argument("--callback", type=json.loads, default={}, metavar="JSON", help="arguments of the callback")
     parser.add_argument("--output", default="out/forgetting", metavar="DIR", help="where it all goes (%(default)s)")
     return parser.parse_args()
 
 
-def adapter_config(adapter: str, r: int) -> Any:
+def adapter_config(way: str, r: int) -> Any:
     from peft import LoraConfig
 
     from peft_mora import MoraConfig
 
+    adapter, scale, _, _ = WAYS[way]
     common = {"r": r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if adapter == "lora":
-        return LoraConfig(lora_alpha=2 * r, **common)
-    # A gated block's weights sum to 1: at r times LoRA's alpha it has LoRA's scale.
-    return MoraConfig(routing=adapter, alpha=2 * r if adapter == "dense" else 2 * r * r, **common)
+        return LoraConfig(lora_alpha=scale * r, **common)
+    return MoraConfig(routing=adapter, alpha=scale * r, **common)
 
 
 def learn(way: str, seed: int, tasks: list[dict[str, Any]], folders: list[Path], args: argparse.Namespace) -> Any:
@@ -70,19 +71,19 @@ def learn(way: str, seed: int, tasks: list[dict[str, Any]], folders: list[Path],
     from peft_mora import start_task
     from trl_callbacks import OrthogonalProjectionCallback
 
-    adapter, grows, projection = WAYS[way]
+    _, _, grows, projects = WAYS[way]
     set_seed(seed)
     model, tokenizer = data.load_base(args.base, args.device)
     if len(tasks) == 1 or way == "separate":
-        model = get_peft_model(model, adapter_config(adapter, args.r))
+        model = get_peft_model(model, adapter_config(way, args.r))
     else:
         model = PeftModel.from_pretrained(model, folders[-2], is_trainable=True)
         if grows:
             start_task(model, tasks[-1]["name"])
     callbacks = []
-    if projection is not None:
+    if projects:
         memory = folders[-2] / "subspace" if len(tasks) > 1 else None
-        callbacks = [OrthogonalProjectionCallback(memory, **projection, **args.callback)]
+        callbacks = [OrthogonalProjectionCallback(memory, **args.callback)]
     config = SFTConfig(
         output_dir=str(folders[-1]),
         max_steps=args.steps,

@@ -268,7 +268,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
     def leakage(self) -> float:
         """‖ΔW V‖ / ‖ΔW‖ over all constrained modules together, 0..1; 0 while ΔW is 0. Only while training."""
         assert self._run is not None
-        inside, whole = 0.0, 0.0
+        inside, whole = [], []  # summed in the end: one wait for the GPU, not two a module
         for name, pair in self._run.factors.items():
             A, B = pair.A.detach(), pair.B.detach().to(pair.A.dtype)
             group = self._subspace.group_of(name)
@@ -276,9 +276,11 @@ class OrthogonalProjectionCallback(TrainerCallback):
             if name in self._subspace.left:
                 parts.append((B.T, A.T, self._subspace.left[name]))
             found = [leakage(a, b, V.to(a)) for a, b, V in parts]
-            inside += max((float(protected) for protected, _ in found), default=0.0)
-            whole += float(found[0][1]) if found else 0.0
-        return math.sqrt(inside / whole) if whole > 0 else 0.0
+            if found:
+                inside.append(torch.stack([protected for protected, _ in found]).max().to(self._total.device))
+                whole.append(found[0][1].to(self._total.device))
+        total = float(torch.stack(whole).sum()) if whole else 0.0
+        return math.sqrt(float(torch.stack(inside).sum()) / total) if total > 0 else 0.0
 
     @torch.no_grad()
     def _place(self, run: Run) -> None:
