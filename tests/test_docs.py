@@ -1,6 +1,7 @@
 """Every Python block of README.md and docs/ runs, over a tiny 4-bit model in place of the one it names."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_code_block_runs(block, llama_folder, tmp_path, monkeypatch):
         "train_dataset": texts(),
         "args": SFTConfig(output_dir=str(tmp_path / "trainer"), **options),
         "SFTTrainer": SFTTrainer,
-        "SFTConfig": SFTConfig,
+        "SFTConfig": partial(SFTConfig, **options),
         "PeftModel": PeftModel,
         "get_peft_model": get_peft_model,
     }
