@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_trl
 import torch
 from conftest import quantized, tiny_llama
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_trl import losses, texts
 from transformers import AutoTokenizer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
 from trl_callbacks import OrthogonalProjectionCallback
@@ -24,28 +25,10 @@ from trl_callbacks.projection import trainable_factors
 from trl_callbacks.subspace import Subspace
 
 
-def sft(model, folder, output, callback=None, data_seed: int = 0, **kwargs) -> SFTTrainer:
-    arguments = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 3e-2,
-        "weight_decay": 0.01,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": data_seed,
-        **kwargs,
-    }
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(output_dir=str(output), **arguments),
-        train_dataset=texts(),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        callbacks=[] if callback is None else [callback] if isinstance(callback, TrainerCallback) else callback,
-    )
+def sft(model, folder, output, callback=None, **kwargs) -> SFTTrainer:
+    callbacks = [] if callback is None else [callback] if isinstance(callback, TrainerCallback) else callback
+    options = {"weight_decay": 0.01, "save_strategy": "no", **kwargs}
+    return test_trl.sft(model, folder, output, callbacks=callbacks, **options)
 
 
 ROUTINGS = ("task", "bank", "dense")

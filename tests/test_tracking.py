@@ -6,7 +6,7 @@ import pytest
 from conftest import METHODS, TRACKIO, quantized
 from test_trl import sft
 
-from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback
+from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback, OrthogonalProjectionCallback
 
 
 # method, the callback, and what it must bring into the trackers; a callback that logs is a row here.
@@ -16,6 +16,11 @@ CALLBACKS = {
         "flylora",
         lambda: ActivationBudgetCallback(1.5, rebalance=True, interval=1),
         ("active_experts", "usage_entropy", "dead_experts"),
+    ),
+    "projection": (
+        "mora",
+        lambda: OrthogonalProjectionCallback(source="base_weights", max_rank=8),
+        ("protected_rank_mean", "protected_rank_max", "leakage"),
     ),
     "calibration": ("lori", lambda: LoriCalibrationCallback(0.5, calibration_steps=2), ("loss", "grad_norm")),
 }
@@ -55,10 +60,10 @@ def test_a_tracker_has_the_numbers_of_the_trainer_s_history(row, tracker, llama_
         llama_folder,
         tmp_path,
         METHODS[method](target_modules="all-linear"),
+        callbacks=[make_callback()],
         report_to=tracker,
         project=row,  # trackio's; local, since no trackio_space_id is given
     )
-    trainer.add_callback(make_callback())
     trainer.train()
     stored = read_tensorboard(tmp_path) if tracker == "tensorboard" else read_trackio(row)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -17,7 +17,7 @@ def texts(n: int = 24) -> Dataset:
     return Dataset.from_dict({"text": [" ".join(WORDS[i] for i in row) for row in picks]})
 
 
-def sft(model, folder, output, peft_config=None, **kwargs) -> SFTTrainer:
+def sft(model, folder, output, peft_config=None, callbacks=None, **kwargs) -> SFTTrainer:
     arguments = {
         "max_steps": 6,
         "per_device_train_batch_size": 2,
@@ -38,6 +38,7 @@ def sft(model, folder, output, peft_config=None, **kwargs) -> SFTTrainer:
         eval_dataset=texts(4),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=peft_config,
+        callbacks=callbacks,
     )
 
 
