@@ -1,0 +1,298 @@
+"""TRL's preference, reward and reinforcement trainers, and transformers' own adapter functions."""
+
+import types
+
+import pytest
+import torch
+import trl.trainer.grpo_trainer as grpo
+from conftest import METHODS, STATIC, WORDS, quantized, randomize, tiny_llama
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
+from trl.generation.vllm_generation import VLLMGeneration
+
+from peft_mora import start_task
+from peft_mora.base import AdapterLinear
+
+
+FOUR = pytest.mark.parametrize("method", ["mora-dense", "mora", "lori", "flylora"])  # "mora" has routing "task"
+N = 12
+PROMPTS = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(4)) for i in range(N)]
+PAIRS = Dataset.from_dict({"prompt": PROMPTS, "chosen": [" yes cat"] * N, "rejected": [" no dog"] * N})
+
+
+def options(folder, **kwargs) -> dict:
+    return {
+        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "seed": 0,
+        **kwargs,
+    }  # fmt: skip
+
+
+def config(method):
+    return METHODS[method](target_modules="all-linear")
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_and_check(trainer, base, folder, inputs) -> None:
+    """The adapter moves, all of it and nothing else, and what is saved computes the same."""
+    before, frozen = weights(trainer.model), {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    after = weights(trainer.model)
+    assert before and all(not torch.equal(after[name], value) for name, value in before.items())
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if not p.requires_grad)
+    trainer.save_model(str(folder / "adapter"))
+    again = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    assert torch.equal(again(inputs).logits, trainer.model.eval()(inputs).logits)
+
+
+@torch.no_grad()
+def log_probs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1) log-probability of each token after the first."""
+    logits = model.eval()(input_ids=ids, attention_mask=mask).logits.float()
+    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def sums(model: nn.Module, batch: dict) -> torch.Tensor:
+    """(2, B / 2) summed log-probabilities of chosen and rejected completions."""
+    tokens = log_probs(model, batch["input_ids"], batch["attention_mask"]) * batch["completion_mask"][:, 1:]
+    return torch.stack(tokens.sum(-1).chunk(2))
+
+
+@pytest.mark.parametrize(
+    ("method", "precompute"),
+    [("mora-dense", False), ("mora", False), ("mora", True), ("lori", False), ("flylora", False)],
+)
+def test_dpo_s_reference_of_a_fresh_adapter_is_the_base_model(method, precompute, llama_folder, tmp_path, inputs):
+    trainer = DPOTrainer(
+        model=quantized(llama_folder),
+        args=DPOConfig(**options(tmp_path, beta=0.5, precompute_ref_log_probs=precompute)),
+        train_dataset=PAIRS,
+        processing_class=AutoTokenizer.from_pretrained(llama_folder),
+        peft_config=config(method),
+    )
+    train_and_check(trainer, quantized(llama_folder), tmp_path, inputs)
+    assert set(trainer.model.peft_config) == {"default"}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < 0.67
+    # after training the policy has left; the loss by hand, with a base model that never saw an adapter
+    batch = next(iter(trainer.get_train_dataloader()))
+    policy, reference = sums(trainer.model, batch), sums(quantized(llama_folder), batch)
+    chosen, rejected = policy - reference
+    want = -nn.functional.logsigmoid(0.5 * (chosen - rejected)).mean()
+    with torch.no_grad():
+        got = trainer.compute_loss(trainer.model.eval(), batch)
+    assert got.item() == pytest.approx(want.item(), rel=0.02)
+    # the same loss against the policy itself would be ln 2, far from this
+    assert want.item() < 0.67
+
+
+@FOUR
+def test_kto_runs_with_the_base_as_reference(method, llama_folder, tmp_path, inputs):
+    labels = {"completion": [" yes cat", " no dog"] * (N // 2), "label": [True, False] * (N // 2)}
+    trainer = KTOTrainer(
+        model=quantized(llama_folder),
+        args=KTOConfig(**options(tmp_path)),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS, **labels}),
+        processing_class=AutoTokenizer.from_pretrained(llama_folder),
+        peft_config=config(method),
+    )
+    train_and_check(trainer, quantized(llama_folder), tmp_path, inputs)
+    assert set(trainer.model.peft_config) == {"default"}
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert history[0]["loss"] == pytest.approx(0.5, abs=1e-3)  # 1 - sigmoid(0): policy and reference agree
+    assert history[-1]["loss"] < 0.499
+
+
+def length(completions, **kwargs) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def rl(trainer_class, config_class, method, llama_folder, folder, model=None, **kwargs):
+    torch.manual_seed(0)
+    arguments = {"beta": 0.1, "num_generations": 4, "max_completion_length": 6, **kwargs}
+    return trainer_class(
+        model=model or quantized(llama_folder),
+        reward_funcs=length,
+        args=config_class(**options(folder, **arguments)),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=AutoTokenizer.from_pretrained(llama_folder),
+        peft_config=None if model else config(method),
+    )
+
+
+@FOUR
+@pytest.mark.parametrize("classes", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)], ids=["grpo", "rloo"])
+def test_grpo_and_rloo_take_the_base_as_reference(method, classes, llama_folder, tmp_path, inputs):
+    trainer = rl(*classes, method, llama_folder, tmp_path)
+    seen = []  # (trainer step, adapters on, tokens, mask, log-probs)
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def spy(model, ids, mask, keep, *args, **kwargs):
+        found = compute(model, ids, mask, keep, *args, **kwargs)
+        enabled = not next(m for m in trainer.model.modules() if isinstance(m, AdapterLinear)).disable_adapters
+        seen.append((trainer.state.global_step, enabled, ids, mask, found[0].detach()))
+        return found
+
+    trainer._get_per_token_logps_and_entropies = spy
+    train_and_check(trainer, quantized(llama_folder), tmp_path, inputs)
+    assert set(trainer.model.peft_config) == {"default"}
+    history = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-6) and abs(history[-1]["kl"]) > 1e-4
+    references = [entry for entry in seen if not entry[1]]
+    assert {step for step, *_ in references} == set(range(6))  # one a step, also after the policy has moved
+    base = quantized(llama_folder)
+    for _, _, ids, mask, got in references:
+        want = log_probs(base, ids, mask)[:, -got.shape[1] :]
+        real = mask[:, -got.shape[1] :].bool()
+        torch.testing.assert_close(got[real].float(), want[real], rtol=0.02, atol=0.02)
+
+
+@FOUR
+def test_a_reward_model_trains_its_head_and_the_adapter(method, llama_folder, tmp_path, inputs):
+    def base():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(llama_folder, num_labels=1, dtype=torch.float32)
+
+    peft_config = METHODS[method](target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS")
+    trainer = RewardTrainer(
+        model=base(),
+        args=RewardConfig(**options(tmp_path)),
+        train_dataset=PAIRS,
+        processing_class=AutoTokenizer.from_pretrained(llama_folder),
+        peft_config=peft_config,
+    )
+    train_and_check(trainer, base(), tmp_path, inputs)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[3:]) < sum(losses[:3])  # the second time through the data
+
+
+class FakeVLLM(VLLMGeneration):
+    """TRL's class with a vLLM that only takes weights: what is synced is TRL's own code."""
+
+    def _init_vllm(self):
+        self.received = {}
+        model = types.SimpleNamespace(
+            load_weights=lambda pairs: self.received.update({k: v.clone() for k, v in pairs})
+        )
+        runner = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=model))
+        executor = types.SimpleNamespace(model_executor=types.SimpleNamespace(driver_worker=runner))
+        self.llm = types.SimpleNamespace(llm_engine=executor, reset_prefix_cache=lambda: None)
+
+    def generate(self, prompts, **kwargs):
+        raise StopIteration("weights are synced, nothing to generate with")
+
+
+def test_a_trainer_that_merges_for_vllm_refuses_a_routed_adapter_and_serves_a_static_one(
+    method, llama_folder, tmp_path, inputs, monkeypatch
+):
+    monkeypatch.setattr(grpo, "VLLMGeneration", FakeVLLM)
+    model = get_peft_model(tiny_llama(), config(method))
+    randomize(model)
+    trainer = rl(GRPOTrainer, GRPOConfig, method, llama_folder, tmp_path, model, beta=0.0, use_vllm=True)
+    want, before = trainer.model.eval()(inputs).logits, {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    if method not in STATIC:
+        with pytest.raises(ValueError, match=f"Cannot merge a {method.split('-')[0].upper()} adapter.*unmerged"):
+            trainer.train()
+        assert not trainer.vllm_generation.received
+    else:
+        with pytest.raises(StopIteration):
+            trainer.train()
+        served = tiny_llama().eval()
+        served.load_state_dict(trainer.vllm_generation.received)
+        torch.testing.assert_close(served(inputs).logits, want, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+
+
+# transformers' own functions: an adapter without a PeftModel around it
+
+
+def injected(make_config, base, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    base.add_adapter(make_config(target_modules=["q_proj", "down_proj"], **kwargs))
+    randomize(base)
+    return base.eval()
+
+
+def test_transformers_switches_an_adapter_off_and_on(make_config, inputs):
+    model = injected(make_config, tiny_llama())
+    want, base = model(inputs).logits, tiny_llama().eval()(inputs).logits
+    assert not torch.allclose(want, base)
+    model.disable_adapters()
+    assert torch.equal(model(inputs).logits, base)
+    model.enable_adapters()
+    assert torch.equal(model(inputs).logits, want)
+
+
+def test_transformers_keeps_several_adapters_and_deletes_them(make_config, inputs):
+    model = injected(make_config, tiny_llama())
+    first = model(inputs).logits
+    torch.manual_seed(1)
+    model.add_adapter(make_config(target_modules=["k_proj"], init_weights=False), "other")
+    second = model.eval()(inputs).logits
+    assert model.active_adapters() == ["other"] and not torch.allclose(first, second)
+    model.set_adapter(["default", "other"])
+    both = model(inputs).logits
+    assert not torch.allclose(both, first) and not torch.allclose(both, second)
+    model.set_adapter("default")
+    assert torch.equal(model(inputs).logits, first)
+    model.delete_adapter("other")
+    assert torch.equal(model(inputs).logits, first)
+    model.delete_adapter("default")
+    assert torch.equal(model(inputs).logits, tiny_llama().eval()(inputs).logits)
+    model.add_adapter(make_config(target_modules=["q_proj"]))  # the name is free again
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_transformers_saves_and_loads_an_adapter_in_peft_s_format(make_config, bits, llama_folder, inputs, tmp_path):
+    def base():
+        return quantized(llama_folder) if bits else AutoModelForCausalLM.from_pretrained(llama_folder)
+
+    model = injected(make_config, base())
+    want = model(inputs).logits
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists() and not (tmp_path / "model.safetensors").exists()
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path).eval()(inputs).logits, want)
+    loaded = base()
+    loaded.load_adapter(str(tmp_path), "named")
+    assert loaded.active_adapters() == ["named"] and torch.equal(loaded.eval()(inputs).logits, want)
+    assert not any(p.requires_grad for n, p in loaded.named_parameters() if "named" in n)
+    loaded.load_adapter(str(tmp_path), "second", is_trainable=True)
+    assert torch.equal(loaded.eval()(inputs).logits, want)  # the new one becomes active, or none does
+    state = model.get_adapter_state_dict()
+    direct = base()
+    direct.load_adapter(peft_config=model.peft_config["default"], adapter_state_dict=state)
+    assert torch.equal(direct.eval()(inputs).logits, want)
+
+
+def test_a_model_folder_with_an_adapter_in_it_opens_with_from_pretrained(make_config, llama_folder, inputs, tmp_path):
+    model = injected(make_config, AutoModelForCausalLM.from_pretrained(llama_folder))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)  # the base comes from adapter_config.json
+    assert torch.equal(again.eval()(inputs).logits, model(inputs).logits)
+
+
+def test_transformers_load_adapter_brings_frozen_experts_back(llama_folder, inputs, tmp_path):
+    model = injected(METHODS["mora"], AutoModelForCausalLM.from_pretrained(llama_folder))
+    start_task(model, "second")
+    randomize(model, seed=5)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(llama_folder)
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(loaded.eval()(inputs).logits, model(inputs).logits)
