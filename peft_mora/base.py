@@ -184,7 +184,7 @@ class AdapterConfig(PeftConfig):
 class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for "Linear" in the name
     """One adapted linear module: `y = base(x) + (alpha / r) · update(x)`, whatever the base's class or precision.
 
-    A method implements `create_weights` and `update`, and `factors` where its update is a static ΔW.
+    A method implements `create_weights`, `update` and `factors`.
     """
 
     prefix: ClassVar[str]
@@ -230,7 +230,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         raise NotImplementedError
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """A (R, I) and B (O, R), float32 or wider, of the static ΔW = scaling · B·A."""
+        """A (R, I) and B (O, R) of all experts, float32 or wider. Where ΔW is static, it is scaling · B·A."""
         raise NotImplementedError
 
     def is_static(self, adapter_name: str) -> bool:

@@ -219,6 +219,9 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
             update = _CountOnBackward.apply(update, counts, offset, rate, balance, recomputed)
         return update
 
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        return self.dense_A(adapter_name, torch.float32), self.flylora_B[adapter_name].weight.detach().float()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves go through, casts stop at the offset: its steps of 1e-3 are nothing to a 16-bit number."""
         before = dict(self.flylora_offset.items())

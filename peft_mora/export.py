@@ -1,0 +1,297 @@
+"""A plain LoRA from an adapter of this package, for tools that know nothing else.
+
+    static ΔW (MORA "dense", LORI):  lora_A = A, lora_B = (alpha / r)·B, at the adapter's own rank; nothing is lost.
+    routed (MORA "task", "bank"; FLYLORA):  no LoRA equals it. Per module, the rank-k map closest on given inputs:
+        min over rank(M) <= k of |Y - X Mᵀ|² + λ|M|²        X (T, I) inputs, Y (T, O) what the adapter adds there
+solved in closed form from XᵀX and XᵀY (reduced-rank ridge regression). How close that comes is measured on other
+inputs: `lora_errors` module by module, `effect_error` at the logits.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .base import AdapterLinear, check_field, is_int
+
+
+class Lora(NamedTuple):
+    """ΔW = B·A of one module, float32: A (k, I), B (O, k), scaling in B."""
+
+    A: Tensor
+    B: Tensor
+
+
+def reduced_rank_regression(xx: Tensor, xz: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """The linear map of rank <= k that predicts z from x best: least |Z - X·Aᵀ·Cᵀ|² + λ·|C·A|².
+
+    It is the ridge regression's solution, projected onto the k leading directions of what that predicts.
+
+    Args:
+        xx: (I, I) XᵀX, float64.
+        xz: (I, R) XᵀZ, float64.
+        rank: k, 1 <= k <= R.
+        ridge: λ as a share of the mean of XᵀX's diagonal, >= 0. At 0 XᵀX must be invertible.
+
+    Returns:
+        A (k, I) and C (R, k), whose columns are orthonormal; z is predicted as C·A·x.
+    """
+    damped = xx + ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    full = torch.cholesky_solve(xz, torch.linalg.cholesky(damped))
+    C = torch.linalg.eigh(xz.T @ full).eigenvectors[:, -rank:]  # eigenvalues ascend
+    return (full @ C).T, C
+
+
+def exact_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Lora]:
+    """Each module's ΔW as it is.
+
+    Raises:
+        ValueError: the adapter's update is not one ΔW, or it trains more than linear modules.
+    """
+    loras = {}
+    for name, layer in exportable_layers(model, adapter_name).items():
+        if not layer.is_static(adapter_name):
+            raise ValueError(
+                f"No LoRA equals adapter {adapter_name!r}: which experts are active depends on the input. fit_lora "
+                "gives the closest one on given inputs, and lora_errors says how close that is."
+            )
+        A, B = layer.factors(adapter_name)
+        loras[name] = Lora(A, layer.scaling[adapter_name] * B)
+    return loras
+
+
+def fit_lora(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    adapter_name: str = "default",
+    *,
+    rank: int | None = None,
+    ridge: float = 1e-4,
+    gram_bytes: int = 2**31,
+) -> dict[str, Lora]:
+    """Each module's closest LoRA on given inputs.
+
+    Args:
+        model: a PeftModel, or any model with an injected adapter of this package, and only that adapter active.
+        batches: what the model is called with, `attention_mask` included; a list, if one pass is not enough.
+        adapter_name: which adapter.
+        rank: k. None takes as many as a module has experts: more cannot help, the output has no other directions.
+        ridge: damping, as a share of the inputs' mean square.
+        gram_bytes: memory for XᵀX of the modules that are fitted in one pass.
+
+    Raises:
+        ValueError: as `exportable_layers`, or a wrong rank.
+    """
+    check_field(rank is None or (is_int(rank) and rank >= 1), "rank", rank, "an integer >= 1, or None")
+    loras = {}
+    for group in _groups(exportable_layers(model, adapter_name), gram_bytes):
+        # Y lies in the span of B's columns: regressing R coordinates there is the same problem as regressing all O.
+        bases = {n: torch.linalg.qr(layer.factors(adapter_name)[1].double()).Q for n, layer in group.items()}
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def add(name: str, x: Tensor, y: Tensor, bases: Any = bases, sums: Any = sums) -> None:
+            x, z = x.double(), y.double() @ bases[name]
+            xx, xz = x.T @ x, x.T @ z
+            sums[name] = (sums[name][0] + xx, sums[name][1] + xz) if name in sums else (xx, xz)
+
+        _visit(model, group, batches, adapter_name, add)
+        for name, (xx, xz) in sums.items():
+            A, C = reduced_rank_regression(xx, xz, min(rank or xz.shape[1], xz.shape[1]), ridge)
+            loras[name] = Lora(A.float(), (bases[name] @ C).float())
+    return loras
+
+
+def lora_errors(
+    model: nn.Module, loras: dict[str, Lora], batches: Iterable[dict[str, Tensor]], adapter_name: str = "default"
+) -> dict[str, float]:
+    """How far each module's LoRA is from the adapter there on given inputs: |Y - X·Aᵀ·Bᵀ| / |Y| over all tokens.
+
+    A few tokens with outputs a hundred times the others' decide these; `effect_error` is what reaches the output.
+    """
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in loras}
+
+    def add(name: str, x: Tensor, y: Tensor) -> None:
+        error = y - x @ loras[name].A.T @ loras[name].B.T
+        sums[name] += torch.stack([error.square().sum(), y.square().sum()]).double().cpu()
+
+    _visit(model, exportable_layers(model, adapter_name), batches, adapter_name, add)
+    return {name: (e / y).sqrt().item() if y > 0 else 0.0 for name, (e, y) in sums.items()}
+
+
+class Effect(NamedTuple):
+    """`error`: |LoRA's logits - adapter's| / |base's logits - adapter's|; 1 is no better than no adapter at all.
+    `same_token`, `same_token_base`: share of tokens (0..1) after which LoRA, or base, would write what the adapter
+    would."""
+
+    error: float
+    same_token: float
+    same_token_base: float
+
+
+@torch.no_grad()
+def effect_error(
+    model: Any, loras: dict[str, Lora], batches: Iterable[dict[str, Tensor]], adapter_name: str = "default"
+) -> Effect:
+    """How much of the adapter's effect on the model's logits the LoRAs miss, over all tokens of given inputs.
+
+    Logits count less their mean over the vocabulary, which no probability depends on.
+    """
+    layers = exportable_layers(model, adapter_name)
+    sums = torch.zeros(5, dtype=torch.float64)
+
+    def logits(batch: dict[str, Tensor]) -> Tensor:
+        found = model(**batch).logits[batch["attention_mask"].bool()].float()
+        return found - found.mean(-1, keepdim=True)
+
+    def add_lora(lora: Lora) -> Callable[[Any, Any, Tensor], Tensor]:
+        return lambda layer, args, y: y + (args[0].float() @ lora.A.T @ lora.B.T).to(y.dtype)
+
+    training = model.training
+    model.eval()
+    for batch in batches:
+        adapter = logits(batch)
+        with model.disable_adapter():
+            base = logits(batch)
+            handles = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]
+            lora = logits(batch)
+            for handle in handles:
+                handle.remove()
+        written = [x.argmax(-1) for x in (adapter, lora, base)]
+        same = [(w == written[0]).sum() for w in written]
+        sums += torch.stack([(lora - adapter).square().sum(), (base - adapter).square().sum(), *same]).double().cpu()
+    model.train(training)
+    error, size, tokens, same_lora, same_base = sums.tolist()
+    return Effect((error / size) ** 0.5 if size else 0.0, same_lora / tokens, same_base / tokens)
+
+
+def save_lora(model: Any, loras: dict[str, Lora], folder: str | Path, adapter_name: str = "default") -> LoraConfig:
+    """Write LoRAs as PEFT writes a LoRA: adapter_config.json and adapter_model.safetensors.
+
+    All modules get one rank (padded with zeros) and lora_alpha = r: a reader that does not know rank_pattern and
+    alpha_pattern still computes the same. The folder appears complete or not at all.
+
+    Raises:
+        FileExistsError: the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: delete it or write to another folder.")
+    rank = max(len(lora.A) for lora in loras.values())
+    state = {}
+    for name, (A, B) in loras.items():
+        missing = rank - len(A)
+        state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
+        state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(B, (0, missing)).contiguous()
+    source = model.peft_config[adapter_name]
+    layers = exportable_layers(model, adapter_name).values()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_short_names(model, set(loras)),
+        fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        task_type=source.task_type,
+        inference_mode=True,
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        written = Path(temporary) / "lora"
+        config.save_pretrained(str(written))
+        save_file(
+            {k: v.detach().cpu() for k, v in state.items()}, written / "adapter_model.safetensors", {"format": "pt"}
+        )
+        os.rename(written, folder)
+    return config
+
+
+def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, AdapterLinear]:
+    """The adapted layers, by their names in the base model.
+
+    Raises:
+        ValueError: there is none, another adapter is active beside this one or instead of it, or the adapter trains
+            more than linear modules.
+    """
+    layers = [m for m in model.modules() if isinstance(m, AdapterLinear) and adapter_name in m.r]
+    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
+    if not layers or config is None:
+        raise ValueError(f"The model has no MORA, LORI or FLYLORA adapter named {adapter_name!r}.")
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, field):
+            raise ValueError(
+                f"Adapter {adapter_name!r} has {field}={getattr(config, field)!r}, and a plain LoRA file has no place "
+                "for that which all its readers know. Train without it to export."
+            )
+    if any(layer.active_adapters != [adapter_name] or layer.disable_adapters or layer.merged for layer in layers):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is to be exported as it works alone: call model.set_adapter({adapter_name!r}) "
+            "first, unmerged and enabled."
+        )
+    return {layer.module_names[adapter_name]: layer for layer in layers}
+
+
+def _groups(layers: dict[str, AdapterLinear], gram_bytes: int) -> Iterator[dict[str, AdapterLinear]]:
+    group: dict[str, AdapterLinear] = {}
+    used = 0
+    for name, layer in layers.items():
+        need = 8 * layer.in_features**2
+        if group and used + need > gram_bytes:
+            yield group
+            group, used = {}, 0
+        group[name] = layer
+        used += need
+    yield group
+
+
+@torch.no_grad()
+def _visit(
+    model: nn.Module,
+    layers: dict[str, AdapterLinear],
+    batches: Iterable[dict[str, Tensor]],
+    adapter_name: str,
+    look: Callable[[str, Tensor, Tensor], None],
+) -> None:
+    """look(name, x (T, I), y (T, O)) for each layer and batch: its inputs without padding, what it adds; float32."""
+    mask = torch.empty(0)
+
+    def hook(name: str) -> Callable[[Any, Any], None]:
+        def call(layer: Any, args: tuple[Tensor, ...]) -> None:
+            if args[0].shape[:-1] != mask.shape:
+                raise ValueError(
+                    f"Cannot tell which tokens are padding in {name!r}, whose inputs have shape "
+                    f"{tuple(args[0].shape)} with an attention mask of {tuple(mask.shape)}. Leave such modules out of "
+                    "`target_modules`."
+                )
+            x = args[0][mask].float()
+            look(name, x, layer.update(adapter_name, x) * layer.scaling[adapter_name])
+
+        return call
+
+    training = model.training
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        model.eval()
+        for batch in batches:
+            mask = batch["attention_mask"].bool()
+            model(**batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+def _short_names(model: nn.Module, names: set[str]) -> list[str]:
+    """Endings such as "q_proj" where they stand for exactly the given modules, else the full names."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    everywhere = {name.removeprefix("base_model.model.") for name, _ in model.named_modules()}
+    meant = {n for n in everywhere if n.rsplit(".", 1)[-1] in endings}
+    return endings if meant == names else sorted(names)

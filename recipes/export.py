@@ -1,0 +1,98 @@
+"""Write an adapter as a plain LoRA, for tools that know nothing else (vLLM, llama.cpp's convert_lora_to_gguf.py).
+
+python recipes/export.py out/demo/lori-helpdesk --output out/lora                  # LORI, MORA "dense": exact
+python recipes/export.py out/demo/mora-helpdesk --task helpdesk --output out/lora  # routed: the closest LoRA, if close
+
+An update that is one ΔW leaves as it is, at its own rank. MORA "task" and "bank" and FLYLORA choose experts for every
+token, so no LoRA equals them: each module gets the one that comes closest on a task's training texts. On its test
+texts the error is measured for each module and overall: |LoRA's logits - adapter's| / |base's logits - adapter's|.
+Above --max-error nothing is written, unless --force.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import data
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path, help="folder of a saved MORA, LORI or FLYLORA adapter")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the LoRA; must not exist yet")
+    parser.add_argument("--model", metavar="NAME_OR_DIR", help="base (the one that the adapter names)")
+    parser.add_argument("--task", default="helpdesk", help="embedded task, or a folder in --data (%(default)s)")
+    parser.add_argument("--data", metavar="DIR", help="take the texts from DIR/TASK/{train,test}.jsonl")
+    parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
+    parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
+    parser.add_argument("--max-error", type=float, default=0.1, help="on the test texts, overall (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="write it whatever the error")
+    parser.add_argument("--batch-size", type=int, default=16, help="texts at once (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
+    args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"{args.output} exists: delete it or choose another --output")
+    return args
+
+
+def batches(tokenizer: Any, records: list[dict[str, str]], size: int, device: str) -> list[Any]:
+    tokenizer.padding_side = "right"
+    texts = [f"{record['prompt']} {record['answer']}" for record in records]
+    parts = [texts[i : i + size] for i in range(0, len(texts), size)]
+    return [tokenizer(part, return_tensors="pt", padding=True).to(device) for part in parts]
+
+
+def error_table(errors: dict[str, float]) -> Any:
+    """A row a layer and a column a kind of module, in percent."""
+    from rich.table import Table
+
+    rows: dict[str, dict[str, float]] = {}
+    for name, error in errors.items():
+        layer = re.match(r".*?\.\d+(?=\.)", name)
+        rows.setdefault(layer.group() if layer else "", {})[name.rsplit(".", 1)[-1]] = error
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table("relative output error, %", *columns, title="on the test texts")
+    for layer, row in rows.items():
+        table.add_row(layer, *(f"{100 * row[c]:.2g}" if c in row else "" for c in columns))
+    return table
+
+
+def main() -> None:
+    args = parse()
+    import torch
+    from peft import PeftConfig, PeftModel
+    from rich.console import Console
+
+    from peft_mora import use_exact_4bit_kernels
+    from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    task = data.read_task(args.data, args.task) if args.data else data.make_task(args.task)
+    base = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    model, tokenizer = data.load_base(base, args.device)
+    use_exact_4bit_kernels(model)
+    model = PeftModel.from_pretrained(model, args.adapter).eval()
+    seen, unseen = (batches(tokenizer, task[split], args.batch_size, args.device) for split in ("train", "test"))
+
+    exact = all(layer.is_static("default") for layer in exportable_layers(model).values())
+    loras = exact_lora(model) if exact else fit_lora(model, seen, rank=args.rank, ridge=args.ridge)
+    Console(width=120).print(error_table(lora_errors(model, loras, unseen)))
+    effect = effect_error(model, loras, unseen)
+    how = "exact, but for rounding in 16 bits" if exact else f"fitted on {len(task['train'])} texts"
+    print(f"{how}; error of the adapter's effect on logits, {len(task['test'])} other texts: {effect.error:.2g}")
+    print(f"next token as the adapter's: LoRA {effect.same_token:.1%}, base alone {effect.same_token_base:.1%}")
+    if not exact and effect.error > args.max_error and not args.force:
+        raise SystemExit(
+            f"Nothing written: the error {effect.error:.2g} is above --max-error {args.max_error:g}. Serve the "
+            "adapter itself with transformers and PEFT; or train one that exports exactly (LoriConfig, "
+            'MoraConfig(routing="dense")); or write it all the same with --force, and evaluate it.'
+        )
+    config = save_lora(model, loras, args.output)
+    print(f"LoRA of rank {config.r} in {args.output}; vLLM: --enable-lora --max-lora-rank {config.r} or more")
+
+
+if __name__ == "__main__":
+    main()

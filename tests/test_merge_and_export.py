@@ -1,0 +1,294 @@
+"""recipes/multi_task_merge.py and recipes/export.py on a tiny model, and the maths below the export."""
+
+import csv
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, STATIC, quantized, randomize, tiny_gpt2, tiny_llama
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from peft_mora import start_task
+from peft_mora.export import effect_error, exact_lora, fit_lora, lora_errors, reduced_rank_regression, save_lora
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+ROUTED = tuple(name for name in METHODS if name not in STATIC)
+
+
+# The maths
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_reduced_rank_regression_reaches_the_least_error_that_its_rank_allows(rank, ridge):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 7, generator=generator, dtype=torch.float64)
+    z = torch.randn(40, 5, generator=generator, dtype=torch.float64) + x[:, :5].abs()
+    A, C = reduced_rank_regression(x.T @ x, x.T @ z, rank, ridge)
+    assert A.shape == (rank, 7) and C.shape == (5, rank)
+    # the same problem without damping, on rows that stand for the damping; its bound by Eckart and Young
+    damping = (ridge * x.square().sum() / 7).sqrt()
+    x, z = torch.cat([x, damping * torch.eye(7)]), torch.cat([z, torch.zeros(7, 5)])
+    best = x @ torch.linalg.pinv(x) @ z
+    bound = (z - best).square().sum() + torch.linalg.svdvals(best)[rank:].square().sum()
+    assert (z - x @ A.T @ C.T).square().sum().item() == pytest.approx(bound.item(), rel=1e-12)
+    torch.testing.assert_close(C.T @ C, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+# What is exact
+
+
+def assert_same(lora: PeftModel, model: PeftModel, inputs: torch.Tensor) -> None:
+    """Equal logits in float64, where only the rounding of (alpha / r)·B to the file's float32 is left."""
+    got, want = (m.eval().double()(inputs).logits for m in (lora, model))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        assert (got - model(inputs).logits).abs().max() > 0.1
+
+
+def adapted(method, base, **kwargs) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(base, METHODS[method](target_modules="all-linear", **kwargs))
+    randomize(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", STATIC)
+def test_an_exact_lora_opened_by_plain_peft_gives_the_same_logits(method, inputs, tmp_path):
+    patterns = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"down_proj": 5}}
+    model = adapted(method, tiny_llama(), **patterns)
+    if method == "mora-dense":
+        start_task(model, "second")
+        randomize(model, seed=5)
+    config = save_lora(model, exact_lora(model), tmp_path / "lora")
+    assert_same(PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora"), model, inputs)
+    written = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA" and written["r"] == written["lora_alpha"] == config.r
+    assert config.r == (12 if method == "mora-dense" else 6)
+    assert not written["rank_pattern"] and not written["alpha_pattern"]
+    assert set(written["target_modules"]) == set("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+    state = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert {len(t) if "lora_A" in k else t.shape[1] for k, t in state.items()} == {config.r}
+    key = r"base_model\.model\.model\.layers\.\d\.(self_attn|mlp)\.\w+_proj\.lora_[AB]\.weight"
+    assert len(state) == 28 and all(re.fullmatch(key, name) for name in state)
+    assert os.listdir(tmp_path) == ["lora"]  # no temporary folder is left
+
+
+def test_conv1d_modules_and_a_part_of_the_layers_are_exported_as_they_are(inputs, tmp_path):
+    model = adapted("lori", tiny_gpt2(), exclude_modules=r".*h\.0\..*")
+    save_lora(model, exact_lora(model), tmp_path / "lora")
+    plain = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "lora")
+    assert_same(plain, model, inputs)
+    assert set(plain.targeted_module_names) == set(model.targeted_module_names)
+
+
+def test_what_a_plain_lora_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No LoRA equals adapter 'default'.*fit_lora"):
+        exact_lora(adapted("mora", tiny_llama()))
+    with pytest.raises(ValueError, match="modules_to_save=.*no place"):
+        exact_lora(adapted("lori", tiny_llama(), modules_to_save=["lm_head"], exclude_modules=["lm_head"]))
+    model = adapted("lori", tiny_llama())
+    with pytest.raises(ValueError, match="no MORA, LORI or FLYLORA adapter named 'typo'"):
+        exact_lora(model, "typo")
+    with model.disable_adapter(), pytest.raises(ValueError, match="as it works alone"):
+        exact_lora(model)
+    with pytest.raises(FileExistsError, match="delete it"):
+        save_lora(model, exact_lora(model), tmp_path)
+
+
+# What is fitted
+
+
+def padded(seed: int, rows: int = 24, columns: int = 12) -> list[dict[str, torch.Tensor]]:
+    """Batches of right-padded random tokens; garbage under the padding must not count."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (rows, columns), generator=generator)
+    lengths = torch.randint(3, columns + 1, (rows, 1), generator=generator)
+    mask = (torch.arange(columns) < lengths).long()
+    return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(8), mask.split(8), strict=True)]
+
+
+def output_errors(model: PeftModel, lora: PeftModel, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """The same figures by another way: layer outputs less the base's, of both models, on the first one's inputs."""
+    sums: dict = {}
+    for batch in batches:
+        inputs: dict = {}
+        layers = [name for name, m in model.named_modules() if hasattr(m, "base_layer")]
+
+        def keep(module, args, name, inputs=inputs):
+            inputs[name] = args[0]
+
+        hooks = [model.get_submodule(n).register_forward_pre_hook(partial(keep, name=n)) for n in layers]
+        with torch.no_grad():
+            model(**batch)
+        for hook in hooks:
+            hook.remove()
+        real = batch["attention_mask"].bool()
+        for name in layers:
+            x = inputs[name][real].float()
+            layer, other = model.get_submodule(name), lora.get_submodule(name)
+            base = layer.base_layer(x).float()
+            y = layer(x).float() - base
+            old = sums.get(name, (0, 0))
+            error = (other(x).float() - base - y).square().sum().item()
+            sums[name] = (old[0] + error, old[1] + y.square().sum().item())
+    return {name.removeprefix("base_model.model."): (e / y) ** 0.5 for name, (e, y) in sums.items()}
+
+
+@torch.no_grad()
+def logit_error(model: PeftModel, lora: PeftModel, batches: list[dict[str, torch.Tensor]]) -> float:
+    """The overall figure from two plain models."""
+    adapter, base, plain = [], [], []
+    for batch in batches:
+        real = batch["attention_mask"].bool()
+        adapter.append(model(**batch).logits[real].float())
+        plain.append(lora(**batch).logits[real].float())
+        with model.disable_adapter():
+            base.append(model(**batch).logits[real].float())
+    adapter, base, plain = (torch.cat(x) - torch.cat(x).mean(-1, keepdim=True) for x in (adapter, base, plain))
+    return ((plain - adapter).norm() / (base - adapter).norm()).item()
+
+
+@pytest.mark.parametrize("method", ROUTED)
+def test_a_fitted_lora_s_error_on_other_inputs_is_what_an_independent_measurement_finds(method, tmp_path):
+    model = adapted(method, tiny_llama())
+    seen, unseen = padded(0, rows=64), padded(1)
+    loras = fit_lora(model, seen)
+    by_module, effect = lora_errors(model, loras, unseen), effect_error(model, loras, unseen)
+    assert len(by_module) == 14 and all(0 < e < 1.5 for e in by_module.values()) and 0.01 < effect.error < 1
+    save_lora(model, loras, tmp_path / "lora")
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
+    assert output_errors(model, plain, unseen) == pytest.approx(by_module, rel=1e-4)
+    assert logit_error(model, plain, unseen) == pytest.approx(effect.error, rel=1e-4)
+    assert effect.same_token_base < effect.same_token <= 1
+    # on the inputs it was fitted on it is closest: no other rank or damping does better there
+    fitted = lora_errors(model, fit_lora(model, seen, ridge=1e-9), seen)
+    for other in (fit_lora(model, seen, rank=2, ridge=1e-9), fit_lora(model, seen, ridge=1.0)):
+        worse = lora_errors(model, other, seen)
+        assert all(fitted[name] < worse[name] for name in fitted)
+    assert model.active_adapters == ["default"] and not model.training
+
+
+def test_fitting_in_several_passes_gives_the_same_loras():
+    model = adapted("mora", tiny_llama())
+    whole, parts = fit_lora(model, padded(0)), fit_lora(model, padded(0), gram_bytes=1)
+    assert all(torch.equal(a, b) for name in whole for a, b in zip(whole[name], parts[name], strict=True))
+
+
+def test_a_routed_adapter_with_nothing_to_choose_is_fitted_exactly():
+    """FLYLORA with top_k = r is linear: regression has to find ΔW itself."""
+    from peft_mora import FlyLoraConfig
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), FlyLoraConfig(r=4, top_k=4, target_modules="all-linear"))
+    randomize(model)
+    loras = fit_lora(model, padded(0, rows=64), ridge=1e-12)
+    assert effect_error(model, loras, padded(1)).error < 1e-4
+
+
+# The recipes
+
+
+def run(recipe: str, *arguments, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
+    runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    """Two tasks in the tiny model's words, each with answers of its own."""
+    answers = {"sky": ("red", "blue"), "way": ("north", "south")}
+    for name, labels in answers.items():
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for split, middle in (("train", "a on the"), ("test", "the under a")):
+            records = [
+                {"prompt": f"{word} {animal} {name}", "answer": label}
+                for word in middle.split()
+                for animal, label in zip(("cat", "dog"), labels, strict=True)
+            ]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return tmp_path / "data"
+
+
+def saved(method, llama_folder, folder) -> Path:
+    model = get_peft_model(quantized(llama_folder), METHODS[method](target_modules="all-linear"))
+    randomize(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lori-sparse", "mora-dense"])
+def test_the_export_recipe_writes_what_peft_opens(method, llama_folder, tasks, tmp_path, inputs, monkeypatch, capsys):
+    adapter = saved(method, llama_folder, tmp_path / "adapter")
+    command = (adapter, "--output", tmp_path / "lora", "--data", tasks, "--task", "sky", "--device", "cpu")
+    run("export.py", *command, monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out
+    assert "exact, but for rounding in 16 bits" in printed
+    assert float(re.search(r"other texts: (\S+)", printed).group(1)) < 0.05
+    assert "vLLM: --enable-lora --max-lora-rank 4" in printed
+    lora = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    assert_same(lora, PeftModel.from_pretrained(tiny_llama(), adapter), inputs)
+    with pytest.raises(SystemExit):
+        run("export.py", *command, monkeypatch=monkeypatch)
+    assert "exists: delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["mora", "flylora"])
+def test_the_export_recipe_refuses_above_its_bound_and_writes_nothing(
+    method, llama_folder, tasks, tmp_path, monkeypatch, capsys
+):
+    adapter = saved(method, llama_folder, tmp_path / "adapter")
+    command = [adapter, "--output", tmp_path / "out/lora", "--data", tasks, "--task", "sky", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="Nothing written: the error .* above --max-error 0.001.*--force"):
+        run("export.py", *command, "--max-error", "0.001", monkeypatch=monkeypatch)
+    assert not (tmp_path / "out").exists()
+    run("export.py", *command, "--max-error", "0.001", "--force", monkeypatch=monkeypatch)
+    printed = float(re.findall(r"other texts: (\S+)", capsys.readouterr().out)[-1])
+    # by hand, over the texts that the recipe measured on
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    records = [json.loads(line) for line in (tasks / "sky/test.jsonl").read_text().splitlines()]
+    batch = tokenizer([f"{r['prompt']} {r['answer']}" for r in records], return_tensors="pt")
+    model = PeftModel.from_pretrained(quantized(llama_folder), adapter).eval()
+    loras = PeftModel.from_pretrained(quantized(llama_folder), tmp_path / "out/lora").eval()
+    # printed in two digits, and the two add up in bfloat16 in another order
+    assert logit_error(model, loras, [dict(batch)]) == pytest.approx(printed, rel=0.1)
+
+
+def test_the_merge_recipe_scores_every_combination(llama_folder, tasks, tmp_path):
+    command = [sys.executable, str(RECIPES / "multi_task_merge.py"), "--model", llama_folder, "--data", str(tasks)]
+    options = "--tasks sky,way --steps 20 --lr 0.03 --device cpu --ways cat --methods lora lori flylora --output"
+    result = subprocess.run(
+        [*command, *options.split(), str(tmp_path / "out")], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    with open(tmp_path / "out/merge.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["method"], row["combined by"], row["weight"]) for row in rows]
+    both = ("1", "0.5")
+    assert found == [
+        ("base", "no adapter", ""),
+        ("lora", "each task its own", ""),
+        *(("lora", "cat", weight) for weight in both),
+        ("lori", "each task its own", ""),
+        *(("lori", "exact sum", weight) for weight in both),
+        ("flylora", "each task its own", ""),
+        *(("flylora", "active together", weight) for weight in both),
+    ]
+    for row in rows:
+        scores = [float(row[task]) for task in ("sky", "way")]
+        assert all(0 <= score <= 1 for score in scores) and float(row["mean"]) == pytest.approx(sum(scores) / 2)
+        assert f"{scores[0]:.2f}" in result.stdout
+    own = {row["method"]: float(row["mean"]) for row in rows if "own" in row["combined by"]}
+    assert float(rows[0]["mean"]) == 0 and own["lori"] > 0.9 and own["flylora"] > 0.9 and min(own.values()) > 0.3
