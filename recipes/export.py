@@ -28,7 +28,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="take the texts from DIR/TASK/{train,test}.jsonl")
     parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
-    parser.add_argument("--max-error", type=float, default=0.1, help="on the test texts, overall (%(default)s)")
+    parser.add_argument(
+        "--max-error", type=float, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="write it whatever the error")
     parser.add_argument("--batch-size", type=int, default=16, help="texts at once (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
