@@ -366,7 +366,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 VERSION = 1
 TENSORS, DESCRIPTION = "basis.safetensors", "subspace.json"
-# Share of all inputs that is kept by direction. The ratio of new to old inputs that contrast finds in the complement of
+# Share of all inputs that is kept by direction. The ratio of new to old inputs that contrast finds in a complement of
 # .95: 5.2 with .95, 5.9 with .98, 6.2 with all (SmolLM2, three tasks, held-out batches).
 SEEN_ENERGY = 0.98
 
