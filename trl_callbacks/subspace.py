@@ -71,14 +71,14 @@ def leading_directions(
     values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     # Below the rounding of the largest eigenvalue there is noise and the null space of what is held.
-    noise = 10 * torch.finfo(covariance.dtype).eps * torch.linalg.matrix_norm(covariance, 2)
+    noise = 10 * torch.finfo(covariance.dtype).eps * torch.linalg.matrix_norm(covariance)
     most = min(int((values > noise).sum()), size - held.shape[1])
     if energy is not None:
         missing = energy * total - inside - noise
         most = min(most, int((values.cumsum(0) < missing).sum()) + 1 if missing > 0 else 0)
     if max_rank is not None:
         most = min(most, max(0, max_rank - held.shape[1]))
-    return orthonormal(vectors[:, :most], held)
+    return torch.linalg.qr(project_out(vectors[:, :most].T, held).T)[0]
 
 
 def orthonormal(vectors: Tensor, held: Tensor | None = None) -> Tensor:
@@ -409,7 +409,7 @@ class Subspace:
     def old_covariance(self, group: str) -> Tensor:
         """(I, I) what is known of all tasks' inputs: F·Fᵀ, and what F has left out alike in all other directions."""
         F = self.seen[group]
-        Q = orthonormal(F)
+        Q = torch.linalg.qr(F)[0]
         known = F @ F.T
         rest = (self.weights[group] - known.trace()).clamp_min(0) / max(1, len(F) - Q.shape[1])
         return known + rest * (torch.eye(len(F)) - Q @ Q.T)
