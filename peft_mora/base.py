@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft.config import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -38,11 +37,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .lean import Block, Gate, add_update, can_run, plain_add_update
 from .model_card import complete_card
 from .quantization import use_exact_4bit_kernels
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+WRITABLE_OUTPUT = {"torch.nn.modules.linear.Linear", "bitsandbytes.nn.modules.Linear4bit"}  # see AdapterLinear._owns
 
 
 def check_field(ok: bool, name: str, value: Any, rule: str) -> None:
@@ -184,9 +185,10 @@ class AdapterConfig(PeftConfig):
 class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for "Linear" in the name
     """One adapted linear module: `y = base(x) + (alpha / r) · update(x)`, whatever the base's class or precision.
 
-    A method implements `create_weights`, `update` and `factors`.
+    A method implements `create_weights`, `parts` and `factors`.
     """
 
+    lean: ClassVar[bool] = True  # the fast path of lean.py; False takes its plain twin
     prefix: ClassVar[str]
     merge_refusal: ClassVar[str] = ""  # why an adapter of this method has no static ΔW, and what to call instead
 
@@ -218,14 +220,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         """
         raise NotImplementedError
 
-    def update(self, adapter_name: str, x: Tensor) -> Tensor:
-        """What the adapter adds to the output before scaling.
+    def parts(self, adapter_name: str) -> tuple[list[Block], Gate]:
+        """What the adapter adds to the output, before scaling: its blocks of experts, and the gate between A and B.
 
-        Args:
-            x: (..., I) input after dropout, in the dtype to compute in: cast weights to it, never x to theirs.
-
-        Returns:
-            (..., O) in x's dtype (autocast may narrow it).
+        Called once a forward.
         """
         raise NotImplementedError
 
@@ -298,14 +296,35 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        ours = self._owns(result)
         for adapter_name in self.active_adapters:
             if adapter_name in self.r:
-                result = result + self._scaled_update(adapter_name, x).to(result.dtype)
+                result = self._add(result, adapter_name, x, ours)
         return result
 
-    def _scaled_update(self, adapter_name: str, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout[adapter_name], self.training)
-        return self.update(adapter_name, x) * self.scaling[adapter_name]
+    def _add(self, result: Tensor, adapter_name: str, x: Tensor, in_place: bool) -> Tensor:
+        blocks, gate = self.parts(adapter_name)
+        dropout = self.dropout[adapter_name] if self.training else 0.0
+        add = add_update if self.lean and can_run(x) else plain_add_update
+        return add(result, x, blocks, gate, self.scaling[adapter_name], dropout, in_place)
+
+    def _owns(self, result: Tensor) -> bool:
+        """Whether the base's output is a tensor of its own that nobody else holds, autograd included: it may be
+        written into.
+
+        Known of two classes, whose backward does without their output; and only where no hook has seen it and nothing
+        has replaced the module's forward. Others pay for one more tensor (T, O).
+        """
+        base = self.base_layer
+        return (
+            f"{type(base).__module__}.{type(base).__name__}" in WRITABLE_OUTPUT
+            and type(result) is Tensor
+            and result._base is None  # a view, as F.linear gives with a bias
+            and result.is_contiguous()
+            and "forward" not in base.__dict__
+            and not any(getattr(base, hooks) for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"))
+            and not _has_any_global_hook()
+        )
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch goes through adapter `adapter_names[i]`."""
@@ -323,8 +342,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             if adapter_name == BASE_ADAPTER or adapter_name not in self.r:
                 continue
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
-            update = self._scaled_update(adapter_name, x.index_select(0, rows))
-            result = result.index_add(0, rows, update.to(result.dtype))
+            updated = self._add(result.index_select(0, rows), adapter_name, x.index_select(0, rows), in_place=True)
+            result = result.index_copy(0, rows, updated)
         return result
 
     # Merging
@@ -547,6 +566,11 @@ class AdapterModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _has_any_global_hook() -> bool:
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict, adapter_names: list[str]) -> tuple[Any, dict]:

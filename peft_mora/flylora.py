@@ -12,8 +12,9 @@ arXiv 2510.08396, whose text selects by magnitude (the default here) and whose c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from .base import check_field, is_int, is_number
+from .lean import Block, Gate, Wanted, index_dtype
 from .routing import balance_step, select_by_magnitude, select_by_sign
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
-from .usage import RoutedConfig, RoutedLinear, module_top_k
+from .usage import RoutedConfig, RoutedLinear, Usage, module_top_k
 
 
 Selection = Literal["magnitude", "signed"]
@@ -108,6 +110,25 @@ class Balance:
             self.counts = []
 
 
+class Step(NamedTuple):
+    """The step of the offset that this forward's backward takes."""
+
+    offset: Tensor
+    rate: float
+    balance: Balance | None  # None under torch.compile: a backward is traced once and keeps no Python state
+    recomputed: bool
+
+    def take(self, counts: Tensor) -> None:
+        """Hand over how often each expert was chosen, (R,), once per micro-batch."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            counts = counts.clone()
+            dist.all_reduce(counts)
+        if self.balance is None:
+            self.offset.copy_(balance_step(self.offset, counts, self.rate))
+        else:
+            self.balance.add(counts, self.offset, self.rate, self.recomputed)
+
+
 class _CountOnBackward(torch.autograd.Function):
     """Identity that hands the counts over when the gradient comes through it: once per micro-batch, whatever
     recomputes the forward.
@@ -127,20 +148,95 @@ class _CountOnBackward(torch.autograd.Function):
         recomputed: bool,
     ) -> Tensor:
         ctx.save_for_backward(counts)
-        ctx.offset, ctx.rate, ctx.balance, ctx.recomputed = offset, rate, balance, recomputed
+        ctx.step = Step(offset, rate, balance, recomputed)
         return update.view_as(update)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (counts,) = ctx.saved_tensors
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            counts = counts.clone()
-            dist.all_reduce(counts)
-        if ctx.balance is None:  # compiled: a backward is traced once and keeps no Python state
-            ctx.offset.copy_(balance_step(ctx.offset, counts, ctx.rate))
-        else:
-            ctx.balance.add(counts, ctx.offset, ctx.rate, ctx.recomputed)
+        ctx.step.take(counts)
         return grad, None, None, None, None, None
+
+
+class Columns(NamedTuple):
+    """A sparse A (r, I) by the columns `index` (r, p) of its values."""
+
+    index: Tensor
+    in_features: int
+
+    def dense(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        zeros = values.new_zeros(len(values), self.in_features, dtype=dtype)
+        return zeros.scatter_(1, self.index.long(), values.to(dtype))
+
+    def pack(self, grad: Tensor) -> Tensor:
+        return grad.gather(1, self.index.long())
+
+
+class SelectionGate(Gate):
+    """The K selected projections of one forward, the others 0.
+
+    What is kept is K values and their experts. Where that is more than all of h, it is h, and the offset as it is
+    now, by which the backward selects again.
+    """
+
+    def __init__(self, selection: Selection, k: int, offset: Tensor, step: Step | None, usage: Usage | None) -> None:
+        self.selection, self.k, self.offset, self.step, self.usage = selection, k, offset, step, usage
+        self.chosen: Tensor | None = None
+
+    def _select(self, h: Tensor, offset: Tensor) -> Tensor:
+        return (select_by_magnitude if self.selection == "magnitude" else select_by_sign)(h, offset, self.k)
+
+    def plain(self, hs: list[Tensor]) -> list[Tensor]:
+        (h,) = hs
+        self.chosen = torch.zeros_like(h).scatter_(-1, self._select(h, self.offset), 1)
+        self._count(h, self.chosen)
+        return [h * self.chosen]
+
+    def done(self, update: Tensor) -> Tensor:
+        if self.step is None or self.chosen is None:
+            return update
+        counts = (self.chosen != 0).flatten(0, -2).sum(0)  # bincount would wait for the GPU
+        return _CountOnBackward.apply(update, counts, *self.step)
+
+    def forward(self, hs: list[Tensor], shape: torch.Size, wanted: Wanted) -> tuple[list[Tensor], list[Tensor | None]]:
+        (h,) = hs
+        index = self._select(h, self.offset)
+        values = h.gather(-1, index)
+        gated = torch.zeros_like(h).scatter_(-1, index, values)
+        if self.usage is not None:
+            chosen = torch.zeros_like(h).scatter_(-1, index, 1)
+            self._count(h.view(*shape, -1), chosen.view(*shape, -1))
+        if not (any(wanted.dh) or any(wanted.B)):
+            return [gated], []
+        dtype = index_dtype(h.shape[-1])
+        if self.k * (h.element_size() + dtype.itemsize) < h.shape[-1] * h.element_size():
+            return [gated], [values, index.to(dtype)]
+        return [gated], [h, self.offset.clone()]
+
+    def backward(
+        self, kept: Sequence[Tensor | None], grads: list[Tensor | None], wanted: Wanted
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        values, index = kept
+        assert values is not None and index is not None
+        if index.is_floating_point():
+            index = self._select(values, index)
+            values = values.gather(-1, index)
+        index = index.long()
+        gated = values.new_zeros(len(values), len(self.offset)).scatter_(-1, index, values)
+        if self.step is not None:
+            counts = torch.zeros(len(self.offset), dtype=torch.int64, device=index.device)
+            self.step.take(counts.scatter_add_(0, index.flatten(), torch.ones_like(index).flatten()))
+        (grad,) = grads
+        if grad is None:
+            return [gated], [None]
+        return [gated], [torch.zeros_like(grad).scatter_(-1, index, grad.gather(-1, index))]
+
+    def _count(self, h: Tensor, chosen: Tensor) -> None:
+        if self.usage is None:
+            return
+        self.usage.add(chosen)
+        if self.usage.meter.need:
+            self.usage.add_need(F.normalize(h.detach().float().abs(), p=1, dim=-1))
 
 
 class FlyLoraLinear(SeededLinear, RoutedLinear):
@@ -197,27 +293,20 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
 
     def dense_A(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """A (r, I) in `dtype`. Stored sparse; at densities of 1/4 a dense product is the faster one."""
-        values, index = self.flylora_A[adapter_name], self.flylora_index[adapter_name]
-        return values.new_zeros(len(values), self.in_features, dtype=dtype).scatter_(1, index.long(), values.to(dtype))
+        form = Columns(self.flylora_index[adapter_name], self.in_features)
+        return form.dense(self.flylora_A[adapter_name], dtype)
 
-    def update(self, adapter_name: str, x: Tensor) -> Tensor:
+    def parts(self, adapter_name: str) -> tuple[list[Block], Gate]:
         selection, k, rate = self.flylora_rule[adapter_name]
         offset, B = self.flylora_offset[adapter_name], self.flylora_B[adapter_name].weight
-        balance = None if torch.compiler.is_compiling() else self.flylora_balance[adapter_name]
-        balanced = self.training and B.requires_grad and rate > 0
-        recomputed = balance.enter(offset, rate) if balanced and balance is not None else False
-        h = F.linear(x, self.dense_A(adapter_name, x.dtype))
-        index = (select_by_magnitude if selection == "magnitude" else select_by_sign)(h, offset, k)
-        chosen = torch.zeros_like(h).scatter_(-1, index, 1)
-        if (counter := self.counting(adapter_name)) is not None:
-            counter.add(chosen)
-            if counter.meter.need:
-                counter.add_need(F.normalize(h.detach().float().abs(), p=1, dim=-1))
-        update = F.linear(h * chosen, B.to(h.dtype))
-        if balanced and torch.is_grad_enabled():
-            counts = (chosen != 0).flatten(0, -2).sum(0)  # bincount would wait for the GPU
-            update = _CountOnBackward.apply(update, counts, offset, rate, balance, recomputed)
-        return update
+        step = None
+        if self.training and B.requires_grad and rate > 0:
+            balance = None if torch.compiler.is_compiling() else self.flylora_balance[adapter_name]
+            recomputed = balance.enter(offset, rate) if balance is not None else False
+            step = Step(offset, rate, balance, recomputed) if torch.is_grad_enabled() else None
+        form = Columns(self.flylora_index[adapter_name], self.in_features)
+        block = Block(self.flylora_A[adapter_name], B, A_form=form)
+        return [block], SelectionGate(selection, k, offset, step, self.counting(adapter_name))
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.dense_A(adapter_name, torch.float32), self.flylora_B[adapter_name].weight.detach().float()

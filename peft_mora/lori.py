@@ -14,15 +14,15 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from .base import adapter_layers, check_field, is_int, is_number
+from .lean import DENSE, Block, Gate
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
 
 
@@ -77,6 +77,24 @@ class PackedB(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kept={self.weight.numel()}"
+
+
+class Packed(NamedTuple):
+    """A sparse B (O, r) by the places of its trained entries and of those that an earlier task has frozen."""
+
+    shape: tuple[int, int]
+    places: Tensor
+    frozen_places: Tensor | None
+    frozen: Tensor | None
+
+    def dense(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        flat = values.new_zeros(self.shape[0] * self.shape[1], dtype=dtype)
+        if self.frozen_places is not None and self.frozen is not None:
+            flat = flat.index_copy(0, self.frozen_places, self.frozen.to(dtype))
+        return flat.index_copy(0, self.places, values.to(dtype)).view(self.shape)
+
+    def pack(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1).index_select(0, self.places)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -179,15 +197,19 @@ class LoriLinear(SeededLinear):
 
     def dense_B(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """B (O, r) in `dtype`, differentiable with respect to its trained entries."""
-        weight = self.lori_B[adapter_name].weight.to(dtype)
+        weight, form = self.lori_B[adapter_name].weight, self._form(adapter_name)
+        return weight.to(dtype) if form is None else form.dense(weight, dtype)
+
+    def _form(self, adapter_name: str) -> Packed | None:
+        """How B is made of its parameter; None where it is its parameter."""
         if not self.is_packed(adapter_name):
-            return weight
-        flat = weight.new_zeros(self.size(adapter_name))
+            return None
+        frozen = frozen_places = None
         if adapter_name in self.lori_frozen_B:
-            places = self._places(adapter_name, self.lori_frozen_mask, self.lori_frozen_places)
-            flat = flat.index_copy(0, places, self.lori_frozen_B[adapter_name].to(dtype))
-        flat = flat.index_copy(0, self._places(adapter_name, self.lori_mask, self.lori_places), weight)
-        return flat.view(self.out_features, self.r[adapter_name])
+            frozen = self.lori_frozen_B[adapter_name]
+            frozen_places = self._places(adapter_name, self.lori_frozen_mask, self.lori_frozen_places)
+        places = self._places(adapter_name, self.lori_mask, self.lori_places)
+        return Packed((self.out_features, self.r[adapter_name]), places, frozen_places, frozen)
 
     def _places(self, adapter_name: str, masks: BufferDict, cache: BufferDict) -> Tensor:
         if adapter_name not in cache:
@@ -200,8 +222,9 @@ class LoriLinear(SeededLinear):
                 cache[adapter_name] = mask.nonzero().squeeze(1).clone()
         return cache[adapter_name]
 
-    def update(self, adapter_name: str, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.lori_A[adapter_name].to(x.dtype)), self.dense_B(adapter_name, x.dtype))
+    def parts(self, adapter_name: str) -> tuple[list[Block], Gate]:
+        weight = self.lori_B[adapter_name].weight
+        return [Block(self.lori_A[adapter_name], weight, B_form=self._form(adapter_name))], DENSE
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lori_A[adapter_name].float(), self.dense_B(adapter_name, torch.float32).detach()

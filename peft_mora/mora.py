@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
 from .base import AdapterModel, adapter_layers, check_field, is_int, is_names, is_number
-from .routing import softmax_gate
-from .usage import RoutedConfig, RoutedLinear, module_top_k, record_routing
+from .lean import DENSE, Block, Wanted, index_dtype
+from .lean import Gate as LeanGate
+from .routing import softmax_gate, softmax_gate_and_index, softmax_gate_backward
+from .usage import RoutedConfig, RoutedLinear, Usage, module_top_k, record_routing
 
 
 Routing = Literal["task", "bank", "dense"]
@@ -113,6 +114,81 @@ class Gate(NamedTuple):
     threshold: float
 
 
+class SoftmaxGate(LeanGate):
+    """w·h of one forward.
+
+    Args:
+        top_k: K of each group of experts.
+        sizes: experts of each block, which are one group then; None: each block is a group.
+        usage: what counts this forward, if anything does.
+    """
+
+    def __init__(
+        self, top_k: list[int], temperature: float, threshold: float, sizes: list[int] | None, usage: Usage | None
+    ) -> None:
+        self.top_k, self.temperature, self.threshold = top_k, temperature, threshold
+        self.sizes, self.usage = sizes, usage
+
+    def plain(self, hs: list[Tensor]) -> list[Tensor]:
+        groups = self._groups(hs)
+        weights = [
+            softmax_gate(h, k, self.temperature, self.threshold) for h, k in zip(groups, self.top_k, strict=True)
+        ]
+        self._count(groups, weights)
+        return self._blocks([(w * h).to(h.dtype) for w, h in zip(weights, groups, strict=True)])
+
+    def forward(self, hs: list[Tensor], shape: torch.Size, wanted: Wanted) -> tuple[list[Tensor], list[Tensor | None]]:
+        groups = self._groups(hs)
+        found = [
+            softmax_gate_and_index(h, k, self.temperature, self.threshold)
+            for h, k in zip(groups, self.top_k, strict=True)
+        ]
+        if self.usage is not None:
+            self._count([h.view(*shape, -1) for h in groups], [w.view(*shape, -1) for w, _ in found])
+        kept: list[Tensor | None] = []
+        for (_, index), h, needed in zip(found, groups, self._needed(wanted), strict=False):
+            kept += [h, None if index is None else index.to(index_dtype(h.shape[-1]))] if needed else [None, None]
+        return self._blocks([w.mul_(h).to(h.dtype) for (w, _), h in zip(found, groups, strict=True)]), kept
+
+    def backward(
+        self, kept: Sequence[Tensor | None], grads: list[Tensor | None], wanted: Wanted
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        gated: list[Tensor | None] = []
+        dhs: list[Tensor | None] = []
+        groups = [None] * len(self.top_k) if grads[0] is None else self._groups(grads)
+        for h, index, grad in zip(kept[::2], kept[1::2], groups, strict=True):
+            if h is None:
+                gated.append(None)
+                dhs.append(None)
+                continue
+            grad = torch.zeros_like(h) if grad is None else grad
+            w_h, dh = softmax_gate_backward(h, index, grad, self.temperature, self.threshold)
+            gated.append(w_h.to(h.dtype))
+            dhs.append(dh.to(h.dtype))
+        return self._blocks(gated), self._blocks(dhs)
+
+    def _needed(self, wanted: Wanted) -> list[bool]:
+        """Which groups have a backward."""
+        blocks = [dh or B for dh, B in zip(wanted.dh, wanted.B, strict=True)]
+        return blocks if self.sizes is None else [any(blocks)]
+
+    def _groups(self, blocks: list[Any]) -> list[Any]:
+        return blocks if self.sizes is None else [torch.cat(blocks, dim=-1)]
+
+    def _blocks(self, groups: list[Any]) -> list[Any]:
+        if self.sizes is None:
+            return groups
+        return [None] * len(self.sizes) if groups[0] is None else list(groups[0].split(self.sizes, dim=-1))
+
+    def _count(self, groups: list[Tensor], weights: list[Tensor]) -> None:
+        if self.usage is None:
+            return
+        self.usage.add(torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0])
+        if self.usage.meter.need:
+            every = groups[-1].shape[-1]
+            self.usage.add_need(softmax_gate(groups[-1].detach(), every, self.temperature))
+
+
 class MoraLinear(RoutedLinear):
     """`mora_A` (r, I) and `mora_B` (O, r) are this task's experts; `mora_bank_A` (R - r, I) and `mora_bank_B`
     (O, R - r) the frozen ones of earlier tasks, oldest first. No bank entry during the first task."""
@@ -167,39 +243,27 @@ class MoraLinear(RoutedLinear):
 
     def blocks(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """A (r, I) and B (O, r) of each task, oldest first, the one in training last; fewer than r where pruned."""
+        for A, B in self._stored(adapter_name):
+            yield A, B.contiguous()
+
+    def _stored(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """`blocks` as views of what the layer holds."""
         if adapter_name in self.mora_bank_A:
             sizes = self.mora_sizes[adapter_name][:-1]
             bank_A, bank_B = self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name]
-            # Contiguous, so that a block computes bit for bit what it did before it was frozen.
-            yield from (
-                (A, B.contiguous()) for A, B in zip(bank_A.split(sizes), bank_B.split(sizes, dim=1), strict=True)
-            )
+            yield from zip(bank_A.split(sizes), bank_B.split(sizes, dim=1), strict=True)
         yield self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight
 
-    def update(self, adapter_name: str, x: Tensor) -> Tensor:
-        # Block by block, and the newest last: with B = 0 it adds exact zeros, so growing changes no output.
-        blocks = [(A.to(x.dtype), B.to(x.dtype)) for A, B in self.blocks(adapter_name)]
-        hs = [F.linear(x, A) for A, _ in blocks]
-        outputs = [F.linear(h, B) for h, (_, B) in zip(self._gated(adapter_name, hs), blocks, strict=True)]
-        return sum(outputs[1:], start=outputs[0])
-
-    def _gated(self, adapter_name: str, hs: list[Tensor]) -> list[Tensor]:
-        """w·h for each block's projections h (..., r), in their dtype."""
+    def parts(self, adapter_name: str) -> tuple[list[Block], LeanGate]:
+        blocks = [Block(A, B) for A, B in self._stored(adapter_name)]
         gate = self.mora_gate[adapter_name]
         if gate.routing == "dense":
-            return hs
+            return blocks, DENSE
+        joint = gate.routing == "bank"
+        top_k = [gate.top_k] if joint else [*self.mora_frozen_top_k[adapter_name], gate.top_k]
         threshold = 0.0 if self.training else gate.threshold
-        by_task = gate.routing == "task"
-        groups = hs if by_task else [torch.cat(hs, dim=-1)]
-        top_k = [*self.mora_frozen_top_k[adapter_name], gate.top_k] if by_task else [gate.top_k]
-        weights = [softmax_gate(h, k, gate.temperature, threshold) for h, k in zip(groups, top_k, strict=True)]
-        if (counter := self.counting(adapter_name)) is not None:
-            counter.add(torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0])
-            if counter.meter.need:
-                every = groups[-1].shape[-1]
-                counter.add_need(softmax_gate(groups[-1].detach(), every, gate.temperature))
-        gated = [(w * h).to(h.dtype) for w, h in zip(weights, groups, strict=True)]
-        return gated if by_task else list(gated[0].split(self.mora_sizes[adapter_name], dim=-1))
+        sizes = self.mora_sizes[adapter_name] if joint else None
+        return blocks, SoftmaxGate(top_k, gate.temperature, threshold, sizes, self.counting(adapter_name))
 
     def is_routed(self, adapter_name: str) -> bool:
         return self.mora_gate[adapter_name].routing != "dense"
