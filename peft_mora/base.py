@@ -37,13 +37,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .lean import Block, Gate, add_update, can_run, plain_add_update
+from .lean import Base, Block, Gate, add_update, can_run, compute_dtype, plain_add_update
 from .model_card import complete_card
-from .quantization import use_exact_4bit_kernels
+from .quantization import FourBit, use_exact_4bit_kernels
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
-WRITABLE_OUTPUT = {"torch.nn.modules.linear.Linear", "bitsandbytes.nn.modules.Linear4bit"}  # see AdapterLinear._owns
 
 
 def check_field(ok: bool, name: str, value: Any, rule: str) -> None:
@@ -293,38 +292,33 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        base_layer = self.base_layer
+        names = [name for name in self.active_adapters if name in self.r]
+        if self.disable_adapters or self.merged or not names:
+            return base_layer(x, *args, **kwargs)
+        if not (self.lean and can_run(x)):
+            result = base_layer(x, *args, **kwargs)
+            for adapter_name in names:
+                result = self._add(result, adapter_name, x)
             return result
-        ours = self._owns(result)
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.r:
-                result = self._add(result, adapter_name, x, ours)
+        bare = is_bare(base_layer)
+        base = _frozen_base(base_layer, x) if bare and torch.is_grad_enabled() and not args and not kwargs else None
+        if base is None:
+            result = base_layer(x, *args, **kwargs)
+        else:  # add_update does its share of the backward: one node and one sum of (T, I) less
+            with torch.no_grad():
+                result = base_layer(x)
+        # Nobody else holds a known base's output, autograd included, unless it is a view, as F.linear's with a bias.
+        in_place = bare and type(result) is Tensor and result._base is None and result.is_contiguous()
+        for adapter_name in names:
+            result = self._add(result, adapter_name, x, add_update, in_place, base)
+            base = None
         return result
 
-    def _add(self, result: Tensor, adapter_name: str, x: Tensor, in_place: bool) -> Tensor:
+    def _add(self, result: Tensor, adapter_name: str, x: Tensor, add: Any = plain_add_update, *args: Any) -> Tensor:
         blocks, gate = self.parts(adapter_name)
         dropout = self.dropout[adapter_name] if self.training else 0.0
-        add = add_update if self.lean and can_run(x) else plain_add_update
-        return add(result, x, blocks, gate, self.scaling[adapter_name], dropout, in_place)
-
-    def _owns(self, result: Tensor) -> bool:
-        """Whether the base's output is a tensor of its own that nobody else holds, autograd included: it may be
-        written into.
-
-        Known of two classes, whose backward does without their output; and only where no hook has seen it and nothing
-        has replaced the module's forward. Others pay for one more tensor (T, O).
-        """
-        base = self.base_layer
-        return (
-            f"{type(base).__module__}.{type(base).__name__}" in WRITABLE_OUTPUT
-            and type(result) is Tensor
-            and result._base is None  # a view, as F.linear gives with a bias
-            and result.is_contiguous()
-            and "forward" not in base.__dict__
-            and not any(getattr(base, hooks) for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"))
-            and not _has_any_global_hook()
-        )
+        return add(result, x, blocks, gate, self.scaling[adapter_name], dropout, *args)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch goes through adapter `adapter_names[i]`."""
@@ -342,7 +336,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             if adapter_name == BASE_ADAPTER or adapter_name not in self.r:
                 continue
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
-            updated = self._add(result.index_select(0, rows), adapter_name, x.index_select(0, rows), in_place=True)
+            add = add_update if self.lean and can_run(x) else plain_add_update
+            updated = self._add(result.index_select(0, rows), adapter_name, x.index_select(0, rows), add)
             result = result.index_copy(0, rows, updated)
         return result
 
@@ -568,9 +563,27 @@ class AdapterModel(BaseTuner):
                 handle.remove()
 
 
-def _has_any_global_hook() -> bool:
-    hooks = torch.nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a base layer is one of two classes whose insides are known, with no hook to watch it and no forward put
+    in its place: its output may be written into. Others pay for one more tensor (T, O)."""
+    kind, hooks, own = type(layer), torch.nn.modules.module, layer.__dict__
+    return (
+        (kind is nn.Linear or (kind.__name__ == "Linear4bit" and kind.__module__ == "bitsandbytes.nn.modules"))
+        and "forward" not in own
+        and not (own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
+        and not (hooks._global_forward_hooks or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+    )
+
+
+def _frozen_base(layer: Any, x: Tensor) -> Base | None:
+    """The weight of a bare base layer that computes in the dtype of x and is not trained."""
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if bias is not None and bias.requires_grad:
+        return None
+    if type(layer) is nn.Linear:
+        return Base(weight) if not weight.requires_grad and weight.dtype == compute_dtype(x) else None
+    state = weight.quant_state  # attributes of tensors proper take 5 µs each on bitsandbytes' class
+    return Base(None, FourBit(weight, state)) if state and layer.compute_dtype == x.dtype == compute_dtype(x) else None
 
 
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict, adapter_names: list[str]) -> tuple[Any, dict]:

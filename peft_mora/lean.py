@@ -15,6 +15,7 @@ functorch can see into; it runs in their place, and for second derivatives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -55,6 +56,13 @@ class Wanted(NamedTuple):
 
 
 NOTHING = Wanted(False, [], [])
+
+
+class Base(NamedTuple):
+    """The frozen weight W (O, I) that an y0 was made with outside of autograd, or the form that holds it."""
+
+    W: Tensor | None
+    form: Form | None = None
 
 
 class Gate:
@@ -116,10 +124,10 @@ def plain_add_update(
     scale: float,
     dropout: float = 0.0,
     in_place: bool = False,
+    base: None = None,
 ) -> Tensor:
-    """The twin of `add_update`: same arguments, same result. `in_place` is a permission, and not used here.
-
-    The mask of a dropout comes from the same generator, but is another one.
+    """The twin of `add_update`: same arguments, same result. It leaves y0 alone, whatever `in_place` permits, and y0
+    comes with its own gradient. The mask of a dropout comes from the same generator, but is another one.
     """
     x = F.dropout(x, dropout)
     hs = [F.linear(x, _dense(b.A, b.A_form, x.dtype)) for b in blocks]
@@ -139,6 +147,7 @@ def add_update(
     scale: float,
     dropout: float = 0.0,
     in_place: bool = False,
+    base: Base | None = None,
 ) -> Tensor:
     """y0 + scale · Σ_b gate(x A_bᵀ) B_bᵀ.
 
@@ -150,6 +159,8 @@ def add_update(
         scale: alpha / r.
         dropout: share of x's entries that are dropped, in [0, 1); 0 outside of training.
         in_place: y0 is contiguous, no view, and nobody else holds it: the update may be added into it.
+        base: given if y0 = x Wᵀ (+ bias) carries no gradient: dx then has the base layer's part, g W, added up in one
+            matrix product with ours instead of by autograd, (T, I) at a time.
 
     Returns:
         (..., O) in the dtype of y0; y0 itself with `in_place`.
@@ -158,18 +169,20 @@ def add_update(
         RuntimeError: in the backward, if it is to be differentiated once more.
     """
     weights = [tensor for b in blocks for tensor in (b.A, b.B)]
-    core = _Core(x, blocks, gate, scale, dropout, in_place)
+    core = _Core(x, blocks, gate, scale, dropout, in_place, base)
     if torch.is_grad_enabled():
-        return _AddUpdate.apply(y0, x, core, *weights)
+        W = None if base is None else base.W
+        return _AddUpdate.apply(y0, x, core, W, *weights)
     return core.forward(y0, x, weights)[0]
 
 
-def _dense(values: Tensor, form: Form | None, dtype: torch.dtype) -> Tensor:
+def _dense(values: Any, form: Form | None, dtype: torch.dtype) -> Tensor:
     # Contiguous, so that a block computes bit for bit what it did before it became a part of the bank.
     return values.to(dtype).contiguous() if form is None else form.dense(values, dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes in on this input: x's, under autocast autocast's."""
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):  # autocast leaves float64 alone
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -192,14 +205,22 @@ class _Core:
     `weights` are A and B of each block in turn.
     """
 
-    __slots__ = ("dropout", "dtype", "forms", "gate", "in_place", "scale", "seed", "shape", "wanted")
+    __slots__ = ("base", "dropout", "dtype", "forms", "gate", "in_place", "scale", "seed", "shape", "wanted")
 
     def __init__(
-        self, x: Tensor, blocks: Sequence[Block], gate: Gate, scale: float, dropout: float, in_place: bool
+        self,
+        x: Tensor,
+        blocks: Sequence[Block],
+        gate: Gate,
+        scale: float,
+        dropout: float,
+        in_place: bool,
+        base: Base | None,
     ) -> None:
+        self.base = None if base is None else Base(None, base.form)  # W is saved by autograd
         self.forms = [(b.A_form, b.B_form) for b in blocks]
         self.gate, self.scale, self.dropout, self.in_place = gate, scale, dropout, in_place
-        self.shape, self.dtype = x.shape, _compute_dtype(x)
+        self.shape, self.dtype = x.shape, compute_dtype(x)
         # From the CPU's generator, which checkpointing puts back for its recomputation whatever the device.
         self.seed = int(torch.randint(2**62, ())) if dropout else 0
         self.wanted = NOTHING
@@ -230,7 +251,12 @@ class _Core:
         return y, kept
 
     def backward(
-        self, g: Tensor, x: Tensor | None, weights: Sequence[Tensor], kept: Sequence[Tensor | None]
+        self,
+        g: Tensor,
+        W: Tensor | None,
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        kept: Sequence[Tensor | None],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """dx and the gradients of `weights`; None where not wanted. x is there where an A is trained."""
         dtype, wanted, scale = self.dtype, self.wanted, self.scale
@@ -262,18 +288,20 @@ class _Core:
             d_weights += [dA, dB]
         if dx is not None and self.dropout:
             dx.mul_(dropout_mask(dx, self.dropout, self.seed))
+        if dx is not None and self.base is not None:
+            dx.addmm_(g, _dense(W, self.base.form, dtype))
         return None if dx is None else dx.view(self.shape), d_weights
 
 
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y0: Tensor, x: Tensor, core: _Core, *weights: Tensor) -> Tensor:
-        _, x_wanted, _, *wanted = ctx.needs_input_grad
+    def forward(ctx: Any, y0: Tensor, x: Tensor, core: _Core, W: Tensor | None, *weights: Tensor) -> Tensor:
+        _, x_wanted, _, _, *wanted = ctx.needs_input_grad
         core.wanted = Wanted(x_wanted, wanted[::2], wanted[1::2])
         y, kept = core.forward(y0, x, weights)
         ctx.core = core
         # The weights themselves and not their casts, which would be (R, I) and (O, R) more for each layer.
-        ctx.save_for_backward(x if any(core.wanted.A) else None, *weights, *kept)
+        ctx.save_for_backward(W, x if any(core.wanted.A) else None, *weights, *kept)
         if core.in_place:
             ctx.mark_dirty(y0)
         return y
@@ -285,8 +313,10 @@ class _AddUpdate(torch.autograd.Function):
                 "The fast path of MORA, LORI and FLYLORA layers has first derivatives only. For second derivatives "
                 "(create_graph=True) take the plain one: `peft_mora.base.AdapterLinear.lean = False`."
             )
-        x, *saved = ctx.saved_tensors
+        W, x, *saved = ctx.saved_tensors
         core, n = ctx.core, 2 * len(ctx.core.forms)
-        with torch.autocast(g.device.type, enabled=False):  # the forward has settled the dtype
-            dx, d_weights = core.backward(g, x, saved[:n], saved[n:])
-        return g if ctx.needs_input_grad[0] else None, dx, None, *d_weights
+        device = g.device.type
+        autocast = torch.is_autocast_enabled(device)  # the forward has settled the dtype
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            dx, d_weights = core.backward(g, W, x, saved[:n], saved[n:])
+        return g if ctx.needs_input_grad[0] else None, dx, None, None, *d_weights

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .base import AdapterModel, adapter_layers, check_field, is_int, is_names, is_number
 from .lean import DENSE, Block, Wanted, index_dtype
 from .lean import Gate as LeanGate
-from .routing import softmax_gate, softmax_gate_and_index, softmax_gate_backward
+from .routing import gated_softmax, gated_softmax_backward, softmax_gate
 from .usage import RoutedConfig, RoutedLinear, Usage, module_top_k, record_routing
 
 
@@ -140,15 +140,14 @@ class SoftmaxGate(LeanGate):
     def forward(self, hs: list[Tensor], shape: torch.Size, wanted: Wanted) -> tuple[list[Tensor], list[Tensor | None]]:
         groups = self._groups(hs)
         found = [
-            softmax_gate_and_index(h, k, self.temperature, self.threshold)
-            for h, k in zip(groups, self.top_k, strict=True)
+            gated_softmax(h, k, self.temperature, self.threshold) for h, k in zip(groups, self.top_k, strict=True)
         ]
         if self.usage is not None:
-            self._count([h.view(*shape, -1) for h in groups], [w.view(*shape, -1) for w, _ in found])
+            self._count([h.view(*shape, -1) for h in groups], [w.view(*shape, -1) for _, w, _ in found])
         kept: list[Tensor | None] = []
-        for (_, index), h, needed in zip(found, groups, self._needed(wanted), strict=False):
+        for (_, _, index), h, needed in zip(found, groups, self._needed(wanted), strict=False):
             kept += [h, None if index is None else index.to(index_dtype(h.shape[-1]))] if needed else [None, None]
-        return self._blocks([w.mul_(h).to(h.dtype) for (w, _), h in zip(found, groups, strict=True)]), kept
+        return self._blocks([gated for gated, _, _ in found]), kept
 
     def backward(
         self, kept: Sequence[Tensor | None], grads: list[Tensor | None], wanted: Wanted
@@ -162,9 +161,9 @@ class SoftmaxGate(LeanGate):
                 dhs.append(None)
                 continue
             grad = torch.zeros_like(h) if grad is None else grad
-            w_h, dh = softmax_gate_backward(h, index, grad, self.temperature, self.threshold)
-            gated.append(w_h.to(h.dtype))
-            dhs.append(dh.to(h.dtype))
+            w_h, dh = gated_softmax_backward(h, index, grad, self.temperature, self.threshold)
+            gated.append(w_h)
+            dhs.append(dh)
         return self._blocks(gated), self._blocks(dhs)
 
     def _needed(self, wanted: Wanted) -> list[bool]:

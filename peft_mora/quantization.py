@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def use_exact_4bit_kernels(model: nn.Module) -> int:
@@ -47,6 +48,21 @@ def use_exact_4bit_kernels(model: nn.Module) -> int:
             stacklevel=2,
         )
     return len(layers)
+
+
+class FourBit(NamedTuple):
+    """The weight (O, I) of a bitsandbytes `Linear4bit`; a `Form` of lean.py that holds its values itself."""
+
+    weight: Tensor
+    state: Any  # its QuantState
+
+    def dense(self, values: None, dtype: torch.dtype) -> Tensor:
+        import bitsandbytes
+
+        return bitsandbytes.functional.dequantize_4bit(self.weight.view(-1, 1), self.state).to(dtype)
+
+    def pack(self, grad: Tensor) -> Tensor:
+        raise NotImplementedError("a 4-bit weight is not trained")
 
 
 def _unpack(layer: Any) -> bool:
