@@ -1,0 +1,456 @@
+"""The fast path against its plain twin, what it keeps for the backward, and when it writes into the base's output."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from conftest import METHODS, gradients, quantized, randomize, tiny_gpt2, tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, lean, record_usage
+from peft_mora.base import AdapterLinear
+from peft_mora.flylora import Columns, SelectionGate
+from peft_mora.lean import DENSE, Base, Block, add_update, plain_add_update
+from peft_mora.lori import Packed
+from peft_mora.mora import SoftmaxGate
+
+
+def case_dense(new):
+    return [Block(new(5, 13), new(11, 5))], DENSE
+
+
+def case_dense_frozen_A(new):
+    return [Block(new(5, 13).requires_grad_(False), new(11, 5))], DENSE
+
+
+def case_dense_bank(new):
+    bank = Block(new(4, 13).requires_grad_(False), new(11, 4).requires_grad_(False))
+    return [bank, Block(new(5, 13), new(11, 5))], DENSE
+
+
+def case_softmax(new):
+    return [Block(new(5, 13), new(11, 5))], SoftmaxGate([5], 0.3, 0.0, None, None)
+
+
+def case_softmax_top_k(new):
+    return [Block(new(5, 13), new(11, 5))], SoftmaxGate([2], 0.3, 0.0, None, None)
+
+
+def case_softmax_threshold(new):
+    return [Block(new(5, 13), new(11, 5))], SoftmaxGate([4], 0.3, 0.2, None, None)
+
+
+def case_softmax_by_task(new):
+    """Two frozen blocks, one of them pruned to nothing."""
+    frozen = [Block(new(r, 13).requires_grad_(False), new(11, r).requires_grad_(False)) for r in (3, 0)]
+    return [*frozen, Block(new(5, 13), new(11, 5))], SoftmaxGate([2, 2, 3], 0.3, 0.0, None, None)
+
+
+def case_softmax_bank(new):
+    """One softmax over frozen and trainable experts: the gradient couples them."""
+    frozen = Block(new(3, 13).requires_grad_(False), new(11, 3).requires_grad_(False))
+    return [frozen, Block(new(5, 13), new(11, 5))], SoftmaxGate([4], 0.3, 0.0, [3, 5], None)
+
+
+def case_selection(new):
+    return [Block(new(7, 13).requires_grad_(False), new(11, 7))], SelectionGate(
+        "magnitude", 2, torch.linspace(-0.3, 0.3, 7), None, None
+    )
+
+
+def case_selection_of_most(new):
+    """6 of 7: values and indices would be more than all of h."""
+    return [Block(new(7, 13).requires_grad_(False), new(11, 7))], SelectionGate(
+        "signed", 6, torch.zeros(7), None, None
+    )
+
+
+def case_sparse_A(new):
+    index = torch.tensor([[0, 4, 12], [1, 2, 3], [5, 6, 11], [0, 7, 8]], dtype=torch.int32)
+    values = new(4, 3).requires_grad_(False)
+    return [Block(values, new(11, 4), A_form=Columns(index, 13))], SelectionGate(
+        "magnitude", 2, torch.zeros(4), None, None
+    )
+
+
+def case_packed_B(new):
+    """With entries frozen by an earlier task."""
+    places = torch.randperm(55, generator=torch.Generator().manual_seed(1))
+    form = Packed((11, 5), places[:9], places[9:14], torch.linspace(-1, 1, 5))
+    return [Block(new(5, 13).requires_grad_(False), new(9), B_form=form)], DENSE
+
+
+CASES = {name.removeprefix("case_"): case for name, case in globals().items() if name.startswith("case_")}
+SHAPES = [(3, 7, 13), (5, 13), (13,), (2, 0, 13)]
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+class Problem:
+    """y0 = x Wᵀ and an update on it, in one dtype, from one seed: the same numbers for each path."""
+
+    def __init__(self, case, shape=(3, 7, 13), dtype=torch.float64):
+        generator = torch.Generator().manual_seed(0)
+
+        def new(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+        self.W = new(11, 13).requires_grad_(False)
+        self.blocks, self.gate = case(new)
+        self.x, self.g = new(*shape), new(*shape[:-1], 11).requires_grad_(False)
+        self.weights = [t for block in self.blocks for t in (block.A, block.B) if t.requires_grad]
+
+    def run(self, add, *args):
+        y = add(self.x @ self.W.T, self.x, self.blocks, self.gate, 1.7, *args)
+        return [y, *torch.autograd.grad(y, [self.x, *self.weights], self.g)]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_equal_the_plain_twin_s(case, shape, in_place):
+    problem = Problem(case, shape)
+    for want, got in zip(problem.run(plain_add_update), problem.run(add_update, 0.0, in_place), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_the_gradient_passes_gradcheck(case):
+    problem = Problem(case, (4, 13))
+
+    def f(x, *weights):
+        return add_update(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7, 0.0, True)
+
+    assert torch.autograd.gradcheck(f, (problem.x, *problem.weights))
+
+
+def test_a_base_outside_of_autograd_gives_the_same_gradients(case):
+    problem = Problem(case)
+    want = problem.run(plain_add_update)
+    y0 = (problem.x @ problem.W.T).detach()
+    y = add_update(y0, problem.x, problem.blocks, problem.gate, 1.7, 0.0, True, Base(problem.W))
+    assert y.data_ptr() == y0.data_ptr()
+    got = [y, *torch.autograd.grad(y, [problem.x, *problem.weights], problem.g)]
+    for w, g in zip(want, got, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_rounding_stays_within_the_dtype_s(case, dtype, tolerance):
+    """Against float64 on the same rounded numbers, by the largest entry. bfloat16 has steps of 0.004 to 0.008; a
+    near-tie may wake another expert for a token there, so nine tokens of ten are compared."""
+    low = Problem(case, (10, 19, 13), dtype)
+    exact = Problem(case, (10, 19, 13), dtype)
+    exact.W, exact.g = exact.W.double(), exact.g.double()
+    exact.x = exact.x.detach().double().requires_grad_()
+    exact.blocks = [
+        block._replace(**{k: getattr(block, k).detach().double().requires_grad_(getattr(block, k).requires_grad)
+                          for k in ("A", "B")})
+        for block in exact.blocks
+    ]  # fmt: skip
+    exact.weights = [t for block in exact.blocks for t in (block.A, block.B) if t.requires_grad]
+    results = zip(low.run(add_update, 0.0, True), exact.run(plain_add_update), strict=True)
+    for i, (got, want) in enumerate(results):
+        error = (got.double() - want).abs() / want.abs().max()
+        if i < 2:  # y and dx, token by token
+            error = error.flatten(0, -2).amax(-1).sort().values[: int(0.9 * 190)]
+        assert got.dtype == dtype and error.max() < tolerance * (1 if i < 2 else 3), (i, error.max())
+
+
+def test_in_the_absence_of_gradients_the_result_is_the_same(case):
+    problem = Problem(case)
+    (want, *_) = problem.run(plain_add_update)
+    with torch.no_grad():
+        got = add_update(problem.x @ problem.W.T, problem.x, problem.blocks, problem.gate, 1.7)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_second_derivatives_are_refused_with_what_to_do(case):
+    problem = Problem(case)
+    y = add_update(problem.x @ problem.W.T, problem.x, problem.blocks, problem.gate, 1.7)
+    with pytest.raises(RuntimeError, match=r"first derivatives only.*lean = False"):
+        torch.autograd.grad(y.sum(), problem.x, create_graph=True)
+
+
+def test_weights_are_cast_down_to_the_input(case):
+    """bfloat16 x, float32 weights: a float32 product anywhere would show in the dtype of what is kept."""
+    problem = Problem(case, dtype=torch.float32)
+    kept = []
+    x = problem.x.detach().bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = add_update((x @ problem.W.bfloat16().T), x, problem.blocks, problem.gate, 1.7, 0.0, True)
+    own = {t.untyped_storage().data_ptr() for b in problem.blocks for t in (b.A, b.B)}
+    floats = [t for t in kept if t.is_floating_point() and t.untyped_storage().data_ptr() not in own and t.dim() == 2]
+    assert y.dtype == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in floats)
+    for parameter, grad in zip(problem.weights, torch.autograd.grad(y.sum(), problem.weights), strict=True):
+        assert grad.dtype == parameter.dtype == torch.float32 and grad.isfinite().all()
+
+
+# Dropout
+
+
+def test_dropout_drops_its_share_and_rescales_the_rest():
+    x = torch.ones(400, 50)
+    h = add_update(torch.zeros(400, 50), x, [Block(torch.eye(50), torch.eye(50))], DENSE, 1.0, 0.3)
+    torch.testing.assert_close(h.unique(), torch.tensor([0.0, 1 / 0.7]))
+    assert (h == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+
+
+def test_the_backward_of_dropout_has_the_forward_s_mask(case):
+    problem = Problem(case, (4, 13))
+
+    def f(x, *weights):
+        torch.manual_seed(5)
+        return add_update(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7, 0.4, True)
+
+    assert torch.autograd.gradcheck(f, (problem.x, *problem.weights))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_draws_the_same_dropout_again(make_config, inputs, use_reentrant):
+    model = adapted(make_config, dropout=0.4).train()
+    model.enable_input_require_grads()
+
+    def step():
+        torch.manual_seed(3)
+        return gradients(model, inputs)
+
+    want = step()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    got = step()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+# The layers
+
+
+def adapted(make_config, base=None, **kwargs):
+    torch.manual_seed(0)
+    model = get_peft_model(base or tiny_llama(), make_config(target_modules="all-linear", **kwargs))
+    randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_a_model_s_gradients_equal_those_of_the_plain_path(make_config, inputs, base, monkeypatch):
+    model = adapted(make_config, base()).double()
+
+    def run():
+        torch.manual_seed(0)  # GPT-2 has dropout of its own
+        return model.eval()(inputs).logits, gradients(model.train(), inputs)
+
+    got = run()
+    monkeypatch.setattr(AdapterLinear, "lean", False)
+    want = run()
+    torch.testing.assert_close(got[0], want[0])
+    assert len(want[1]) > 0 and want[1].keys() == got[1].keys()
+    for name, grad in want[1].items():
+        torch.testing.assert_close(got[1][name], grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_on_a_quantised_base_has_the_plain_path_s_gradients(make_config, llama_folder, bits, monkeypatch):
+    """In bfloat16, by the norm. Where experts are chosen, a near-tie may fall the other way."""
+    model = adapted(make_config, quantized(llama_folder, bits)).train()
+    for layer in [m for m in model.modules() if isinstance(m, AdapterLinear)][:7]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3, 17, layer.in_features, generator=generator).bfloat16().requires_grad_()
+        g = torch.randn(3, 17, layer.out_features, generator=generator).bfloat16()
+        weights = [p for p in layer.parameters() if p.requires_grad]
+        results = {}
+        for path in (True, False):
+            monkeypatch.setattr(AdapterLinear, "lean", path)
+            y = layer(x)
+            results[path] = [y, *torch.autograd.grad(y, [x, *weights], g)]
+            assert ("AddUpdate" in type(y.grad_fn).__name__) == path
+        for got, want in zip(results[True], results[False], strict=True):
+            assert (got - want).float().norm() < 0.05 * want.float().norm()
+
+
+def one_layer(config, base: nn.Module) -> AdapterLinear:
+    model = get_peft_model(nn.Sequential(base), config(target_modules=["0"]))
+    randomize(model)
+    return model.base_model.model[0]
+
+
+def shares_memory(layer: AdapterLinear, x: torch.Tensor) -> bool:
+    """Whether the layer's output is its base's output, written into."""
+    outputs = []
+    forward = type(layer.base_layer).forward
+
+    class Spy(type(layer.base_layer)):
+        pass
+
+    def spy(self, *args):
+        outputs.append(forward(self, *args))
+        return outputs[-1]
+
+    original, type(layer.base_layer).forward = forward, spy
+    try:
+        y = layer(x)
+    finally:
+        type(layer.base_layer).forward = original
+    return y.data_ptr() == outputs[0].data_ptr()
+
+
+def test_the_update_is_added_into_the_base_s_own_output(make_config):
+    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
+    assert shares_memory(layer, torch.randn(3, 5, 16, requires_grad=True))
+
+
+def test_nothing_is_written_into_an_output_that_somebody_saw(make_config):
+    x = torch.randn(3, 5, 16, requires_grad=True)
+
+    class Saving(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).exp()  # exp's backward needs its output
+
+    layer = one_layer(make_config, Saving(16, 12))
+    layer(x).sum().backward()  # autograd refuses it if the output has been written into
+    assert not shares_memory(layer, x)
+
+    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
+    seen = []
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    y = layer(x)
+    torch.testing.assert_close(seen[0], x @ layer.base_layer.weight.T)
+    assert not torch.allclose(y, seen[0])
+
+    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
+    forward, cache = layer.base_layer.forward, []
+    layer.base_layer.forward = lambda x: cache.append(forward(x)) or cache[-1]
+    y = layer(x)
+    assert not torch.allclose(y, cache[0])
+
+
+def test_a_trained_base_keeps_its_gradient(make_config):
+    layer = one_layer(make_config, nn.Linear(16, 12))
+    layer.base_layer.requires_grad_(True)
+    x = torch.randn(3, 5, 16)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.base_layer.weight.grad, x.sum((0, 1)).expand(12, 16))
+    torch.testing.assert_close(layer.base_layer.bias.grad, torch.full((12,), 15.0))
+
+
+def test_compiled_layers_take_the_plain_path_and_eager_ones_do_not(make_config, monkeypatch):
+    torch._dynamo.reset()
+    calls = []
+    monkeypatch.setattr(lean._AddUpdate, "apply", lambda y0, *args: calls.append(1) or y0)
+    layer, x = one_layer(make_config, nn.Linear(16, 12)).train(), torch.randn(2, 3, 16)
+    torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert not calls
+    layer(x)
+    assert calls
+
+
+def test_functorch_takes_the_plain_path(make_config):
+    layer, x = one_layer(make_config, nn.Linear(16, 12)).eval(), torch.randn(4, 16)
+    want = torch.autograd.functional.jacobian(lambda x: layer(x).sum(0), x)
+    torch.testing.assert_close(torch.func.jacrev(lambda x: layer(x).sum(0))(x), want)
+
+
+@pytest.mark.parametrize("name", ["mora", "mora-bank", "flylora", "flylora-signed"])
+def test_usage_and_offsets_do_not_depend_on_the_path(name, inputs, monkeypatch):
+    def run():
+        model = adapted(METHODS[name], tiny_llama().double()).train()
+        with record_usage(model) as meter:
+            for _ in range(3):
+                model(input_ids=inputs, labels=inputs).loss.backward()
+            meter.sync()
+        return meter.hits, [b.clone() for n, b in model.named_buffers() if "flylora_offset" in n]
+
+    hits, offsets = run()
+    monkeypatch.setattr(AdapterLinear, "lean", False)
+    want_hits, want_offsets = run()
+    assert hits.sum() > 0 and torch.equal(hits, want_hits)
+    assert all(torch.equal(a, b) and b.abs().sum() > 0 for a, b in zip(offsets, want_offsets, strict=True))
+
+
+# Bytes
+
+TOKENS, WIDTH, R = 512, 1024, 16
+WIDTHS = (1024, 256, 256)  # q, k, v with grouped heads
+BYTES = {
+    "mora": (1.1, lambda: MoraConfig(r=R, target_modules=["q", "k", "v"])),
+    "mora-top-4": (1.1, lambda: MoraConfig(r=R, top_k=4, target_modules=["q", "k", "v"])),
+    "mora-bank": (1.1, lambda: MoraConfig(r=R, routing="bank", target_modules=["q", "k", "v"])),
+    "mora-dense": (1.1, lambda: MoraConfig(r=R, routing="dense", target_modules=["q", "k", "v"])),
+    "lori": (0.05, lambda: LoriConfig(r=R, target_modules=["q", "k", "v"])),
+    "lori-sparse": (0.05, lambda: LoriConfig(r=R, sparsity=0.9, target_modules=["q", "k", "v"])),
+    "flylora": (0.05, lambda: FlyLoraConfig(r=R, top_k=4, target_modules=["q", "k", "v"])),
+    "flylora-most": (0.05, lambda: FlyLoraConfig(r=R, top_k=12, target_modules=["q", "k", "v"])),
+}
+
+
+def kept(config, dropout: float = 0.0, autocast: bool = False) -> float:
+    """What q, k and v on one bfloat16 input keep for the backward, by distinct storage, in units of that input;
+    weights and buffers, which are there anyway, do not count."""
+    torch.manual_seed(0)
+    base = {name: nn.Linear(WIDTH, width, bias=False) for name, width in zip("qkv", WIDTHS, strict=True)}
+    model = nn.ModuleDict(base).bfloat16()
+    config.dropout = config.lora_dropout = dropout
+    model = get_peft_model(model, config).train()
+    randomize(model, ("mora_", "lori_", "flylora_", "lora_"))
+    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    x = torch.randn(1, TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    layers = model.base_model.model
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=autocast):
+        ys = [layers[name](x) for name in "qkv"]
+    sum(y.float().sum() for y in ys).backward()
+    assert x.grad is not None and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    return sum(size for pointer, size in storages.items() if pointer not in there) / (2 * TOKENS * WIDTH)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_kept_for_the_backward(name, dropout):
+    most, config = BYTES[name]
+    assert kept(config(), dropout) <= most
+    assert kept(config(), dropout, autocast=True) <= most
+
+
+def test_bytes_that_peft_s_lora_keeps():
+    def lora():
+        return LoraConfig(r=R, target_modules=["q", "k", "v"])
+
+    assert kept(lora()) == pytest.approx(6.09, abs=0.02)  # a float32 copy of x for each projection, and h
+    assert kept(lora(), autocast=True) == pytest.approx(3.19, abs=0.02)
+    assert kept(lora(), dropout=0.1) == pytest.approx(12.09, abs=0.02)  # x after dropout and its mask, float32
+    assert kept(lora(), dropout=0.1, autocast=True) == pytest.approx(9.19, abs=0.02)
+
+
+# Import
+
+
+def test_importing_the_package_is_cheap_and_brings_no_host_along():
+    """0.2 s on top of peft; the fastest of three, as other work may run beside it."""
+    program = (
+        "import sys, time, peft; begin = time.process_time(); import peft_mora; "
+        "print(time.process_time() - begin); "
+        "print([m for m in ('trl', 'matplotlib', 'triton', 'bitsandbytes', 'trl_callbacks') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PEFT_MORA_AUTOLOAD": "0"}
+    bare = subprocess.check_output(
+        [sys.executable, "-c", "import sys, peft; print([m for m in ('triton', 'bitsandbytes') if m in sys.modules])"],
+        env=environment,
+        text=True,
+    )
+    seconds = []
+    for _ in range(3):
+        first, loaded = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).split(
+            "\n"
+        )[:2]
+        seconds.append(float(first))
+        assert loaded == bare.strip()
+    assert min(seconds) < 0.2, seconds
