@@ -172,6 +172,27 @@ class Columns(NamedTuple):
         return grad.gather(1, self.index.long())
 
 
+class Dense(NamedTuple):
+    """A (r, I), made of these values as of this version of them."""
+
+    of: Tensor
+    version: int
+    A: Tensor
+
+
+class Kept(NamedTuple):
+    """A layer's A, as the layer keeps it."""
+
+    layer: FlyLoraLinear
+    adapter_name: str
+
+    def dense(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.layer.dense_A(self.adapter_name, dtype)
+
+    def pack(self, grad: Tensor) -> Tensor:
+        raise NotImplementedError("A is frozen")
+
+
 class SelectionGate(Gate):
     """The K selected projections of one forward, the others 0.
 
@@ -222,14 +243,12 @@ class SelectionGate(Gate):
             index = self._select(values, index)
             values = values.gather(-1, index)
         index = index.long()
-        gated = values.new_zeros(len(values), len(self.offset)).scatter_(-1, index, values)
+        zeros = values.new_zeros(len(values), len(self.offset))
+        chosen = zeros.scatter(-1, index, 1)
         if self.step is not None:
-            counts = torch.zeros(len(self.offset), dtype=torch.int64, device=index.device)
-            self.step.take(counts.scatter_add_(0, index.flatten(), torch.ones_like(index).flatten()))
+            self.step.take(chosen.sum(0, dtype=torch.float32))  # counts to 16 M exactly
         (grad,) = grads
-        if grad is None:
-            return [gated], [None]
-        return [gated], [torch.zeros_like(grad).scatter_(-1, index, grad.gather(-1, index))]
+        return [zeros.scatter_(-1, index, values)], [None if grad is None else grad.mul_(chosen)]
 
     def _count(self, h: Tensor, chosen: Tensor) -> None:
         if self.usage is None:
@@ -248,7 +267,7 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
     projection_names = ("flylora_A", "flylora_index")
     other_param_names = (
         "flylora_A", "flylora_index", "flylora_checksum", "flylora_offset", "flylora_rule",
-        "flylora_balance", "module_names", "usage",
+        "flylora_balance", "flylora_dense", "module_names", "usage",
         "r", "scaling", "dropout",
     )  # fmt: skip
     merge_refusal = (
@@ -261,6 +280,7 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
         super().__init__(base_layer, **kwargs)
         self.flylora_offset = BufferDict(persistent=True)
         self.flylora_balance: dict[str, Balance] = {}
+        self.flylora_dense: dict[str, Dense] = {}
         self.register_state_dict_pre_hook(_settle_all)
         self.flylora_rule: dict[str, tuple[Selection, int, float]] = {}
 
@@ -292,9 +312,18 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
         self.flylora_rule[adapter_name] = (selection, k, rate)
 
     def dense_A(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
-        """A (r, I) in `dtype`. Stored sparse; at densities of 1/4 a dense product is the faster one."""
-        form = Columns(self.flylora_index[adapter_name], self.in_features)
-        return form.dense(self.flylora_A[adapter_name], dtype)
+        """A (r, I) in `dtype`. Stored sparse; at densities of 1/4 a dense product is the faster one, and A in 16 bits
+        takes no more than its float32 values with their columns: it is made once, not in every forward and backward.
+        """
+        values, index = self.flylora_A[adapter_name], self.flylora_index[adapter_name]
+        if torch.compiler.is_compiling() or values.is_inference():
+            return Columns(index, self.in_features).dense(values, dtype)
+        made = self.flylora_dense.get(adapter_name)
+        if made is None or made.of is not values or made.version != values._version or made.A.dtype != dtype:
+            with torch.inference_mode(False):  # training goes on with it after an evaluation made it
+                made = Dense(values, values._version, Columns(index, self.in_features).dense(values.clone(), dtype))
+            self.flylora_dense[adapter_name] = made
+        return made.A
 
     def parts(self, adapter_name: str) -> tuple[list[Block], Gate]:
         selection, k, rate = self.flylora_rule[adapter_name]
@@ -304,8 +333,7 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
             balance = None if torch.compiler.is_compiling() else self.flylora_balance[adapter_name]
             recomputed = balance.enter(offset, rate) if balance is not None else False
             step = Step(offset, rate, balance, recomputed) if torch.is_grad_enabled() else None
-        form = Columns(self.flylora_index[adapter_name], self.in_features)
-        block = Block(self.flylora_A[adapter_name], B, A_form=form)
+        block = Block(self.flylora_A[adapter_name], B, A_form=Kept(self, adapter_name))
         return [block], SelectionGate(selection, k, offset, step, self.counting(adapter_name))
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:

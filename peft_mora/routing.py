@@ -161,4 +161,4 @@ def balance_step(offset: Tensor, counts: Tensor, rate: float) -> Tensor:
     Returns:
         (R,) the new offset.
     """
-    return offset + rate * torch.sign(counts.float().mean() - counts.float()).to(offset.dtype)
+    return torch.add(offset, torch.sign(counts.sum() - counts.numel() * counts), alpha=rate)

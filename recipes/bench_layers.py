@@ -1,0 +1,155 @@
+"""What one adapted layer costs: forward and backward of every method beside the frozen base and PEFT's LoRA.
+
+python recipes/bench_layers.py                         # bf16 bases in the shapes of three models, minutes on one core
+python recipes/bench_layers.py --compile --models smollm2
+
+All arms of a shape share one base layer and take turns. tokens/s: median of the repeats, with quartiles. peak: the
+most that tensors took during one forward and backward, by the profiler's record of every allocation. kept: bytes that
+autograd saves, weights left out, in units of the bf16 input. MFLOP: the adapter's forward for a token, active experts
+only; of the base, its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+
+SHAPES = {  # in and out features of q_proj and of up_proj
+    "smollm2": ((576, 576), (576, 1536)),
+    "llama-3.2-1b": ((2048, 2048), (2048, 8192)),
+    "llama-3-8b": ((4096, 4096), (4096, 14336)),
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES, help="whose shapes (all)")
+    parser.add_argument("--tokens", type=int, default=256, help="T (%(default)s)")
+    parser.add_argument("--r", type=int, default=16, help="rank of all methods (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's, on a CPU (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile arms too; needs a C++ compiler, slow")
+    parser.add_argument("--output", default="out/bench_layers", metavar="DIR", help="(%(default)s)")
+    return parser.parse_args()
+
+
+def arms(base: Any, r: int, compiled: bool) -> dict[str, Any]:
+    """Layers over the one base, by the name of the arm."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
+
+    common = {"r": r, "target_modules": ["0"]}
+    ours = {
+        "mora": lambda: MoraConfig(alpha=2 * r, **common),
+        "lori": lambda: LoriConfig(alpha=2 * r, **common),
+        "lori-s": lambda: LoriConfig(alpha=2 * r, sparsity=0.9, **common),
+        "flylora": lambda: FlyLoraConfig(alpha=2 * r, top_k=r // 4, **common),
+    }
+
+    def layer(config: Any, bf16: bool, lean: bool = True) -> Any:
+        model = get_peft_model(torch.nn.Sequential(base), config, autocast_adapter_dtype=not bf16)
+        found = model.base_model.model[0].train()
+        found.lean = lean
+        return found
+
+    lora = LoraConfig(lora_alpha=2 * r, **common)
+    found = {"base": base.requires_grad_(False), "lora": layer(lora, False), "lora-bf16": layer(lora, True)}
+    for name, config in ours.items():
+        found[f"{name} eager"], found[f"{name} lean"] = layer(config(), True, False), layer(config(), True)
+        if compiled:
+            found[f"{name} compiled"] = torch.compile(layer(config(), True))
+    return found
+
+
+def megaflops(arm: str, inputs: int, outputs: int, r: int) -> float:
+    """Multiplications and additions of the adapter's two products for one token, by the experts that act."""
+    if arm == "base":
+        return 2e-6 * inputs * outputs
+    down, up = inputs * r, outputs * r
+    if arm.startswith("lori-s"):
+        up *= 0.1
+    if arm.startswith("flylora"):
+        down, up = down / 4, up / 4
+    return 2e-6 * (down + up)
+
+
+def used(step: Any, x: Any, weights: set[int]) -> tuple[float, float]:
+    """Peak MiB of one forward and backward, and what it keeps between them, `weights` left out, in units of x."""
+    import torch
+
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = 0 if storage.data_ptr() in weights else storage.nbytes()
+        return tensor
+
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return peak / 2**20, sum(storages.values()) / x.nbytes
+
+
+def main() -> None:
+    args = parse()
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    for model, (inputs, outputs) in [(name, shape) for name in args.models for shape in SHAPES[name]]:
+        base = torch.nn.Linear(inputs, outputs, bias=False, device=args.device, dtype=torch.bfloat16)
+        x = torch.randn(1, args.tokens, inputs, device=args.device, dtype=torch.bfloat16, requires_grad=True)
+        g = torch.randn(1, args.tokens, outputs, device=args.device, dtype=torch.bfloat16)
+        layers = arms(base, args.r, args.compile)
+        steps = {arm: (lambda layer=layer, x=x, g=g: layer(x).backward(g)) for arm, layer in layers.items()}
+        seconds: dict[str, list[float]] = {arm: [] for arm in steps}
+        for turn in range(args.repeats + 3):  # three to warm up
+            for arm, step in steps.items():
+                begin = time.perf_counter()
+                step()
+                torch.cuda.synchronize() if args.device.startswith("cuda") else None
+                seconds[arm] += [time.perf_counter() - begin] if turn > 2 else []
+        for arm, step in steps.items():
+            low, middle, high = (args.tokens / s for s in reversed(statistics.quantiles(seconds[arm], n=4)))
+            ratio = statistics.median(a / b for a, b in zip(seconds[arm], seconds["lora"], strict=True))
+            own = {t.untyped_storage().data_ptr() for t in (*layers[arm].parameters(), *layers[arm].buffers())}
+            peak, kept = used(step, x, own)
+            rows.append({
+                "model": model, "I": inputs, "O": outputs, "arm": arm, "tokens_per_s": middle, "q1": low, "q3": high,
+                "time_by_lora": ratio, "peak_mib": peak, "kept": kept,
+                "mflop": megaflops(arm, inputs, outputs, args.r),
+            })  # fmt: skip
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    with open(Path(args.output) / "bench_layers.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    headings = ("shape", "arm", "tokens/s (quartiles)", "time by lora's", "peak MiB", "kept", "MFLOP a token")
+    table = Table(*headings, title=f"forward and backward of {args.tokens} tokens, r = {args.r}, {args.device}")
+    for row in rows:
+        table.add_row(
+            f"{row['model']} {row['I']}x{row['O']}", row["arm"],
+            f"{row['tokens_per_s']:.0f} ({row['q1']:.0f}-{row['q3']:.0f})", f"{row['time_by_lora']:.3f}",
+            f"{row['peak_mib']:.2f}", f"{row['kept']:.3f}", f"{row['mflop']:.3f}",
+            end_section=row["arm"] == list(layers)[-1],
+        )  # fmt: skip
+    Console(width=120).print(table)
+    print(f"{args.output}/bench_layers.csv written")
+
+
+if __name__ == "__main__":
+    main()
