@@ -563,15 +563,18 @@ class AdapterModel(BaseTuner):
                 handle.remove()
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a base layer is one of two classes whose insides are known, with no hook to watch it and no forward put
-    in its place: its output may be written into. Others pay for one more tensor (T, O)."""
-    kind, hooks, own = type(layer), torch.nn.modules.module, layer.__dict__
+    """Whether a base layer is one of two classes whose insides are known, with no hook on it and no forward put in its
+    place: its output may be written into, and its gradient is g W. Others pay for one more tensor (T, O)."""
+    kind, own = type(layer), layer.__dict__
+    everywhere = torch.nn.modules.module.__dict__
     return (
         (kind is nn.Linear or (kind.__name__ == "Linear4bit" and kind.__module__ == "bitsandbytes.nn.modules"))
         and "forward" not in own
-        and not (own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
-        and not (hooks._global_forward_hooks or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+        and not any(own[hooks] or everywhere["_global" + hooks] for hooks in _HOOKS)
     )
 
 

@@ -168,9 +168,6 @@ class Columns(NamedTuple):
         zeros = values.new_zeros(len(values), self.in_features, dtype=dtype)
         return zeros.scatter_(1, self.index.long(), values.to(dtype))
 
-    def pack(self, grad: Tensor) -> Tensor:
-        return grad.gather(1, self.index.long())
-
 
 class Dense(NamedTuple):
     """A (r, I), made of these values as of this version of them."""

@@ -321,6 +321,13 @@ def test_nothing_is_written_into_an_output_that_somebody_saw(make_config):
     torch.testing.assert_close(seen[0], x @ layer.base_layer.weight.T)
     assert not torch.allclose(y, seen[0])
 
+    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))  # a hook that changes the input has a gradient
+    layer.base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    layer.lean = False
+    (want,) = torch.autograd.grad(layer(x).sum(), x)
+    layer.lean = True
+    torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), x)[0], want)
+
     layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
     forward, cache = layer.base_layer.forward, []
     layer.base_layer.forward = lambda x: cache.append(forward(x)) or cache[-1]
