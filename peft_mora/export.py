@@ -272,7 +272,8 @@ def _visit(
                     "`target_modules`."
                 )
             x = args[0][mask].float()
-            look(name, x, layer.update(adapter_name, x) * layer.scaling[adapter_name])
+            nothing = x.new_zeros(len(x), layer.out_features)
+            look(name, x, layer._add(nothing, adapter_name, x))
 
         return call
 
