@@ -20,13 +20,13 @@ import data
 
 
 # name: (adapter, alpha / r, whether each task gets parameters of its own, whether they are projected). The weights of
-# a gated block sum to 1: at r times LoRA's alpha it has LoRA's scale. Along a few strong directions 6 is enough.
+# a gated block sum to 1, so its update is smaller than a LoRA's at the same alpha.
 WAYS = {
     "separate": ("lora", 2, False, False),
     "sequential": ("lora", 2, False, False),
     "growing": ("dense", 2, True, False),
-    "bank": ("bank", 16, True, False),
-    "task": ("task", 16, True, False),
+    "bank": ("bank", 6, True, False),
+    "task": ("task", 6, True, False),
     "dense+projection": ("dense", 2, True, True),
     "task+projection": ("task", 6, True, True),
 }

@@ -184,13 +184,16 @@ def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(first_task
     assert {t.dtype for name, t in saved.items() if "mora_A" in name} == {torch.float32}
 
 
-def test_checkpoint_that_was_trained_without_the_callback_is_refused(first_task, llama_folder, tmp_path):
+@pytest.mark.parametrize(
+    "start, match", [("contrast", "has no orthogonal_projection"), ("random", "without this callback")]
+)
+def test_checkpoint_that_was_trained_without_the_callback_is_refused(start, match, first_task, llama_folder, tmp_path):
     model = second_task("task", first_task, llama_folder)
     sft(model, llama_folder, tmp_path / "free", save_strategy="steps", save_steps=3).train()
     model = second_task("task", first_task, llama_folder)
-    callback = OrthogonalProjectionCallback(first_task["task"] / "subspace")
+    callback = OrthogonalProjectionCallback(first_task["task"] / "subspace", start=start)
     trainer = sft(model, llama_folder, tmp_path / "two", callback)
-    with pytest.raises(ValueError, match="trained without this callback"):
+    with pytest.raises(ValueError, match=match):
         trainer.train(resume_from_checkpoint=str(tmp_path / "free" / "checkpoint-3"))
 
 
