@@ -16,8 +16,9 @@ from conftest import quantized, tiny_llama
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_trl import losses, texts
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
 from trl_callbacks import OrthogonalProjectionCallback
@@ -396,6 +397,17 @@ def test_going_on_with_trained_weights_is_refused(kind, first_task, llama_folder
     trainer = sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(first_task[kind] / "subspace"))
     with pytest.raises(ValueError, match="start_task"):
         trainer.train()
+
+
+def test_data_without_inputs_is_refused_before_the_training_and_not_after_it(llama_folder, tmp_path):
+    """GRPO's loader gives prompts."""
+    model = get_peft_model(quantized(llama_folder), MoraConfig(r=4, target_modules=["q_proj"]))
+    callback = OrthogonalProjectionCallback()
+    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    state = SimpleNamespace(global_step=0)
+    prompts = DataLoader([{"prompt": "the cat"}] * 8, collate_fn=list)
+    with pytest.raises(ValueError, match="no input_ids .*source='gradients' or 'past_adapters'"):
+        callback.on_train_begin(arguments, state, None, model=model, train_dataloader=prompts)
 
 
 def test_other_trainable_weights_are_refused(first_task, llama_folder, tmp_path):

@@ -175,6 +175,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         self._room = {}
         if resumed:
             self._restore(args, state)
+        self.source.check(run)
         self.source.at_begin(run, subspace)
         self._subspace, self._run = subspace, run
         if any(V.shape[1] for V in subspace.right.values()):

@@ -27,6 +27,7 @@ from .subspace import (
     layer_similarity,
     leading_directions,
     orthonormal,
+    shared_inputs,
     shrink_sketch,
 )
 
@@ -60,6 +61,9 @@ class Source:
     def __init__(self, energy: float | None, max_rank: int | None) -> None:
         self.energy, self.max_rank = energy, max_rank
 
+    def check(self, run: Run) -> None:
+        """Raise before the training what would else be raised after it."""
+
     def at_begin(self, run: Run, subspace: Subspace) -> None:
         """Add to `subspace` what this run must leave alone from its first step on."""
 
@@ -89,6 +93,9 @@ class Inputs(Source):
     """The leading directions of Σ x xᵀ over this task's training inputs, at the end of it."""
 
     name = "inputs"
+
+    def check(self, run: Run) -> None:
+        shared_inputs(run.model, {name: factors.layer for name, factors in run.factors.items()}, run.batches()[0])
 
     def at_end(self, run: Run, subspace: Subspace) -> None:
         layers = {name: factors.layer for name, factors in run.factors.items()}

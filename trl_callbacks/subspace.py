@@ -187,28 +187,7 @@ def input_statistics(
     Raises:
         ValueError: a module was never called, or its tokens are not those of the attention mask.
     """
-    groups: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
-    seen: dict[int, tuple[weakref.ref, str]] = {}
-
-    def discover(name: str, x: Tensor) -> None:
-        reference, group = seen.get(id(x), (lambda: None, ""))
-        if reference() is not x:
-            group = next((g for g, members in groups.items() if name in members), name)
-            seen[id(x)] = (weakref.ref(x), group)
-        if not any(name in members for members in groups.values()):
-            groups.setdefault(group, []).append(name)
-            sizes[group] = x.shape[-1]
-
-    with _observed(model, modules, discover):
-        for batch in batches[:1]:
-            _forward(model, batch)
-    missing = [name for name in modules if not any(name in members for members in groups.values())]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} adapted modules saw no input in a forward of the training data, e.g. {missing[0]!r}, so "
-            "what they must keep cannot be known. Leave them out of `target_modules`."
-        )
+    groups, sizes = shared_inputs(model, modules, batches[0])
     covariance: dict[str, Tensor] = {}
     mask: Tensor | None = None
 
@@ -228,7 +207,43 @@ def input_statistics(
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(covariance[name])
             done[name] = covariance.pop(name)
-    return InputStatistics(done, {name: tuple(members) for name, members in groups.items()})
+    return InputStatistics(done, groups)
+
+
+@torch.no_grad()
+def shared_inputs(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping[str, Any]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
+    """Which modules are called with the very same tensor, by one forward: group -> modules, and group -> I.
+
+    Raises:
+        ValueError: as `input_statistics`.
+    """
+    groups: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    group_of: dict[str, str] = {}
+    seen: dict[int, tuple[weakref.ref, str]] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        real_rows(x, batch.get("attention_mask"))
+        reference, group = seen.get(id(x), (None, name))
+        if reference is None or reference() is not x:  # an id is given again once its tensor is gone
+            group = group_of.get(name, name)
+            seen[id(x)] = (weakref.ref(x), group)
+        if name not in group_of:
+            group_of[name] = group
+            groups.setdefault(group, []).append(name)
+            sizes[group] = x.shape[-1]
+
+    with _observed(model, modules, look):
+        _forward(model, batch)
+    missing = [name for name in modules if name not in group_of]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} adapted modules saw no input in a forward of the training data, e.g. {missing[0]!r}, so "
+            "what they must keep cannot be known. Leave them out of `target_modules`."
+        )
+    return {name: tuple(members) for name, members in groups.items()}, sizes
 
 
 @torch.no_grad()
