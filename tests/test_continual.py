@@ -1,4 +1,4 @@
-"""recipes/continual.py as a person runs it: stopped anywhere, given again, it ends with the same matrix."""
+"""recipes/continual.py and forgetting.py as a person runs them: given again, they go on and end with the same."""
 
 import csv
 import importlib.util
@@ -14,13 +14,16 @@ from conftest import WORDS
 from trl_callbacks.subspace import Subspace
 
 
-@pytest.fixture
-def continual(monkeypatch):
-    path = Path(data.__file__).parent / "continual.py"
-    spec = importlib.util.spec_from_file_location("recipe_continual", path)
+def load_recipe(name: str):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", Path(data.__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def continual():
+    return load_recipe("continual")
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,32 @@ def test_other_arguments_in_the_same_folder_are_refused(run, tmp_path):
     run(tmp_path, "--method", "growing")
     with pytest.raises(SystemExit, match=r"'steps': \(4, 5\)"):
         run(tmp_path, "--method", "growing", "--steps", 5)
+
+
+def test_the_table_of_ways_has_a_row_each_and_nothing_runs_twice(tasks, llama_folder, tmp_path, monkeypatch, capsys):
+    recipe = load_recipe("forgetting")
+    arguments = [
+        "--data",
+        tasks,
+        "--tasks",
+        "colours",
+        "winds",
+        "--model",
+        llama_folder,
+        "--device",
+        "cpu",
+        "--steps",
+        3,
+    ]
+    arguments += ["--methods", "separate", "sequential", "task+projection", "--r", 4, "--output", tmp_path]
+    arguments += ["--callback", '{"energy": 0.9}']
+    monkeypatch.setattr(sys, "argv", ["forgetting.py", *map(str, arguments)])
+    recipe.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [line.split()[1][:4] for line in table] == ["sepa", "sequ", "task"]
+    scores = json.loads((tmp_path / "task+projection-0" / "1-winds" / "scores.json").read_text())
+    assert set(scores) == {"colours", "winds"} and all(0 <= s["greedy"] <= s["label"] <= 1 for s in scores.values())
+    assert Subspace.load(tmp_path / "task+projection-0" / "1-winds" / "subspace").tasks[1]["energy"] == 0.9
+    monkeypatch.setattr(trl.SFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    recipe.main()
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")] == table
