@@ -331,6 +331,23 @@ def test_past_adapters_are_avoided_without_a_memory(kind, first_task, llama_fold
     assert {V.shape[1] for V in Subspace.load(tmp_path / "subspace").right.values()} == {8}
 
 
+def test_modules_that_no_past_adapter_had_are_free(llama_folder, tmp_path):
+    model = get_peft_model(quantized(llama_folder), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model.base_model.set_adapter(["one", "two"])
+    model.set_requires_grad("one", requires_grad=False)
+    trainer = sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(source="past_adapters"))
+    trainer.train()
+    pairs = trainable_factors(model, None)[1]
+    assert {name.rsplit(".", 1)[-1]: len(pair.past_A) for name, pair in pairs.items()} == {"q_proj": 1, "v_proj": 0}
+    for pair in pairs.values():
+        delta = pair.B.detach().double() @ pair.A.detach().double()
+        assert delta.norm() > 1e-3
+        for A in pair.past_A:
+            assert (delta @ A.detach().double().T).norm() <= 1e-5 * delta.norm() * A.norm()
+    assert max(entry.get("leakage", 0) for entry in trainer.state.log_history) <= 1e-5
+
+
 def test_gradients_are_sketched_and_the_sketch_survives_a_resume(llama_folder, tmp_path):
     def run(output):
         torch.manual_seed(0)

@@ -38,7 +38,6 @@ from .subspace import (
     Subspace,
     contrast_directions,
     fingerprint,
-    input_statistics,
     leading_directions,
     leakage,
     project_out,
@@ -113,10 +112,11 @@ class OrthogonalProjectionCallback(TrainerCallback):
             calibration_batches,
             "an integer >= 1",
         )
-        start = start or ("contrast" if source == "inputs" else "random")
+        self.source = SOURCES[source](energy, max_rank)
+        start = start or ("contrast" if self.source.knows_inputs else "random")
         check_field(start in get_args(Start), "start", start, "'contrast', 'inputs', 'random' or None")
         check_field(
-            start != "contrast" or source == "inputs",
+            start != "contrast" or self.source.knows_inputs,
             "start",
             start,
             "'inputs' or 'random' with this source: only source='inputs' knows the earlier tasks' inputs",
@@ -126,7 +126,6 @@ class OrthogonalProjectionCallback(TrainerCallback):
         self.memory = Path(memory) if memory is not None else None
         self.calibration_batches, self.adapter_name = calibration_batches, adapter_name
         self.start, self.room = start, room
-        self.source = SOURCES[source](energy, max_rank)
         self._constrains = self.memory is not None or self.source.protects_from_start
         self._run: Run | None = None
         self._constraints: list[Constraint] = []
@@ -178,12 +177,14 @@ class OrthogonalProjectionCallback(TrainerCallback):
         self.source.check(run)
         self.source.at_begin(run, subspace)
         self._subspace, self._run = subspace, run
+        self._constraints = []
         if any(V.shape[1] for V in subspace.right.values()):
-            self._constraints = list(_constraints(subspace, factors, self._room))
-            _check_protectable(model, factors, self._constraints, resumed)
+            _check_protectable(model, factors, subspace, resumed)
             if not resumed:
                 self._place(run)
-                self._constraints = list(_constraints(subspace, factors, self._room))
+            self._constraints = list(_constraints(subspace, factors, self._room))
+            if resumed:
+                _check_held(self._constraints)
             _report_room(subspace, "left to this task")
         self._removed = self._total = torch.zeros((), device=next(iter(factors.values())).A.device)
         ahead_of_reporters(self)
@@ -270,41 +271,38 @@ class OrthogonalProjectionCallback(TrainerCallback):
         """‖ΔW V‖ / ‖ΔW‖ over all constrained modules together, 0..1; 0 while ΔW is 0. Only while training."""
         assert self._run is not None
         inside, whole = [], []  # summed in the end: one wait for the GPU, not two a module
-        for name, pair in self._run.factors.items():
-            A, B = pair.A.detach(), pair.B.detach().to(pair.A.dtype)
-            group = self._subspace.group_of(name)
-            parts = [(A, B, self._subspace.right[group])] if group is not None else []
-            if name in self._subspace.left:
-                parts.append((B.T, A.T, self._subspace.left[name]))
-            found = [leakage(a, b, V.to(a)) for a, b, V in parts]
-            if found:
-                inside.append(torch.stack([protected for protected, _ in found]).max().to(self._total.device))
-                whole.append(found[0][1].to(self._total.device))
+        for (group, device), names in _sharing(self._subspace, self._run.factors).items():
+            V = self._subspace.right[group].to(device)
+            for name in names:
+                A, B = self._run.factors[name].A.detach(), self._run.factors[name].B.detach().to(V.dtype)
+                protected, size = leakage(A, B, V)
+                if name in self._subspace.left:
+                    U = self._subspace.left[name].to(device)
+                    protected = torch.maximum(protected, leakage(B.T, A.T, U)[0])
+                inside.append(protected.to(self._total.device))
+                whole.append(size.to(self._total.device))
         total = float(torch.stack(whole).sum()) if whole else 0.0
         return math.sqrt(float(torch.stack(inside).sum()) / total) if total > 0 else 0.0
 
     @torch.no_grad()
     def _place(self, run: Run) -> None:
         """Start A inside the complement, with the row norms that it was initialised with."""
-        found = None
-        if self.start != "random":
-            found = input_statistics(run.model, {n: pair.layer for n, pair in run.factors.items()}, run.batches())
-            for name, group in ((n, self._subspace.group_of(n) or n) for n in run.factors):
-                if group not in self._room:
-                    lead = next(lead for lead, modules in found.groups.items() if name in modules)
-                    r = max(len(p.A) for n, p in run.factors.items() if self._subspace.group_of(n) == group)
-                    self._room[group] = self._directions(group, found.covariance[lead], self.room or 2 * r)
-        for name, pair in run.factors.items():
-            group = self._subspace.group_of(name) or name
-            A = pair.A.data
-            V = self._subspace.right[group].to(A)
-            norms = A.norm(dim=1, keepdim=True)
-            rows = project_out(project_out(A, V), V)
+        found = run.statistics() if self.start != "random" else None
+        for (group, device), names in _sharing(self._subspace, run.factors).items():
+            V = self._subspace.right[group].to(device)
             if found is not None:
-                U = self._room[group].to(A)
-                rows = rows @ U @ U.T
-            rows = rows * (norms / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
-            A.copy_(project_out(rows, V))
+                lead = next(lead for lead, modules in found.groups.items() if names[0] in modules)
+                r = max(len(run.factors[name].A) for name in names)
+                self._room[group] = self._directions(group, found.covariance[lead], self.room or 2 * r)
+            for name in names:
+                A = run.factors[name].A.data
+                norms = A.norm(dim=1, keepdim=True)
+                rows = project_out(project_out(A, V), V)
+                if found is not None:
+                    U = self._room[group].to(A)
+                    rows = rows @ U @ U.T
+                rows = rows * (norms / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
+                A.copy_(project_out(rows, V))
 
     def _directions(self, group: str, new: Tensor, count: int) -> Tensor:
         V = self._subspace.right[group].to(new)
@@ -313,7 +311,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         return contrast_directions(new, self._subspace.old_covariance(group).to(new), V, count)
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        needed = self.source.name == "gradients" or (self.memory is not None and self.start != "random")
+        needed = self.source.keeps_state or (self.memory is not None and self.start != "random")
         folders = [caller_local("resume_from_checkpoint"), Path(args.output_dir) / f"checkpoint-{state.global_step}"]
         paths = [Path(folder) / CHECKPOINT_FILE for folder in folders if isinstance(folder, (str, Path))]
         path = next((path for path in paths if path.is_file()), None)
@@ -337,20 +335,27 @@ class Constraint:
     columns: bool = False
     inside: bool = False
 
+    def held(self, rows: Tensor) -> Tensor:
+        """The part of each row (n, I) that the constraint allows."""
+        return rows @ self.basis @ self.basis.T if self.inside else project_out(rows, self.basis)
+
+    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors of the parameters' shapes as rows (n, I), a copy."""
+        return torch.cat([t.T if self.columns else t for t in tensors])
+
     def apply(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Project tensors (parameters or their gradients) in place; returns them stacked, (n, I), before and after."""
+        before = self.stacked(tensors)
+        after = self.held(before)
         views = [t.T if self.columns else t for t in tensors]
-        before = torch.cat(views) if len(views) > 1 else views[0].clone()
-        after = before @ self.basis @ self.basis.T if self.inside else project_out(before, self.basis)
         for view, rows in zip(views, after.split([len(v) for v in views]), strict=True):
             view.copy_(rows)
         return before, after
 
     def violation(self) -> float:
         """Share of the parameters' norm that is where it must not be, 0..1."""
-        rows = torch.cat([p.detach().T if self.columns else p.detach() for p in self.parameters])
-        kept = rows @ self.basis @ self.basis.T if self.inside else project_out(rows, self.basis)
-        return float((rows - kept).norm() / rows.norm().clamp_min(torch.finfo(rows.dtype).tiny))
+        rows = self.stacked([p.detach() for p in self.parameters])
+        return float((rows - self.held(rows)).norm() / rows.norm().clamp_min(torch.finfo(rows.dtype).tiny))
 
 
 def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[str, Factors]]:
@@ -364,7 +369,8 @@ def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[s
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
-    training = sorted({adapter for layer in layers.values() for adapter in _training(layer)})
+    trained_in = {module_name: _training(layer) for module_name, layer in layers.items()}
+    training = sorted(set().union(*trained_in.values()))
     if adapter_name is None and len(training) > 1:
         raise ValueError(
             f"Several adapters are in training ({', '.join(map(repr, training))}), of which one alone can be kept "
@@ -387,7 +393,7 @@ def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[s
         _check_plain_lora(config, name)
     found = {}
     for module_name, layer in layers.items():
-        if name not in _training(layer):
+        if name not in trained_in[module_name]:
             continue
         if isinstance(layer, MoraLinear):
             A, B = layer.mora_A[name].weight, layer.mora_B[name].weight
@@ -444,29 +450,37 @@ def _check_memory(subspace: Subspace, source: str, factors: Mapping[str, Factors
             )
 
 
+def _sharing(subspace: Subspace, factors: Mapping[str, Factors]) -> dict[tuple[str, torch.device], list[str]]:
+    """(group, device of A) -> the modules there that share the group's input; modules without a basis are left out."""
+    found: dict[tuple[str, torch.device], list[str]] = {}
+    for name, pair in factors.items():
+        group = subspace.group_of(name)
+        if group is not None:
+            found.setdefault((group, pair.A.device), []).append(name)
+    return found
+
+
 def _constraints(
     subspace: Subspace, factors: Mapping[str, Factors], room: Mapping[str, Tensor]
 ) -> Iterator[Constraint]:
     """One constraint for all modules that share an input, so that one product projects them all."""
-    shared: dict[tuple[str, torch.device], list[nn.Parameter]] = {}
-    for name, pair in factors.items():
-        shared.setdefault((subspace.group_of(name) or name, pair.A.device), []).append(pair.A)
-    for (group, device), parameters in shared.items():
-        basis = room.get(group, subspace.right.get(group))
-        if basis is not None and basis.shape[1]:
-            yield Constraint(basis.to(device, torch.float32), tuple(parameters), inside=group in room)
+    for (group, device), names in _sharing(subspace, factors).items():
+        basis = room.get(group, subspace.right[group])
+        if basis.shape[1]:
+            parameters = tuple(factors[name].A for name in names)
+            yield Constraint(basis.to(device, torch.float32), parameters, inside=group in room)
     for name, U in subspace.left.items():
         if name in factors:
             yield Constraint(U.to(factors[name].B.device, torch.float32), (factors[name].B,), columns=True)
 
 
-def _check_protectable(
-    model: nn.Module, factors: Mapping[str, Factors], constraints: Sequence[Constraint], resumed: bool
-) -> None:
-    full = next((c for c in constraints if not c.inside and c.basis.shape[1] >= c.basis.shape[0]), None)
+def _check_protectable(model: nn.Module, factors: Mapping[str, Factors], subspace: Subspace, resumed: bool) -> None:
+    groups = {group for group, _ in _sharing(subspace, factors)}
+    bases = [subspace.right[group] for group in groups] + [subspace.left[n] for n in factors if n in subspace.left]
+    full = next((V for V in bases if V.shape[1] >= V.shape[0]), None)
     if full is not None:
         raise ValueError(
-            f"The protected directions fill all {full.basis.shape[0]} dimensions of a module's input: nothing could "
+            f"The protected directions fill all {full.shape[0]} dimensions of a module's input: nothing could "
             "be learned there. Learn the earlier tasks with a lower energy or with max_rank."
         )
     own = {id(p) for pair in factors.values() for p in (pair.A, pair.B)}
@@ -490,7 +504,10 @@ def _check_protectable(
                 "start_task(model, NAME); with LoRA model.add_adapter(NAME, config), "
                 "model.base_model.set_adapter([OLD, NAME]), model.set_requires_grad(OLD, requires_grad=False)."
             )
-    if resumed and any(constraint.violation() > 1e-3 for constraint in constraints):
+
+
+def _check_held(constraints: Sequence[Constraint]) -> None:
+    if any(constraint.violation() > 1e-3 for constraint in constraints):
         raise ValueError(
             "The checkpoint's A is not in the complement of the protected directions: it was trained without this "
             "callback, or with another memory. Resume with the callback that the run began with."

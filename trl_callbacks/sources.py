@@ -51,12 +51,22 @@ class Run:
     factors: Mapping[str, Factors]  # module name -> its factors
     batches: Callable[[], Sequence[Mapping[str, Any]]]  # a few of this task's batches, the same at each call
 
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        return {name: factors.layer for name, factors in self.factors.items()}
+
+    def statistics(self) -> InputStatistics:
+        """What goes into each module now, over `batches`."""
+        return input_statistics(self.model, self.layers, self.batches())
+
 
 class Source:
     """What to protect. `energy` and `max_rank` as in `leading_directions`."""
 
     name: ClassVar[str]
     protects_from_start: ClassVar[bool] = False  # whether the first task is constrained as well
+    knows_inputs: ClassVar[bool] = False  # whether the subspace remembers earlier tasks' inputs
+    keeps_state: ClassVar[bool] = False  # whether a resumed run needs what `state` gave
 
     def __init__(self, energy: float | None, max_rank: int | None) -> None:
         self.energy, self.max_rank = energy, max_rank
@@ -93,13 +103,13 @@ class Inputs(Source):
     """The leading directions of Σ x xᵀ over this task's training inputs, at the end of it."""
 
     name = "inputs"
+    knows_inputs = True
 
     def check(self, run: Run) -> None:
-        shared_inputs(run.model, {name: factors.layer for name, factors in run.factors.items()}, run.batches()[0])
+        shared_inputs(run.model, run.layers, run.batches()[0])
 
     def at_end(self, run: Run, subspace: Subspace) -> None:
-        layers = {name: factors.layer for name, factors in run.factors.items()}
-        found: InputStatistics = input_statistics(run.model, layers, run.batches())
+        found = run.statistics()
         for group, covariance in found.covariance.items():
             modules = found.groups[group]
             place = subspace.group_of(modules[0]) or group
@@ -112,6 +122,7 @@ class Gradients(Source):
     """The leading right singular directions of all of A's gradients, by a Frequent Directions sketch of 2·r rows."""
 
     name = "gradients"
+    keeps_state = True
 
     def __init__(self, energy: float | None, max_rank: int | None) -> None:
         super().__init__(energy, max_rank)
