@@ -609,3 +609,16 @@ def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterL
             + (f"{', '.join(map(repr, names))}: pass adapter_name=..." if names else f"no {method} adapter at all.")
         )
     return found
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for the length of a block; every module then as it was, for a part may not have been in
+    training mode before."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True

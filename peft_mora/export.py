@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .base import AdapterLinear, check_field, is_int
+from .base import AdapterLinear, check_field, eval_mode, is_int
 
 
 class Lora(NamedTuple):
@@ -155,20 +155,19 @@ def effect_error(
     def add_lora(lora: Lora) -> Callable[[Any, Any, Tensor], Tensor]:
         return lambda layer, args, y: y + (args[0].float() @ lora.A.T @ lora.B.T).to(y.dtype)
 
-    training = model.training
-    model.eval()
-    for batch in batches:
-        adapter = logits(batch)
-        with model.disable_adapter():
-            base = logits(batch)
-            handles = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]
-            lora = logits(batch)
-            for handle in handles:
-                handle.remove()
-        written = [x.argmax(-1) for x in (adapter, lora, base)]
-        same = [(w == written[0]).sum() for w in written]
-        sums += torch.stack([(lora - adapter).square().sum(), (base - adapter).square().sum(), *same]).double().cpu()
-    model.train(training)
+    with eval_mode(model):
+        for batch in batches:
+            adapter = logits(batch)
+            with model.disable_adapter():
+                base = logits(batch)
+                handles = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]
+                lora = logits(batch)
+                for handle in handles:
+                    handle.remove()
+            written = [x.argmax(-1) for x in (adapter, lora, base)]
+            same = [(w == written[0]).sum() for w in written]
+            missed, effect = (lora - adapter).square().sum(), (base - adapter).square().sum()
+            sums += torch.stack([missed, effect, *same]).double().cpu()
     error, size, tokens, same_lora, same_base = sums.tolist()
     return Effect((error / size) ** 0.5 if size else 0.0, same_lora / tokens, same_base / tokens)
 
@@ -277,15 +276,13 @@ def _visit(
 
         return call
 
-    training = model.training
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        model.eval()
-        for batch in batches:
-            mask = batch["attention_mask"].bool()
-            model(**batch)
+        with eval_mode(model):
+            for batch in batches:
+                mask = batch["attention_mask"].bool()
+                model(**batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import AdapterLinear, check_field, is_number
+from .base import AdapterLinear, check_field, eval_mode, is_number
 from .mora import MoraLinear
 from .usage import Usage, expert_usage, record_routing, routed_layers
 
@@ -90,19 +90,16 @@ def _outputs(
     """Outputs at the real tokens, float64 on the CPU, in eval mode and uncounted."""
     found = []
     counters: list[Usage] = [layer.usage[adapter_name] for layer in layers.values() if adapter_name in layer.usage]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     for counter in counters:
         counter.meter.paused = True
     try:
-        for batch in batches:
-            output = model(**batch)
-            logits = output.logits if hasattr(output, "logits") else output
-            mask = batch.get("attention_mask")
-            found.append((logits if mask is None else logits[mask.to(logits.device).bool()]).cpu().double())
+        with eval_mode(model):
+            for batch in batches:
+                output = model(**batch)
+                logits = output.logits if hasattr(output, "logits") else output
+                mask = batch.get("attention_mask")
+                found.append((logits if mask is None else logits[mask.to(logits.device).bool()]).cpu().double())
     finally:
         for counter in counters:
             counter.meter.paused = False
-        for module, training in modes.items():
-            module.training = training
     return found

@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from peft_mora.base import eval_mode
+
 
 # Linear algebra
 
@@ -262,7 +264,7 @@ def layer_similarity(
 
     handles = [layer.register_forward_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        with _eval_mode(model):
+        with eval_mode(model):
             for batch in batches:
                 mask = batch.get("attention_mask")
                 _forward(model, batch)
@@ -302,22 +304,11 @@ def _observed(model: nn.Module, modules: Mapping[str, nn.Module], see: Any) -> I
         for name, module in modules.items()
     ]
     try:
-        with _eval_mode(model):
+        with eval_mode(model):
             yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:  # one by one: a part may have been in eval mode before
-            module.training = True
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
