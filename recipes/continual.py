@@ -108,13 +108,10 @@ def score(
     from lm_eval.models.huggingface import HFLM
     from peft import PeftModel
 
-    from peft_mora import use_exact_4bit_kernels
-
     scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     missing = [name for name in names if name not in scores]
     if missing:
         model, tokenizer = data.load_base(args.base, args.device)
-        use_exact_4bit_kernels(model)
         model = PeftModel.from_pretrained(model, adapter) if adapter is not None else model
         lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=args.batch_size, softmax_dtype="float32")
     for name in missing:

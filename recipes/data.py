@@ -1,4 +1,4 @@
-"""All that recipes share: reading data and saying what was read, tasks for lm-eval, and the 4-bit base.
+"""All that recipes share: reading data and saying what was read, tasks for lm-eval, the 4-bit base, its adapters.
 
 >>> dataset = read_dataset("my_data/train.jsonl")  # or a folder, a Hub name, the name of an embedded task
 my_data/train.jsonl: 500 records, columns prompt, answer
@@ -369,12 +369,19 @@ def is_quantized(name_or_dir: str | Path) -> bool:
 
 
 def load_base(name_or_dir: str | Path, device: str = "cpu", quantize: bool = True) -> tuple[Any, Any]:
-    """(model, tokenizer) in NF4 on one device; a folder that is already quantised is loaded as it is."""
+    """(model, tokenizer) in NF4 on one device; a folder that is already quantised is loaded as it is.
+
+    Its 4-bit layers compute in evaluation what they compute in training: on a CPU with AVX512-BF16 bitsandbytes would
+    repack them for the first evaluation, after which scores differ and plain LoRA's gradients are wrong.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from peft_mora import use_exact_4bit_kernels
+
     extra = {"quantization_config": nf4_config()} if quantize and not is_quantized(name_or_dir) else {}
     model = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.bfloat16, device_map=device, **extra)
+    use_exact_4bit_kernels(model)
     tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -398,3 +405,20 @@ def embedded_model(cache_dir: str | Path = DEFAULT_CACHE, quantized: bool = True
         return nf4
     _once(plain, _convert_gguf)
     return nf4_folder(plain, nf4) if quantized else plain
+
+
+def adapter_config(method: str, r: int, seed: int) -> Any:
+    """The one line that changes between methods, at settings that compare: lora, mora, lori or flylora at rank r."""
+    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if method == "lora":
+        from peft import LoraConfig
+
+        return LoraConfig(r=r, lora_alpha=2 * r, **common)
+    from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
+
+    if method == "mora":  # a block's weights sum to 1: at r times LoRA's alpha it has LoRA's scale
+        return MoraConfig(r=r, alpha=2 * r * r, **common)
+    # A frozen projection cannot turn towards the task; four times the rank makes up for it at twice the parameters.
+    if method == "lori":
+        return LoriConfig(r=4 * r, alpha=32 * r, seed=seed, **common)
+    return FlyLoraConfig(r=4 * r, top_k=r, alpha=32 * r, seed=seed, **common)

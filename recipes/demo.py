@@ -43,32 +43,6 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def adapter_config(method: str, r: int, seed: int) -> Any:
-    """The one line that changes between methods."""
-    if method == "lora":
-        from peft import LoraConfig
-
-        return LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
-    from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
-
-    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    if method == "mora":  # a block's weights sum to 1: at r times LoRA's alpha it has LoRA's scale
-        return MoraConfig(r=r, alpha=2 * r * r, **common)
-    # A frozen projection cannot turn towards the task; four times the rank makes up for it at twice the parameters.
-    if method == "lori":
-        return LoriConfig(r=4 * r, alpha=32 * r, seed=seed, **common)
-    return FlyLoraConfig(r=4 * r, top_k=r, alpha=32 * r, seed=seed, **common)
-
-
-def load(base: Path, device: str) -> tuple[Any, Any]:
-    """The 4-bit base with gradients that stay exact after an evaluation (bitsandbytes repacks its weights on CPUs)."""
-    from peft_mora import use_exact_4bit_kernels
-
-    model, tokenizer = data.load_base(base, device)
-    use_exact_4bit_kernels(model)
-    return model, tokenizer
-
-
 def accuracy(model: Any, tokenizer: Any, task: str, folder: Path, limit: int | None, batch_size: int) -> float:
     """Share of test prompts whose label scores highest, by lm-eval's own evaluator."""
     from lm_eval import simple_evaluate
@@ -108,7 +82,7 @@ def train(method: str, base: Path, records: list[dict[str, str]], folder: Path, 
     """Train one adapter, save it in folder, and return how many parameters were trained."""
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = load(base, args.device)
+    model, tokenizer = data.load_base(base, args.device)
     config = SFTConfig(
         output_dir=str(folder),
         max_steps=args.steps,
@@ -129,7 +103,7 @@ def train(method: str, base: Path, records: list[dict[str, str]], folder: Path, 
         args=config,
         train_dataset=data.to_dataset(records),
         processing_class=tokenizer,
-        peft_config=adapter_config(method, args.r, args.seed),
+        peft_config=data.adapter_config(method, args.r, args.seed),
     )
     trainer.train()
     trainer.save_model()
@@ -156,7 +130,7 @@ def main() -> None:
         base = data.nf4_folder(args.model, output / f"{Path(args.model).name}-nf4", args.device)
 
     def score(adapter: Path | None = None) -> float:
-        model, tokenizer = load(base, args.device)
+        model, tokenizer = data.load_base(base, args.device)
         model = PeftModel.from_pretrained(model, adapter) if adapter else model
         return accuracy(model.eval(), tokenizer, task_name, tasks, args.limit, args.batch_size)
 

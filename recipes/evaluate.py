@@ -46,16 +46,10 @@ def parse() -> argparse.Namespace:
 
 
 def load(base: str, adapter: str | None, device: str, quantize: bool) -> tuple[Any, Any]:
-    """(model, tokenizer), in eval mode, whose 4-bit layers compute what they compute in training.
-
-    On a CPU with AVX512-BF16, bitsandbytes would repack them for the first evaluation, and scores would differ.
-    """
+    """(model, tokenizer), in eval mode."""
     from peft import PeftModel
 
-    from peft_mora import use_exact_4bit_kernels
-
     model, tokenizer = data.load_base(base, device, quantize)
-    use_exact_4bit_kernels(model)
     model = PeftModel.from_pretrained(model, adapter) if adapter else model
     return model.eval(), tokenizer
 

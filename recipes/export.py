@@ -68,14 +68,12 @@ def main() -> None:
     from peft import PeftConfig, PeftModel
     from rich.console import Console
 
-    from peft_mora import use_exact_4bit_kernels
     from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     task = data.read_task(args.data, args.task) if args.data else data.make_task(args.task)
     base = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
     model, tokenizer = data.load_base(base, args.device)
-    use_exact_4bit_kernels(model)
     model = PeftModel.from_pretrained(model, args.adapter).eval()
     seen, unseen = (batches(tokenizer, task[split], args.batch_size, args.device) for split in ("train", "test"))
 

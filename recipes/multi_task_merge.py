@@ -46,36 +46,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def adapter_config(method: str, r: int, seed: int) -> Any:
-    """As in demo.py. Another seed a task: random projections of their own keep the updates apart."""
-    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    if method == "lora":
-        from peft import LoraConfig
-
-        return LoraConfig(r=r, lora_alpha=2 * r, **common)
-    from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
-
-    if method == "mora":
-        return MoraConfig(r=r, alpha=2 * r * r, **common)
-    if method == "lori":
-        return LoriConfig(r=4 * r, alpha=32 * r, seed=seed, **common)
-    return FlyLoraConfig(r=4 * r, top_k=r, alpha=32 * r, seed=seed, **common)
-
-
-def load(base: Path, device: str) -> tuple[Any, Any]:
-    """The 4-bit base on the kernels that training uses (bitsandbytes repacks its weights on CPUs)."""
-    from peft_mora import use_exact_4bit_kernels
-
-    model, tokenizer = data.load_base(base, device)
-    use_exact_4bit_kernels(model)
-    tokenizer.padding_side = "right"
-    return model, tokenizer
-
-
 def train(method: str, base: Path, task: dict[str, Any], seed: int, folder: Path, args: argparse.Namespace) -> None:
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = load(base, args.device)
+    model, tokenizer = data.load_base(base, args.device)
     config = SFTConfig(
         output_dir=str(folder), max_steps=args.steps, per_device_train_batch_size=args.batch_size, max_length=512,
         learning_rate=args.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=args.steps // 10,
@@ -84,7 +58,7 @@ def train(method: str, base: Path, task: dict[str, Any], seed: int, folder: Path
     )  # fmt: skip
     trainer = SFTTrainer(
         model, args=config, train_dataset=data.to_dataset(task["train"]), processing_class=tokenizer,
-        peft_config=adapter_config(method, args.r, seed),
+        peft_config=data.adapter_config(method, args.r, seed),
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
@@ -126,7 +100,8 @@ def combine(model: Any, method: str, way: str, weight: float, names: list[str]) 
 def open_adapters(base: Path, folders: list[Path], device: str) -> tuple[Any, Any, list[str]]:
     from peft import PeftModel
 
-    model, tokenizer = load(base, device)
+    model, tokenizer = data.load_base(base, device)
+    tokenizer.padding_side = "right"
     names = [f"task{i}" for i in range(len(folders))]
     model = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -177,6 +152,7 @@ def main() -> None:
             folders = [output / f"{method}-{name}" for name in names]
             for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):
                 if not (args.reuse and (folder / "adapter_config.json").exists()):
+                    # A seed for each: random projections of their own keep the updates apart.
                     train(method, base, task, args.seed + i, folder, args)
             for row in measure(method, base, folders, tasks, args):
                 row.append(sum(row[3:]) / len(tasks))

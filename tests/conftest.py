@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import subprocess
 import sys
 import tempfile
 import textwrap
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -162,3 +164,15 @@ def gradients(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]
         if name in offsets:
             buffer.copy_(offsets[name])
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def load_recipe(name: str):
+    """By its path: a plain `import evaluate` is the package of that name."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look their types up there
+    spec.loader.exec_module(module)
+    return module

@@ -1,24 +1,15 @@
 """recipes/continual.py and forgetting.py as a person runs them: given again, they go on and end with the same."""
 
 import csv
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
-import data
 import pytest
 import trl
-from conftest import WORDS
+from conftest import WORDS, load_recipe
 
 from trl_callbacks.subspace import Subspace
-
-
-def load_recipe(name: str):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", Path(data.__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

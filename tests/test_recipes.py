@@ -10,22 +10,12 @@ import data
 import pytest
 import torch
 import trl
-from conftest import METHODS, WORDS, quantized, randomize
+from conftest import METHODS, RECIPES, WORDS, load_recipe, quantized, randomize
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 
 
-RECIPES = Path(data.__file__).parent
 BNB = importlib.util.find_spec("bitsandbytes") is not None
-
-
-def load_recipe(name: str):
-    """By its path: a plain `import evaluate` is the package of that name."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their types up there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
