@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .base import AdapterLinear, check_field, eval_mode, is_int
+from .base import AdapterLinear, check_field, eval_mode, is_int, real_rows
 
 
 class Lora(NamedTuple):
@@ -260,17 +260,11 @@ def _visit(
     look: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """look(name, x (T, I), y (T, O)) for each layer and batch: its inputs without padding, what it adds; float32."""
-    mask = torch.empty(0)
+    mask: Tensor | None = None
 
     def hook(name: str) -> Callable[[Any, Any], None]:
         def call(layer: Any, args: tuple[Tensor, ...]) -> None:
-            if args[0].shape[:-1] != mask.shape:
-                raise ValueError(
-                    f"Cannot tell which tokens are padding in {name!r}, whose inputs have shape "
-                    f"{tuple(args[0].shape)} with an attention mask of {tuple(mask.shape)}. Leave such modules out of "
-                    "`target_modules`."
-                )
-            x = args[0][mask].float()
+            x = real_rows(args[0], mask).float()
             nothing = x.new_zeros(len(x), layer.out_features)
             look(name, x, layer._add(nothing, adapter_name, x))
 
@@ -280,7 +274,7 @@ def _visit(
     try:
         with eval_mode(model):
             for batch in batches:
-                mask = batch["attention_mask"].bool()
+                mask = batch["attention_mask"]
                 model(**batch)
     finally:
         for handle in handles:

@@ -3,8 +3,9 @@
     h = x Aᵀ      u = s · gate(h)      y = y0 + u Bᵀ                       (several blocks of experts: y0 + Σ u_b B_bᵀ)
     dB = gᵀ u     dh = gate'(h)ᵀ (s · g B)      dA = dhᵀ x      dx = dh A                               (g = dL/dy)
 
-Kept from forward to backward: x where an A trains (the caller's own tensor, so q, k and v on one input keep it once)
-and what the gate needs, (T, R) or less. u is made again from that, and a dropout's mask from its seed. A and B are
+Kept from forward to backward: x where an A trains, and what the gate needs, (T, R) or less. x is the caller's own
+tensor, so q, k and v on one input keep it once; of a product whose factors autograd keeps anyhow, as in front of a
+Llama's down_proj, nothing is kept at all. u is made again from that, and a dropout's mask from its seed. A and B are
 cast to the dtype of x, never x to theirs, and the copies are dropped. The update is added into y0 where the caller
 says that y0 is nobody else's, so that nothing of size (T, O) is made at all.
 
@@ -56,6 +57,8 @@ class Wanted(NamedTuple):
 
 
 NOTHING = Wanted(False, [], [])
+# The hooks on saved tensors that are in force; torch has no public way to ask.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 class Base(NamedTuple):
@@ -199,6 +202,24 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
+def _kept_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x itself, or the two tensors whose product it is, if autograd holds both for the gradients of that product: to
+    save these costs nothing, and multiplying again gives x bit for bit.
+
+    Under hooks on saved tensors (checkpointing, offloading) it is x: there, looking at what another node has saved
+    would set off what the hooks are for.
+    """
+    node = x.grad_fn
+    # An x of a later version was written into since. The name is all that Python sees of a built-in node's class.
+    if type(node).__name__ != "MulBackward0" or x._version or _saved_tensors_hooks(False):
+        return x, None
+    try:
+        a, b = node._saved_self, node._saved_other
+    except RuntimeError:  # a backward has freed them
+        return x, None
+    return (x, None) if a is None or b is None else (a.detach(), b.detach())
+
+
 class _Core:
     """One call: what is no tensor of it, and the arithmetic of both directions without autograd.
 
@@ -301,7 +322,8 @@ class _AddUpdate(torch.autograd.Function):
         y, kept = core.forward(y0, x, weights)
         ctx.core = core
         # The weights themselves and not their casts, which would be (R, I) and (O, R) more for each layer.
-        ctx.save_for_backward(W, x if any(core.wanted.A) else None, *weights, *kept)
+        a, b = _kept_input(x) if any(core.wanted.A) else (None, None)
+        ctx.save_for_backward(W, a, b, *weights, *kept)
         if core.in_place:
             ctx.mark_dirty(y0)
         return y
@@ -313,10 +335,10 @@ class _AddUpdate(torch.autograd.Function):
                 "The fast path of MORA, LORI and FLYLORA layers has first derivatives only. For second derivatives "
                 "(create_graph=True) take the plain one: `peft_mora.base.AdapterLinear.lean = False`."
             )
-        W, x, *saved = ctx.saved_tensors
+        W, a, b, *saved = ctx.saved_tensors
         core, n = ctx.core, 2 * len(ctx.core.forms)
         device = g.device.type
         autocast = torch.is_autocast_enabled(device)  # the forward has settled the dtype
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            dx, d_weights = core.backward(g, W, x, saved[:n], saved[n:])
+            dx, d_weights = core.backward(g, W, a if b is None else a * b, saved[:n], saved[n:])
         return g if ctx.needs_input_grad[0] else None, dx, None, None, *d_weights

@@ -1,7 +1,7 @@
 """What a training step costs: each method under TRL's own SFTTrainer on a 4-bit base, beside PEFT's LoRA.
 
-python recipes/bench_training.py                       # SmolLM2-135M in NF4, five minutes on a quiet core
-python recipes/bench_training.py --methods lora mora --steps 40
+python recipes/bench_training.py                       # SmolLM2-135M in NF4, ten minutes on a quiet core
+python recipes/bench_training.py --methods lora mora --dropout 0.05 --checkpointing
 
 Time: one trainer per method, all in one process, taking turns step by step, so that noise hits all alike. A step is
 what lies between on_step_begin and on_step_end. Ratios are paired: a method's step by LoRA's of the same turn.
@@ -38,17 +38,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16, help="rank of all methods, on all linear layers (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each method (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="of each sample, short ones joined (%(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of all methods (%(default)s, as in PEFT's LoRA)")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
     parser.add_argument("--output", default="out/bench_training", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def adapter_config(method: str, r: int) -> Any:
+def adapter_config(method: str, r: int, dropout: float) -> Any:
     from peft import LoraConfig
 
     from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
 
     name, common = method.removesuffix("-plain"), {"r": r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    common["lora_dropout" if name == "lora" else "dropout"] = dropout
     return {
         "lora": lambda: LoraConfig(lora_alpha=2 * r, **common),
         "mora": lambda: MoraConfig(alpha=2 * r * r, **common),
@@ -66,12 +70,13 @@ def make_trainer(method: str, steps: int, callback: Any, args: argparse.Namespac
     )
     config = SFTConfig(
         output_dir=str(Path(args.output) / method), max_steps=steps, per_device_train_batch_size=args.batch_size,
-        max_length=512, gradient_checkpointing=False, use_cpu=args.device == "cpu", save_strategy="no",
-        report_to="none", logging_strategy="no", disable_tqdm=True, include_num_input_tokens_seen="all",
+        packing=True, packing_strategy="wrapped", max_length=args.tokens, gradient_checkpointing=args.checkpointing,
+        use_cpu=args.device == "cpu", save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
+        include_num_input_tokens_seen="all",
     )  # fmt: skip
     trainer = SFTTrainer(
         model, args=config, train_dataset=data.to_dataset(data.make_task("helpdesk")["train"]),
-        processing_class=tokenizer, peft_config=adapter_config(method, args.r), callbacks=[callback],
+        processing_class=tokenizer, peft_config=adapter_config(method, args.r, args.dropout), callbacks=[callback],
     )  # fmt: skip
     for module in trainer.model.modules():
         if method.endswith("-plain") and hasattr(module, "lean"):
@@ -172,7 +177,11 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     headings = ("method", "step, s", f"by {first}'s", "CPU time", "tokens/s", "peak MiB", "optimizer MiB", "rss MiB")
-    table = Table(*headings, title=f"SFTTrainer steps of {args.batch_size}, r = {args.r}, all-linear, {args.device}")
+    title = (
+        f"SFTTrainer steps of {args.batch_size} x {args.tokens} tokens, r = {args.r}, all-linear, dropout "
+        f"{args.dropout}, {'' if args.checkpointing else 'no '}gradient checkpointing, {args.device}"
+    )
+    table = Table(*headings, title=title)
     for row in rows:
         peak, state = (row[key] / rows[0][key] for key in ("peak_mib", "optimizer_mib"))
         table.add_row(

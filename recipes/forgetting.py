@@ -45,12 +45,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--r", type=int, default=8, help="rank, or experts a task (%(default)s)")
+    parser.add_argument("--adapter", type=json.loads, default={}, metavar="JSON", help="arguments of the config")
     parser.add_argument("--callback", type=json.loads, default={}, metavar="JSON", help="arguments of the callback")
     parser.add_argument("--output", default="out/forgetting", metavar="DIR", help="where it all goes (%(default)s)")
     return parser.parse_args()
 
 
-def adapter_config(way: str, r: int) -> Any:
+def adapter_config(way: str, r: int, given: dict[str, Any]) -> Any:
     from peft import LoraConfig
 
     from peft_mora import MoraConfig
@@ -58,8 +59,8 @@ def adapter_config(way: str, r: int) -> Any:
     adapter, scale, _, _ = WAYS[way]
     common = {"r": r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if adapter == "lora":
-        return LoraConfig(lora_alpha=scale * r, **common)
-    return MoraConfig(routing=adapter, alpha=scale * r, **common)
+        return LoraConfig(**{"lora_alpha": scale * r, **common, **given})
+    return MoraConfig(**{"routing": adapter, "alpha": scale * r, **common, **given})
 
 
 def learn(way: str, seed: int, tasks: list[dict[str, Any]], folders: list[Path], args: argparse.Namespace) -> Any:
@@ -75,7 +76,7 @@ def learn(way: str, seed: int, tasks: list[dict[str, Any]], folders: list[Path],
     set_seed(seed)
     model, tokenizer = data.load_base(args.base, args.device)
     if len(tasks) == 1 or way == "separate":
-        model = get_peft_model(model, adapter_config(way, args.r))
+        model = get_peft_model(model, adapter_config(way, args.r, args.adapter))
     else:
         model = PeftModel.from_pretrained(model, folders[-2], is_trainable=True)
         if grows:

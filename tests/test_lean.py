@@ -191,6 +191,89 @@ def test_weights_are_cast_down_to_the_input(case):
         assert grad.dtype == parameter.dtype == torch.float32 and grad.isfinite().all()
 
 
+# An input that is a product
+
+
+def of_product(problem, add, after=lambda x: x, *args):
+    """y over x = silu(gate) · up, as in front of a down_proj, and every gradient."""
+    gate, up = (problem.x.detach() + shift for shift in (0.5, -0.25))
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+    x = after(nn.functional.silu(gate) * up)
+    y = add(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7, *args)
+    saved = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None} if add is add_update else set()
+    return [y, *torch.autograd.grad(y, [*leaves, *problem.weights], problem.g)], x.data_ptr() in saved
+
+
+def doubled_behind_autograd_s_back(x):
+    with torch.no_grad():
+        return x.mul_(2)
+
+
+def test_a_product_is_made_again_from_factors_that_autograd_keeps_anyhow(case):
+    problem = Problem(case)
+    want, _ = of_product(problem, plain_add_update)
+    got, keeps_x = of_product(problem, add_update)
+    assert not keeps_x
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_product_made_again_is_the_same_bit_for_bit(dropout, monkeypatch):
+    problem = Problem(case_softmax_bank, dtype=torch.bfloat16)
+
+    def run():
+        torch.manual_seed(2)
+        return of_product(problem, add_update, lambda x: x, dropout)
+
+    got, keeps_x = run()
+    monkeypatch.setattr(lean, "_saved_tensors_hooks", lambda _: True)
+    want, kept_x = run()
+    assert kept_x and not keeps_x and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_product_that_was_written_into_is_kept_itself():
+    problem = Problem(case_dense)
+    want, _ = of_product(problem, plain_add_update, doubled_behind_autograd_s_back)
+    got, keeps_x = of_product(problem, add_update, doubled_behind_autograd_s_back)
+    assert keeps_x
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_factor_that_was_written_into_is_an_error_as_ever():
+    problem = Problem(case_dense)
+    up = problem.x * 1.5
+    x = torch.sigmoid(problem.x) * up
+    y = add_update(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7)
+    up.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_product_whose_factors_are_freed_is_kept_itself():
+    problem = Problem(case_dense)
+    x = torch.sigmoid(problem.x) * problem.x
+    x.sum().backward()
+    y = add_update(x.detach() @ problem.W.T, x, problem.blocks, problem.gate, 1.7)
+    assert x.data_ptr() in {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_hooks_on_saved_tensors_see_the_product_once(offload):
+    """Under them x is kept as ever, and nothing that other nodes have saved is unpacked in the forward."""
+    problem, events = Problem(case_dense), []
+    x = torch.sigmoid(problem.x) * problem.x  # outside of the hooks or inside
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: events.append("pack") or t.clone(), lambda t: events.append("unpack") or t
+    )
+    with hooks:
+        x = torch.sigmoid(problem.x) * problem.x if offload else x
+        y = add_update(x.detach() @ problem.W.T, x, problem.blocks, problem.gate, 1.7)
+        assert "unpack" not in events and events.count("pack") >= 3
+    y.sum().backward()
+
+
 # Dropout
 
 
@@ -425,6 +508,26 @@ def test_bytes_kept_for_the_backward(name, dropout):
     most, config = BYTES[name]
     assert kept(config(), dropout) <= most
     assert kept(config(), dropout, autocast=True) <= most
+
+
+def test_a_gated_mlp_s_product_is_not_kept(make_config, inputs):
+    """The layer in front of which a Llama multiplies keeps the factors, which the MLP keeps for itself."""
+    model = adapted(make_config).train()
+    model.enable_input_require_grads()
+    found = []
+
+    def look(module, args, y):
+        found.append(args[0].data_ptr() in {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None})
+
+    downs = [m for n, m in model.named_modules() if n.endswith("down_proj") and isinstance(m, AdapterLinear)]
+    hooks = [m.register_forward_hook(look) for m in downs]
+    want = gradients(model, inputs)
+    assert found == [False] * len(downs) != []
+    for hook in hooks:
+        hook.remove()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got = gradients(model, inputs)  # under the hooks of checkpointing the input itself is kept
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_bytes_that_peft_s_lora_keeps():

@@ -8,6 +8,7 @@ from conftest import quantized, tiny_gpt2, tiny_llama
 from peft import get_peft_model
 
 from peft_mora import MoraConfig
+from peft_mora.base import real_rows
 from trl_callbacks import subspace as S
 
 
@@ -184,7 +185,7 @@ def test_module_that_saw_no_input_is_an_error():
 
 def test_tokens_that_do_not_fit_the_mask_are_an_error():
     with pytest.raises(ValueError, match="padding"):
-        S.real_rows(torch.zeros(7, 4), torch.ones(2, 5))
+        real_rows(torch.zeros(7, 4), torch.ones(2, 5))
 
 
 # Files

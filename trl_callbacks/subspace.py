@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_mora.base import eval_mode
+from peft_mora.base import eval_mode, real_rows
 
 
 # Linear algebra
@@ -277,24 +277,6 @@ def layer_similarity(
         dist.all_reduce(stacked)
         sums = dict(zip(sums, stacked.cpu(), strict=True))
     return {name: float(total / count) for name, (total, count) in sums.items()}
-
-
-def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(T, I) rows of a module's input (B, S, I) or (B·S, I) whose token is no padding by `mask` (B, S).
-
-    Raises:
-        ValueError: the tokens are not those of the mask.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if mask is None:
-        return rows
-    if len(rows) != mask.numel():
-        raise ValueError(
-            f"Cannot tell which tokens are padding in a module whose inputs have shape {tuple(x.shape)} while the "
-            f"attention mask has {tuple(mask.shape)}. Leave such modules (experts of a mixture, vision towers) out of "
-            "`target_modules`."
-        )
-    return rows[mask.reshape(-1).to(rows.device, torch.bool)]
 
 
 @contextmanager
