@@ -1,6 +1,6 @@
 """What a training step costs: each method under TRL's own SFTTrainer on a 4-bit base, beside PEFT's LoRA.
 
-python recipes/bench_training.py                       # SmolLM2-135M in NF4, ten minutes on a quiet core
+python recipes/bench_training.py                       # SmolLM2-135M in NF4, twenty minutes on a quiet core
 python recipes/bench_training.py --methods lora mora --dropout 0.05 --checkpointing
 
 Time: one trainer per method, all in one process, taking turns step by step, so that noise hits all alike. A step is
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16, help="rank of all methods, on all linear layers (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each method (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="of each sample, short ones joined (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="of each sample, short ones joined (%(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of all methods (%(default)s, as in PEFT's LoRA)")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
     parser.add_argument("--output", default="out/bench_training", metavar="DIR", help="(%(default)s)")
