@@ -206,15 +206,16 @@ def _kept_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x itself, or the two tensors whose product it is, if autograd holds both for the gradients of that product: to
     save these costs nothing, and multiplying again gives x bit for bit.
 
-    Under hooks on saved tensors (checkpointing, offloading) it is x: there, looking at what another node has saved
-    would set off what the hooks are for.
+    Where hooks on saved tensors are or were in force (checkpointing, offloading), it is x: to look at what another
+    node has saved would set off what they are for.
     """
     node = x.grad_fn
-    # An x of a later version was written into since. The name is all that Python sees of a built-in node's class.
+    # The name is all that Python sees of a built-in node's class. An x of a later version was written into since.
     if type(node).__name__ != "MulBackward0" or x._version or _saved_tensors_hooks(False):
         return x, None
     try:
-        a, b = node._saved_self, node._saved_other
+        hooked = any(getattr(raw, "unpack_hook", True) for raw in (node._raw_saved_self, node._raw_saved_other))
+        a, b = (None, None) if hooked else (node._saved_self, node._saved_other)
     except RuntimeError:  # a backward has freed them
         return x, None
     return (x, None) if a is None or b is None else (a.detach(), b.detach())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -259,19 +260,44 @@ def test_a_product_whose_factors_are_freed_is_kept_itself():
     assert x.data_ptr() in {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_hooks_on_saved_tensors_see_the_product_once(offload):
-    """Under them x is kept as ever, and nothing that other nodes have saved is unpacked in the forward."""
-    problem, events = Problem(case_dense), []
-    x = torch.sigmoid(problem.x) * problem.x  # outside of the hooks or inside
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: events.append("pack") or t.clone(), lambda t: events.append("unpack") or t
-    )
-    with hooks:
-        x = torch.sigmoid(problem.x) * problem.x if offload else x
-        y = add_update(x.detach() @ problem.W.T, x, problem.blocks, problem.gate, 1.7)
-        assert "unpack" not in events and events.count("pack") >= 3
+@pytest.mark.parametrize("product_inside", [False, True])
+@pytest.mark.parametrize("layer_inside", [False, True])
+def test_hooks_on_saved_tensors_are_not_set_off(product_inside, layer_inside):
+    """The layer, the product in front of it or both under hooks: x is kept as ever, and nothing is unpacked early."""
+    problem, unpacked = Problem(case_dense), []
+    hooks = (lambda t: t.clone(), lambda t: unpacked.append(1) or t)
+    x, W = problem.x, problem.W
+    with torch.autograd.graph.saved_tensors_hooks(*hooks) if product_inside else nullcontext():
+        x = torch.sigmoid(x) * x
+    with torch.autograd.graph.saved_tensors_hooks(*hooks) if layer_inside else nullcontext():
+        y = add_update(x.detach() @ W.T, x, problem.blocks, problem.gate, 1.7)
+    assert not unpacked
+    saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+    kept = any(torch.equal(t, x) for t in saved if t.shape == x.shape)
+    assert kept == (product_inside or layer_inside)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_product_out_of_a_checkpoint_is_kept_itself(use_reentrant):
+    """Activation functions are often all that is checkpointed."""
+    problem = Problem(case_dense)
+
+    def product(x):
+        return torch.sigmoid(x) * x
+
+    def grads(x):
+        y = add_update(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7)
+        return torch.autograd.grad(y, [problem.x, *problem.weights], problem.g)
+
+    want = grads(product(problem.x))
+    if use_reentrant:  # knows backward() only
+        y = torch.utils.checkpoint.checkpoint(product, problem.x, use_reentrant=True)
+        add_update(y @ problem.W.T, y, problem.blocks, problem.gate, 1.7).backward(problem.g)
+        got = [problem.x.grad, *(w.grad for w in problem.weights)]
+    else:
+        got = grads(torch.utils.checkpoint.checkpoint(product, problem.x, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 # Dropout
