@@ -279,7 +279,7 @@ def test_hooks_on_saved_tensors_are_not_set_off(product_inside, layer_inside):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_product_out_of_a_checkpoint_is_kept_itself(use_reentrant):
+def test_a_product_out_of_a_checkpoint_gives_the_same_gradients(use_reentrant):
     """Activation functions are often all that is checkpointed."""
     problem = Problem(case_dense)
 
