@@ -109,11 +109,14 @@ def main() -> None:
     from rich.table import Table
 
     torch.set_num_threads(args.threads)
+    if args.compile:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     rows: list[dict[str, Any]] = []
     for model, (inputs, outputs) in [(name, shape) for name in args.models for shape in SHAPES[name]]:
         base = torch.nn.Linear(inputs, outputs, bias=False, device=args.device, dtype=torch.bfloat16)
         x = torch.randn(1, args.tokens, inputs, device=args.device, dtype=torch.bfloat16, requires_grad=True)
         g = torch.randn(1, args.tokens, outputs, device=args.device, dtype=torch.bfloat16)
+        torch.compiler.reset()  # or its limit of compilations is reached after a few shapes, and the rest run eagerly
         layers = arms(base, args.r, args.compile)
         steps = {arm: (lambda layer=layer, x=x, g=g: layer(x).backward(g)) for arm, layer in layers.items()}
         seconds: dict[str, list[float]] = {arm: [] for arm in steps}
@@ -142,12 +145,12 @@ def main() -> None:
     table = Table(*headings, title=f"forward and backward of {args.tokens} tokens, r = {args.r}, {args.device}")
     for row in rows:
         table.add_row(
-            f"{row['model']} {row['I']}x{row['O']}", row["arm"],
+            f"{row['model']}\n{row['I']} x {row['O']}" if row["arm"] == "base" else "", row["arm"],
             f"{row['tokens_per_s']:.0f} ({row['q1']:.0f}-{row['q3']:.0f})", f"{row['time_by_lora']:.3f}",
             f"{row['peak_mib']:.2f}", f"{row['kept']:.3f}", f"{row['mflop']:.3f}",
             end_section=row["arm"] == list(layers)[-1],
         )  # fmt: skip
-    Console(width=120).print(table)
+    Console(width=130).print(table)
     print(f"{args.output}/bench_layers.csv written")
 
 
