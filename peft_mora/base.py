@@ -611,22 +611,21 @@ def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterL
     return found
 
 
-def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(T, I) rows of a module's input (B, S, I) or (B·S, I) whose token is no padding by `mask` (B, S).
+def real_rows(x: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    """(T, I) rows of an input (B, S, I) or (B·S, I) of module `name` whose token is no padding by `mask` (B, S).
 
     Raises:
         ValueError: the tokens are not those of the mask.
     """
-    rows = x.reshape(-1, x.shape[-1])
     if mask is None:
-        return rows
-    if len(rows) != mask.numel():
+        return x.reshape(-1, x.shape[-1])
+    if x.shape[:-1] not in (mask.shape, (mask.numel(),)):
         raise ValueError(
-            f"Cannot tell which tokens are padding in a module whose inputs have shape {tuple(x.shape)} while the "
+            f"Cannot tell which tokens are padding in {name!r}, whose inputs have shape {tuple(x.shape)} while the "
             f"attention mask has {tuple(mask.shape)}. Leave such modules (experts of a mixture, vision towers) out of "
             "`target_modules`."
         )
-    return rows[mask.reshape(-1).to(rows.device, torch.bool)]
+    return x.reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device, torch.bool)]
 
 
 @contextmanager

@@ -264,7 +264,7 @@ def _visit(
 
     def hook(name: str) -> Callable[[Any, Any], None]:
         def call(layer: Any, args: tuple[Tensor, ...]) -> None:
-            x = real_rows(args[0], mask).float()
+            x = real_rows(args[0], mask, name).float()
             nothing = x.new_zeros(len(x), layer.out_features)
             look(name, x, layer._add(nothing, adapter_name, x))
 

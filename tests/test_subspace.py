@@ -183,9 +183,16 @@ def test_module_that_saw_no_input_is_an_error():
         S.input_statistics(model, {**layers, "idle": torch.nn.Linear(2, 2)}, [padded_batch()])
 
 
-def test_tokens_that_do_not_fit_the_mask_are_an_error():
-    with pytest.raises(ValueError, match="padding"):
-        real_rows(torch.zeros(7, 4), torch.ones(2, 5))
+@pytest.mark.parametrize("shape", [(7, 4), (5, 2, 4), (1, 10, 4)])
+def test_tokens_that_do_not_fit_the_mask_are_an_error(shape):
+    with pytest.raises(ValueError, match="padding in 'lone'.*target_modules"):
+        real_rows(torch.zeros(shape), torch.ones(2, 5), "lone")
+
+
+def test_real_rows_are_those_of_the_mask_in_either_shape():
+    x, mask = torch.arange(24.0).view(2, 3, 4), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    want = torch.stack([x[0, 0], x[0, 1], x[1, 1], x[1, 2]])
+    assert torch.equal(real_rows(x, mask, "lone"), want) and torch.equal(real_rows(x.view(6, 4), mask, "lone"), want)
 
 
 # Files

@@ -194,7 +194,7 @@ def input_statistics(
     mask: Tensor | None = None
 
     def add(name: str, x: Tensor) -> None:
-        rows = real_rows(x, mask).float()
+        rows = real_rows(x, mask, name).float()
         if name not in covariance:
             covariance[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
         covariance[name].addmm_(rows.T, rows)
@@ -227,7 +227,7 @@ def shared_inputs(
     seen: dict[int, tuple[weakref.ref, str]] = {}
 
     def look(name: str, x: Tensor) -> None:
-        real_rows(x, batch.get("attention_mask"))
+        real_rows(x, batch.get("attention_mask"), name)
         reference, group = seen.get(id(x), (None, name))
         if reference is None or reference() is not x:  # an id is given again once its tensor is gone
             group = group_of.get(name, name)
@@ -259,7 +259,8 @@ def layer_similarity(
     def see(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
-        cosine = torch.cosine_similarity(real_rows(x, mask).float(), real_rows(y, mask).float(), dim=-1)
+        x, y = (real_rows(rows, mask, name).float() for rows in (x, y))
+        cosine = torch.cosine_similarity(x, y, dim=-1)
         sums[name] += torch.stack([cosine.sum(), torch.ones_like(cosine).sum()]).double().cpu()
 
     handles = [layer.register_forward_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
