@@ -47,13 +47,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """In one step, so that a run that is killed here leaves the old file or the new one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 def train(task: dict[str, Any], before: Path | None, folder: Path, args: argparse.Namespace) -> None:
     """Learn one task on top of the adapter in `before`, from the last checkpoint in `folder` if there is one."""
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -119,7 +112,7 @@ def score(
         values = {k.split(",")[0]: v for k, v in found["results"][name].items() if isinstance(v, (int, float))}
         best = ("acc", "exact_match", "word_perplexity")
         scores[name] = next((values[k] for k in best if k in values), next(iter(values.values())))
-        write_json(path, scores)
+        data.write_json(path, scores)
     return scores
 
 
@@ -135,14 +128,7 @@ def main() -> None:
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(args.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    given = {key: value for key, value in vars(args).items() if key not in ("device", "output")}
-    if (output / "run.json").exists():
-        there = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        differs = {key: (there.get(key), value) for key, value in given.items() if there.get(key) != value}
-        if differs:
-            raise SystemExit(f"{output} is a run with other arguments (there, here): {differs}; give another --output")
-    write_json(output / "run.json", given)
+    data.claim(output, args, "device", "output")
 
     names = args.tasks.split(",")
     tasks = [data.read_task(args.data, n, args.words) if args.data else data.make_task(n) for n in names]

@@ -1,4 +1,4 @@
-"""All that recipes share: reading data and saying what was read, tasks for lm-eval, the 4-bit base, its adapters.
+"""All that recipes share: reading data and saying what was read, tasks for lm-eval, the 4-bit base, adapters, folders.
 
 >>> dataset = read_dataset("my_data/train.jsonl")  # or a folder, a Hub name, the name of an embedded task
 my_data/train.jsonl: 500 records, columns prompt, answer
@@ -7,6 +7,7 @@ my_data/train.jsonl: 500 records, columns prompt, answer
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -405,6 +406,27 @@ def embedded_model(cache_dir: str | Path = DEFAULT_CACHE, quantized: bool = True
         return nf4
     _once(plain, _convert_gguf)
     return nf4_folder(plain, nf4) if quantized else plain
+
+
+def write_json(path: Path, value: Any) -> None:
+    """In one step, so that a run that is killed here leaves the old file or the new one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def claim(output: Path, args: argparse.Namespace, *free: str) -> None:
+    """Make the folder of a run that goes on where it was stopped, or refuse one that was begun with other arguments:
+    what it holds would be taken for what these give. Those in `free` may differ.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    given = {key: value for key, value in vars(args).items() if key not in free}
+    if (output / "run.json").exists():
+        there = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        differs = {key: (there.get(key), value) for key, value in given.items() if there.get(key) != value}
+        if differs:
+            raise SystemExit(f"{output} is a run with other arguments (there, here): {differs}; give another --output")
+    write_json(output / "run.json", given)
 
 
 def adapter_config(method: str, r: int, seed: int) -> Any:

@@ -142,7 +142,7 @@ def run(way: str, seed: int, tasks: list[dict[str, Any]], args: argparse.Namespa
             model.eval()
             seen = tasks[stage : stage + 1] if way == "separate" else tasks[: stage + 1]
             found = {task["name"]: score(model, tokenizer, task, args.batch_size) for task in seen}
-            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            data.write_json(path, found)
             print(f"{way}, seed {seed}, after {tasks[stage]['name']}: {found}", flush=True)
         scores = json.loads(path.read_text(encoding="utf-8"))
         rows += [{"way": way, "seed": seed, "stage": stage, "task": name, **s} for name, s in scores.items()]
@@ -156,6 +156,7 @@ def main() -> None:
     from rich.table import Table
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    data.claim(Path(args.output), args, "device", "output", "methods", "seeds")
     names = args.tasks or (["dbpedia", "SST-2", "yahoo", "agnews"] if args.data else list(data.TASKS))
     tasks = [data.read_task(args.data, n, args.words) if args.data else data.make_task(n) for n in names]
     embedded = args.model == data.EMBEDDED

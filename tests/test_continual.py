@@ -76,7 +76,7 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
     (tmp_path / "killed" / "2-winds" / "checkpoint-3").mkdir()
 
     # and in the middle of the last scores
-    write, written = continual.write_json, []
+    write, written = continual.data.write_json, []
 
     def killed_in_scoring(path, value):
         write(path, value)
@@ -85,7 +85,7 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(continual, "write_json", killed_in_scoring)
+        patch.setattr(continual.data, "write_json", killed_in_scoring)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed", *arguments)
     assert len(json.loads(written[0].read_text())) == 1
@@ -138,3 +138,6 @@ def test_the_table_of_ways_has_a_row_each_and_nothing_runs_twice(tasks, llama_fo
     monkeypatch.setattr(trl.SFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
     recipe.main()
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")] == table
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--adapter", '{"alpha": 8}'])
+    with pytest.raises(SystemExit, match=r"'adapter': \(\{\}, \{'alpha': 8\}\)"):
+        recipe.main()
