@@ -17,12 +17,22 @@ try:
 except (ImportError, AttributeError) as error:
     raise registry.does_not_fit(error) from error
 
-for _config, _model in ((MoraConfig, MoraModel), (LoriConfig, LoriModel), (FlyLoraConfig, FlyLoraModel)):
-    registry.register(_config, _model)
+# A new method is a file and a row here: all lists of methods in messages, recipes and tests are made of these.
+METHODS = {
+    row.name: row
+    for row in (
+        registry.Method(MoraConfig, MoraModel),
+        registry.Method(LoriConfig, LoriModel),
+        registry.Method(FlyLoraConfig, FlyLoraModel),
+    )
+}
+for _method in METHODS.values():
+    registry.register(*_method)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "FlyLoraConfig",
     "FlyLoraLinear",
     "FlyLoraModel",

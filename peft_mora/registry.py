@@ -8,7 +8,7 @@ place, in the fields that CPython has used for members since 3.4, and the rest g
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 from packaging.version import Version
@@ -18,25 +18,39 @@ CHECKED = "0.21.0 to 0.21.2"  # releases of PEFT that the test-suite was run aga
 OLDEST = Version("0.21.0")  # 0.20 registers too, but loads sparse LORI and saved-without-projection files wrongly
 
 
-def register(config_cls: type, model_cls: type) -> None:
-    """Add one method: enum member, config, model and parameter prefix.
+class Method(NamedTuple):
+    """One adapter method. Its config has `method`, the name in capitals; its model `prefix`, in lower case with a
+    trailing underscore, and `tuner_layer_cls`."""
 
-    Args:
-        config_cls: has `method`, the member's name in capitals.
-        model_cls: has `prefix`, the method's name in lower case with a trailing underscore.
+    config: Any
+    model: Any
+
+    @property
+    def name(self) -> str:
+        """As recipes and tables have it: "mora"."""
+        return self.config.method.lower()
+
+
+registered: dict[str, Method] = {}  # what PEFT knows by now, for rooms below the table to name
+
+
+def register(config_cls: Any, model_cls: Any) -> None:
+    """Tell PEFT of one method: enum member, config, model and parameter prefix.
 
     Raises:
         ImportError: this PEFT is too old, has a method of that name, or no longer registers methods the way it did.
     """
     if Version(peft.__version__) < OLDEST:
         raise does_not_fit(RuntimeError(f"its oldest supported release is {OLDEST}"))
-    name = config_cls.method  # type: ignore[attr-defined]
+    method = Method(config_cls, model_cls)
+    name = config_cls.method
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
         from peft.utils import PeftType, register_peft_method
 
-        registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
-        if registered is not None and registered.__module__ == config_cls.__module__:
+        known = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
+        if known is not None and known.__module__ == config_cls.__module__:
+            registered[method.name] = method
             return
         if name in PeftType.__members__:
             raise ImportError(
@@ -49,6 +63,7 @@ def register(config_cls: type, model_cls: type) -> None:
         except Exception:
             remove_member(PeftType, name)  # a second import must say the same
             raise
+        registered[method.name] = method
     except (ImportError, AttributeError, TypeError, KeyError, ValueError) as error:
         if isinstance(error, ImportError) and "peft_mora" in str(error):
             raise

@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftType
 from peft.utils import peft_types
 
 import peft_mora
-from peft_mora import MoraConfig
+from peft_mora import MoraConfig, registry
 from peft_mora.registry import CHECKED, register
 
 
@@ -32,7 +32,8 @@ class NewModel:
 
 
 def state() -> tuple:
-    return list(PeftType), dict(PeftType.__members__), [dict(getattr(mapping, name)) for name in MAPPINGS]
+    mappings = [dict(getattr(mapping, name)) for name in MAPPINGS]
+    return list(PeftType), dict(PeftType.__members__), mappings, dict(registry.registered)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,7 @@ def stand_in(monkeypatch) -> SimpleNamespace:
     class Types(str, Enum):
         LORA = "LORA"
 
+    monkeypatch.setattr(registry, "registered", {})
     for name in MAPPINGS:
         monkeypatch.setattr(mapping, name, {})
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[Types.LORA] = peft.LoraConfig
