@@ -9,10 +9,11 @@ from . import registry
 
 try:
     from .flylora import FlyLoraConfig, FlyLoraLinear, FlyLoraModel
-    from .lori import LoriConfig, LoriLinear, LoriModel, SparsitySummary, sparsify
+    from .lori import LoriConfig, LoriLinear, LoriModel
     from .mora import MoraConfig, MoraLinear, MoraModel, TaskSummary, start_task
     from .pruning import PruneSummary, prune_experts
     from .quantization import use_exact_4bit_kernels
+    from .sparsity import SparsitySummary, sparsify
     from .usage import expert_usage, record_usage
 except (ImportError, AttributeError) as error:
     raise registry.does_not_fit(error) from error

@@ -12,7 +12,6 @@ finds them by `.default.` in the name; frozen tensors are persistent buffers in 
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft.config import PeftConfig
@@ -37,38 +36,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .lean import Base, Block, Gate, add_update, can_run, compute_dtype, plain_add_update
+from .checks import check_field, is_indices, is_int, is_names, is_number
+from .lean import Parts, add_update, can_run, plain_add_update
 from .model_card import complete_card
-from .quantization import FourBit, use_exact_4bit_kernels
+from .quantization import frozen_base, is_bare, use_exact_4bit_kernels
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
-
-
-def check_field(ok: bool, name: str, value: Any, rule: str) -> None:
-    """Refuse a config value.
-
-    Raises:
-        ValueError: `ok` is false; the message names the field, the value and the rule it breaks.
-    """
-    if not ok:
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
-
-
-def is_indices(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(is_int(index) and index >= 0 for index in value)
 
 
 def matching_key(patterns: dict[str, Any], module_name: str) -> str:
@@ -181,6 +155,14 @@ class AdapterConfig(PeftConfig):
         complete_card(Path(save_directory), self.method, self.base_model_name_or_path)
 
 
+class Trained(NamedTuple):
+    """A (r, I) and B (O, r) in training, and the frozen A's of the same adapter before them, oldest first."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    past_A: tuple[Tensor, ...] = ()
+
+
 class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for "Linear" in the name
     """One adapted linear module: `y = base(x) + (alpha / r) · update(x)`, whatever the base's class or precision.
 
@@ -207,28 +189,48 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
 
     # What a method says
 
-    def create_weights(self, adapter_name: str, config: Any, module_name: str, twin: str | None) -> None:
+    def create_weights(self, adapter_name: str, config: Any, module_name: str, original: str | None) -> None:
         """Make the weights of a new adapter on the base's device, in the base's dtype where that is a float.
 
         Args:
             adapter_name: key of the new entries.
             config: the adapter's config; `self.r[adapter_name]` is set already.
             module_name: name of this module in the model, for weights that come from a seed.
-            twin: an adapter on this layer made from the very same config object, or None. TRL's preference trainers
-                make their reference so and then copy the parameters, but not the buffers: copy those here.
+            original: an adapter on this layer made from the very same config object, or None. TRL's preference
+                trainers make their reference so and then copy the parameters, but not the buffers: copy those here.
         """
         raise NotImplementedError
 
-    def parts(self, adapter_name: str) -> tuple[list[Block], Gate]:
-        """What the adapter adds to the output, before scaling: its blocks of experts, and the gate between A and B.
-
-        Called once a forward.
-        """
+    def parts(self, adapter_name: str) -> Parts:
+        """What the adapter adds to the output, before scaling. Called once a forward."""
         raise NotImplementedError
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) of all experts, float32 or wider. Where ΔW is static, it is scaling · B·A."""
         raise NotImplementedError
+
+    def trained(self, adapter_name: str) -> Trained | None:
+        """A and B in training, where it is y = B·A·x of the layer's own input; None if A is frozen, or nothing trains:
+        no choice of A then keeps what is learnt from inputs that are to be left alone."""
+        return None
+
+    def fit_file(self, adapter_name: str, tensors: dict[str, Tensor], config: Any, module_name: str) -> bool:
+        """Look at what a file has for this layer before PEFT loads it.
+
+        Args:
+            adapter_name: whose weights it will be.
+            tensors: the file's, by their names on the layer without the adapter's ("mora_A.weight"); what the file
+                leaves out on purpose is to be added here.
+            config: the adapter's config.
+            module_name: this module's name in the model, for errors.
+
+        Returns:
+            Whether the layer had to take another form to fit the file, which the config then has to say.
+
+        Raises:
+            ValueError: the tensors are not those of this layer's adapter; names the module and what to do.
+        """
+        return False
 
     def is_static(self, adapter_name: str) -> bool:
         """Whether the adapter's update is one ΔW for all inputs, so that it can be merged."""
@@ -244,7 +246,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         config: AdapterConfig,
         module_name: str = "",
         inference_mode: bool = False,
-        twin: str | None = None,
+        original: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Add an adapter to this layer; PEFT calls this for each module that the config matches."""
@@ -252,7 +254,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.scaling[adapter_name] = alpha / r
         self.dropout[adapter_name] = config.dropout
         self.module_names[adapter_name] = module_name
-        self.create_weights(adapter_name, config, module_name, twin)
+        self.create_weights(adapter_name, config, module_name, original)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def new_linear(self, in_features: int, out_features: int, zero: bool) -> nn.Linear:
@@ -302,7 +304,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
                 result = self._add(result, adapter_name, x)
             return result
         bare = is_bare(base_layer)
-        base = _frozen_base(base_layer, x) if bare and torch.is_grad_enabled() and not args and not kwargs else None
+        base = frozen_base(base_layer, x) if bare and torch.is_grad_enabled() and not args and not kwargs else None
         if base is None:
             result = base_layer(x, *args, **kwargs)
         else:  # add_update does its share of the backward: one node and one sum of (T, I) less
@@ -316,9 +318,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         return result
 
     def _add(self, result: Tensor, adapter_name: str, x: Tensor, add: Any = plain_add_update, *args: Any) -> Tensor:
-        blocks, gate = self.parts(adapter_name)
         dropout = self.dropout[adapter_name] if self.training else 0.0
-        return add(result, x, blocks, gate, self.scaling[adapter_name], dropout, *args)
+        return add(result, x, *self.parts(adapter_name), self.scaling[adapter_name], dropout, *args)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch goes through adapter `adapter_names[i]`."""
@@ -460,7 +461,7 @@ class AdapterModel(BaseTuner):
             "config": peft_config,
             "module_name": current_key,
             "inference_mode": peft_config.inference_mode,
-            "twin": next((n for n, c in self.peft_config.items() if c is peft_config and n != adapter_name), None),
+            "original": next((n for n, c in self.peft_config.items() if c is peft_config and n != adapter_name), None),
         }
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, **arguments)
@@ -498,6 +499,30 @@ class AdapterModel(BaseTuner):
         layers = [layer for layer in self.model.modules() if isinstance(layer, AdapterLinear)]
         if not any(layer.is_empty(adapter_name) for layer in layers):
             self._dtype_settled.add(adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """PEFT's remapping, of a file that every layer has had a look at (`AdapterLinear.fit_file`)."""
+        files: dict[str, dict[str, Tensor]] = {}  # module -> its tensors
+        others: dict[str, Tensor] = {}
+        for key, tensor in state_dict.items():
+            module_name, dot, rest = key.rpartition(f".{cls.prefix}")
+            (files.setdefault(module_name, {}) if dot else others)[f"{cls.prefix}{rest}" if dot else key] = tensor
+        changed = False
+        for name, layer in model.named_modules():
+            # A file has PEFT's prefix; a model that was injected into, without a PeftModel, has not.
+            found = next((files[n] for n in (name, f"base_model.model.{name}") if n in files), None)
+            if found and isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
+                changed |= layer.fit_file(adapter_name, found, config, name)
+        fitted = {f"{module}.{key}": tensor for module, found in files.items() for key, tensor in found.items()}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**fitted, **others})
+        if changed:
+            cls.record_form(model, adapter_name)
+        return remapped
+
+    @classmethod
+    def record_form(cls, model: nn.Module, adapter_name: str) -> None:
+        """Write into the adapter's config what form its layers have taken."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -563,32 +588,6 @@ class AdapterModel(BaseTuner):
                 handle.remove()
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def is_bare(layer: nn.Module) -> bool:
-    """Whether a base layer is one of two classes whose insides are known, with no hook on it and no forward put in its
-    place: its output may be written into, and its gradient is g W. Others pay for one more tensor (T, O)."""
-    kind, own = type(layer), layer.__dict__
-    everywhere = torch.nn.modules.module.__dict__
-    return (
-        (kind is nn.Linear or (kind.__name__ == "Linear4bit" and kind.__module__ == "bitsandbytes.nn.modules"))
-        and "forward" not in own
-        and not any(own[hooks] or everywhere["_global" + hooks] for hooks in _HOOKS)
-    )
-
-
-def _frozen_base(layer: Any, x: Tensor) -> Base | None:
-    """The weight of a bare base layer that computes in the dtype of x and is not trained."""
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    if bias is not None and bias.requires_grad:
-        return None
-    if type(layer) is nn.Linear:
-        return Base(weight) if not weight.requires_grad and weight.dtype == compute_dtype(x) else None
-    state = weight.quant_state  # attributes of tensors proper take 5 µs each on bitsandbytes' class
-    return Base(None, FourBit(weight, state)) if state and layer.compute_dtype == x.dtype == compute_dtype(x) else None
-
-
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict, adapter_names: list[str]) -> tuple[Any, dict]:
     return args, {**kwargs, "adapter_names": adapter_names}
 
@@ -609,33 +608,3 @@ def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterL
             + (f"{', '.join(map(repr, names))}: pass adapter_name=..." if names else f"no {method} adapter at all.")
         )
     return found
-
-
-def real_rows(x: Tensor, mask: Tensor | None, name: str) -> Tensor:
-    """(T, I) rows of an input (B, S, I) or (B·S, I) of module `name` whose token is no padding by `mask` (B, S).
-
-    Raises:
-        ValueError: the tokens are not those of the mask.
-    """
-    if mask is None:
-        return x.reshape(-1, x.shape[-1])
-    if x.shape[:-1] not in (mask.shape, (mask.numel(),)):
-        raise ValueError(
-            f"Cannot tell which tokens are padding in {name!r}, whose inputs have shape {tuple(x.shape)} while the "
-            f"attention mask has {tuple(mask.shape)}. Leave such modules (experts of a mixture, vision towers) out of "
-            "`target_modules`."
-        )
-    return x.reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device, torch.bool)]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for the length of a block; every module then as it was, for a part may not have been in
-    training mode before."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True

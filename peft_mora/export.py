@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .base import AdapterLinear, check_field, eval_mode, is_int, real_rows
+from .base import AdapterLinear
+from .checks import check_field, is_int
+from .inputs import eval_mode, real_rows
 
 
 class Lora(NamedTuple):

@@ -18,16 +18,15 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import check_field, is_int, is_number
-from .lean import Block, Gate, Wanted, index_dtype
-from .routing import balance_step, select_by_magnitude, select_by_sign
+from .balance import BalancedLinear, Step
+from .checks import check_field, is_int, is_number
+from .lean import Gate, Parts, Wanted, Weight, index_dtype
+from .routed import Counter, RoutedConfig, module_top_k
+from .routing import select_by_magnitude, select_by_sign
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
-from .usage import RoutedConfig, RoutedLinear, Usage, module_top_k
 
 
 Selection = Literal["magnitude", "signed"]
@@ -72,104 +71,21 @@ class FlyLoraConfig(SeededConfig, RoutedConfig):
         )
 
 
-class Balance:
-    """Steps of the load-balance offset that wait for their moment.
-
-    Under gradient checkpointing a forward is computed again in the backward, and must find the offset that it had. So
-    the offset moves once the last of the forwards that are still to be differentiated has had its backward; where
-    that cannot be known (a forward without a backward), at the next forward.
-    """
-
-    def __init__(self) -> None:
-        # Training forwards still to be differentiated: with gradients, and without. The latter are the first passes of
-        # reentrant checkpointing, or forwards that nobody will differentiate.
-        self.forwards = {True: 0, False: 0}
-        self.counts: list[Tensor] = []
-
-    def enter(self, offset: Tensor, rate: float) -> bool:
-        """A training forward begins. Returns whether it is a recomputation, which moves nothing."""
-        if torch._C._current_graph_task_id() != -1:
-            return True
-        self.settle(offset, rate)
-        self.forwards[torch.is_grad_enabled()] += 1
-        return False
-
-    def add(self, counts: Tensor, offset: Tensor, rate: float, recomputed: bool) -> None:
-        """A backward has come through; `recomputed` if its forward was a recomputation (reentrant checkpointing)."""
-        self.counts.append(counts)
-        self.forwards[not recomputed] -= 1
-        if self.forwards[not recomputed] <= 0:
-            self.settle(offset, rate)
-
-    def settle(self, offset: Tensor, rate: float) -> None:
-        """Take the steps that wait."""
-        if self.counts:
-            for counts in self.counts:
-                offset.copy_(balance_step(offset, counts, rate))
-            self.forwards = {True: 0, False: 0}
-            self.counts = []
-
-
-class Step(NamedTuple):
-    """The step of the offset that this forward's backward takes."""
-
-    offset: Tensor
-    rate: float
-    balance: Balance | None  # None under torch.compile: a backward is traced once and keeps no Python state
-    recomputed: bool
-
-    def take(self, counts: Tensor) -> None:
-        """Hand over how often each expert was chosen, (R,), once per micro-batch."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            counts = counts.clone()
-            dist.all_reduce(counts)
-        if self.balance is None:
-            self.offset.copy_(balance_step(self.offset, counts, self.rate))
-        else:
-            self.balance.add(counts, self.offset, self.rate, self.recomputed)
-
-
-class _CountOnBackward(torch.autograd.Function):
-    """Identity that hands the counts over when the gradient comes through it: once per micro-batch, whatever
-    recomputes the forward.
-
-    The counts are a saved tensor on purpose: under non-reentrant checkpointing, reading them recomputes the block
-    first, with the offset that the forward used.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        update: Tensor,
-        counts: Tensor,
-        offset: Tensor,
-        rate: float,
-        balance: Balance | None,
-        recomputed: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(counts)
-        ctx.step = Step(offset, rate, balance, recomputed)
-        return update.view_as(update)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (counts,) = ctx.saved_tensors
-        ctx.step.take(counts)
-        return grad, None, None, None, None, None
-
-
 class Columns(NamedTuple):
     """A sparse A (r, I) by the columns `index` (r, p) of its values."""
 
     index: Tensor
     in_features: int
 
-    def dense(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+    def matrix(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         zeros = values.new_zeros(len(values), self.in_features, dtype=dtype)
         return zeros.scatter_(1, self.index.long(), values.to(dtype))
 
+    def pack(self, grad: Tensor) -> Tensor:
+        return grad.gather(1, self.index.long())
 
-class Dense(NamedTuple):
+
+class Made(NamedTuple):
     """A (r, I), made of these values as of this version of them."""
 
     of: Tensor
@@ -177,14 +93,14 @@ class Dense(NamedTuple):
     A: Tensor
 
 
-class Kept(NamedTuple):
-    """A layer's A, as the layer keeps it."""
+class LayersA(NamedTuple):
+    """The form of a layer's A: the layer makes the matrix, and holds on to it."""
 
     layer: FlyLoraLinear
     adapter_name: str
 
-    def dense(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.layer.dense_A(self.adapter_name, dtype)
+    def matrix(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.layer.matrix_A(self.adapter_name, dtype)
 
     def pack(self, grad: Tensor) -> Tensor:
         raise NotImplementedError("A is frozen")
@@ -193,11 +109,11 @@ class Kept(NamedTuple):
 class SelectionGate(Gate):
     """The K selected projections of one forward, the others 0.
 
-    What is kept is K values and their experts. Where that is more than all of h, it is h, and the offset as it is
+    What is saved is K values and their experts. Where that is more than all of h, it is h, and the offset as it is
     now, by which the backward selects again.
     """
 
-    def __init__(self, selection: Selection, k: int, offset: Tensor, step: Step | None, usage: Usage | None) -> None:
+    def __init__(self, selection: Selection, k: int, offset: Tensor, step: Step | None, usage: Counter | None) -> None:
         self.selection, self.k, self.offset, self.step, self.usage = selection, k, offset, step, usage
         self.chosen: Tensor | None = None
 
@@ -214,9 +130,11 @@ class SelectionGate(Gate):
         if self.step is None or self.chosen is None:
             return update
         counts = (self.chosen != 0).flatten(0, -2).sum(0)  # bincount would wait for the GPU
-        return _CountOnBackward.apply(update, counts, *self.step)
+        return self.step.taken_in_backward_of(update, counts)
 
-    def forward(self, hs: list[Tensor], shape: torch.Size, wanted: Wanted) -> tuple[list[Tensor], list[Tensor | None]]:
+    def forward(
+        self, hs: list[Tensor], tensors: Sequence[Tensor], shape: torch.Size, wanted: Wanted
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         (h,) = hs
         index = self._select(h, self.offset)
         values = h.gather(-1, index)
@@ -224,7 +142,7 @@ class SelectionGate(Gate):
         if self.usage is not None:
             chosen = torch.zeros_like(h).scatter_(-1, index, 1)
             self._count(h.view(*shape, -1), chosen.view(*shape, -1))
-        if not (any(wanted.dh) or any(wanted.B)):
+        if not (any(wanted.dh) or any(wanted.ups)):
             return [gated], []
         dtype = index_dtype(h.shape[-1])
         if self.k * (h.element_size() + dtype.itemsize) < h.shape[-1] * h.element_size():
@@ -232,9 +150,13 @@ class SelectionGate(Gate):
         return [gated], [h, self.offset.clone()]
 
     def backward(
-        self, kept: Sequence[Tensor | None], grads: list[Tensor | None], wanted: Wanted
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        values, index = kept
+        self,
+        saved: Sequence[Tensor | None],
+        tensors: Sequence[Tensor],
+        grads: list[Tensor | None],
+        wanted: Wanted,
+    ) -> tuple[list[Tensor | None], list[Tensor | None], tuple[()]]:
+        values, index = saved
         assert values is not None and index is not None
         if index.is_floating_point():
             index = self._select(values, index)
@@ -245,17 +167,17 @@ class SelectionGate(Gate):
         if self.step is not None:
             self.step.take(chosen.sum(0, dtype=torch.float32))  # counts to 16 M exactly
         (grad,) = grads
-        return [zeros.scatter_(-1, index, values)], [None if grad is None else grad.mul_(chosen)]
+        return [zeros.scatter_(-1, index, values)], [None if grad is None else grad.mul_(chosen)], ()
 
     def _count(self, h: Tensor, chosen: Tensor) -> None:
         if self.usage is None:
             return
         self.usage.add(chosen)
-        if self.usage.meter.need:
+        if self.usage.needed:
             self.usage.add_need(F.normalize(h.detach().float().abs(), p=1, dim=-1))
 
 
-class FlyLoraLinear(SeededLinear, RoutedLinear):
+class FlyLoraLinear(SeededLinear, BalancedLinear):
     """`flylora_A` (r, p) values and `flylora_index` (r, p) their columns, frozen; `flylora_B` (O, r) trained;
     `flylora_offset` (r,) the load-balance offset d, float32."""
 
@@ -264,7 +186,7 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
     projection_names = ("flylora_A", "flylora_index")
     other_param_names = (
         "flylora_A", "flylora_index", "flylora_checksum", "flylora_offset", "flylora_rule",
-        "flylora_balance", "flylora_dense", "module_names", "usage",
+        "flylora_made", "balance", "module_names", "usage",
         "r", "scaling", "dropout",
     )  # fmt: skip
     merge_refusal = (
@@ -273,23 +195,23 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
         "merges exactly."
     )
 
+    prune_refusal = (
+        "the frozen projection of FLYLORA comes from the seed with all of its experts. Lower `top_k` to wake fewer of "
+        "them, or train with a smaller r."
+    )
+
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
-        self.flylora_offset = BufferDict(persistent=True)
-        self.flylora_balance: dict[str, Balance] = {}
-        self.flylora_dense: dict[str, Dense] = {}
-        self.register_state_dict_pre_hook(_settle_all)
+        self.flylora_made: dict[str, Made] = {}
         self.flylora_rule: dict[str, tuple[Selection, int, float]] = {}
 
-    def create_weights(self, adapter_name: str, config: FlyLoraConfig, module_name: str, twin: str | None) -> None:
+    def create_weights(self, adapter_name: str, config: FlyLoraConfig, module_name: str, original: str | None) -> None:
         r = self.r[adapter_name]
         top_k = module_top_k(config, module_name, r)
         self.flylora_rule[adapter_name] = (config.selection, top_k, config.balance_rate)
-        self.create_projection(adapter_name, config, module_name, twin)
+        self.create_projection(adapter_name, config, module_name, original)
         self.flylora_B[adapter_name] = self.new_linear(r, self.out_features, zero=config.init_weights)
-        offset = torch.zeros(r) if twin not in self.flylora_offset else self.flylora_offset[twin].clone()
-        self.flylora_balance[adapter_name] = Balance()
-        self.flylora_offset[adapter_name] = offset.to(self._weight_placement()[0])
+        self.create_offset(adapter_name, original)
 
     def draw_projection(self, adapter_name: str, config: FlyLoraConfig, module_name: str) -> tuple[Tensor, ...]:
         r = self.r[adapter_name]
@@ -308,48 +230,32 @@ class FlyLoraLinear(SeededLinear, RoutedLinear):
         selection, _, rate = self.flylora_rule[adapter_name]
         self.flylora_rule[adapter_name] = (selection, k, rate)
 
-    def dense_A(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
+    def balance_rate(self, adapter_name: str) -> float:
+        return self.flylora_rule[adapter_name][2]
+
+    def matrix_A(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """A (r, I) in `dtype`. Stored sparse; at densities of 1/4 a dense product is the faster one, and A in 16 bits
         takes no more than its float32 values with their columns: it is made once, not in every forward and backward.
         """
         values, index = self.flylora_A[adapter_name], self.flylora_index[adapter_name]
         if torch.compiler.is_compiling() or values.is_inference():
-            return Columns(index, self.in_features).dense(values, dtype)
-        made = self.flylora_dense.get(adapter_name)
+            return Columns(index, self.in_features).matrix(values, dtype)
+        made = self.flylora_made.get(adapter_name)
         if made is None or made.of is not values or made.version != values._version or made.A.dtype != dtype:
             with torch.inference_mode(False):  # training goes on with it after an evaluation made it
-                made = Dense(values, values._version, Columns(index, self.in_features).dense(values.clone(), dtype))
-            self.flylora_dense[adapter_name] = made
+                made = Made(values, values._version, Columns(index, self.in_features).matrix(values.clone(), dtype))
+            self.flylora_made[adapter_name] = made
         return made.A
 
-    def parts(self, adapter_name: str) -> tuple[list[Block], Gate]:
-        selection, k, rate = self.flylora_rule[adapter_name]
-        offset, B = self.flylora_offset[adapter_name], self.flylora_B[adapter_name].weight
-        step = None
-        if self.training and B.requires_grad and rate > 0:
-            balance = None if torch.compiler.is_compiling() else self.flylora_balance[adapter_name]
-            recomputed = balance.enter(offset, rate) if balance is not None else False
-            step = Step(offset, rate, balance, recomputed) if torch.is_grad_enabled() else None
-        block = Block(self.flylora_A[adapter_name], B, A_form=Kept(self, adapter_name))
-        return [block], SelectionGate(selection, k, offset, step, self.counting(adapter_name))
+    def parts(self, adapter_name: str) -> Parts:
+        selection, k, _ = self.flylora_rule[adapter_name]
+        B = self.flylora_B[adapter_name].weight
+        step = self.step(adapter_name, trains=B.requires_grad)
+        gate = SelectionGate(selection, k, self.offset[adapter_name], step, self.counting(adapter_name))
+        return Parts([Weight(self.flylora_A[adapter_name], LayersA(self, adapter_name))], [Weight(B)], gate)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        return self.dense_A(adapter_name, torch.float32), self.flylora_B[adapter_name].weight.detach().float()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves go through, casts stop at the offset: its steps of 1e-3 are nothing to a 16-bit number."""
-        before = dict(self.flylora_offset.items())
-        super()._apply(fn, recurse)
-        for name, offset in before.items():
-            if self.flylora_offset[name].dtype != offset.dtype:
-                self.flylora_offset[name] = offset.to(self.flylora_offset[name].device)
-        return self
-
-
-def _settle_all(layer: FlyLoraLinear, *_: Any) -> None:
-    """Before saving: no step may be left waiting."""
-    for name, balance in layer.flylora_balance.items():
-        balance.settle(layer.flylora_offset[name], layer.flylora_rule[name][2])
+        return self.matrix_A(adapter_name, torch.float32), self.flylora_B[adapter_name].weight.detach().float()
 
 
 class FlyLoraModel(SeededModel):

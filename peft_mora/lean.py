@@ -1,16 +1,21 @@
-"""The core that all methods share, with a backward of its own that keeps next to nothing.
+"""The core that all methods share, with a backward of its own that saves next to nothing.
 
-    h = x Aᵀ      u = s · gate(h)      y = y0 + u Bᵀ                       (several blocks of experts: y0 + Σ u_b B_bᵀ)
-    dB = gᵀ u     dh = gate'(h)ᵀ (s · g B)      dA = dhᵀ x      dx = dh A                               (g = dL/dy)
+    h_i = x A_iᵀ        u_1 .. u_n = gate(h_1 .. h_m; G)        y = y0 + s · Σ_j u_j B_jᵀ
+    dB_j = s · gᵀ u_j    du_j = s · g B_j    dh, dG = gate'(du)    dA_i = dh_iᵀ x    dx = Σ_i dh_i A_i    (g = dL/dy)
 
-Kept from forward to backward: x where an A trains, and what the gate needs, (T, R) or less. x is the caller's own
-tensor, so q, k and v on one input keep it once; of a product whose factors autograd keeps anyhow, as in front of a
-Llama's down_proj, nothing is kept at all. u is made again from that, and a dropout's mask from its seed. A and B are
-cast to the dtype of x, never x to theirs, and the copies are dropped. The update is added into y0 where the caller
-says that y0 is nobody else's, so that nothing of size (T, O) is made at all.
+*downs* are the A_i (r_i, I), *ups* the B_j (O, r_j), and the gate says what becomes of the projections in between: as
+many activations as there are ups, of as many projections as there are downs, with trainable tensors G of its own if it
+has any. Experts in blocks are `downs=[A1, A2], ups=[B1, B2]`; a learned router `downs=[A, W], ups=[B]`; several
+up-projections of one A `downs=[A], ups=[B1, .., Bn]` with their mixing weights in G.
 
-`add_update` is the fast path. `plain_add_update` is the same in operations that torch.compile, torch.export and
-functorch can see into; it runs in their place, and for second derivatives.
+Saved from forward to backward: x where a down trains, and what the gate needs, (T, R) or less. x is the caller's own
+tensor, so q, k and v on one input save it once; of a product whose factors autograd holds anyhow, as in front of a
+Llama's down_proj, nothing is saved at all. u is made again from that, and a dropout's mask from its seed. Downs and
+ups are cast to the dtype of x, never x to theirs, and the copies are dropped. The update is added into y0 where the
+caller says that y0 is nobody else's, so that nothing of size (T, O) is made at all.
+
+`add_update` is the fast path. `plain_add_update`, its twin, is the same in operations that torch.compile, torch.export
+and functorch can see into; it runs in their place, and for second derivatives.
 """
 
 from __future__ import annotations
@@ -27,36 +32,35 @@ from torch import Tensor
 class Form(Protocol):
     """How a matrix is stored, where it is not stored as one. Frozen values need no `pack`."""
 
-    def dense(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+    def matrix(self, values: Any, dtype: torch.dtype) -> Tensor:
         """The matrix, differentiable with respect to `values`."""
 
     def pack(self, grad: Tensor) -> Tensor:
         """Of the matrix' gradient, that of `values`."""
 
 
-class Block(NamedTuple):
-    """Experts that are stored together: A (r, I) and B (O, r), or the values that their forms make these of."""
+class Weight(NamedTuple):
+    """A down (r, I) or an up (O, r), or the values that its form makes it of."""
 
-    A: Tensor
-    B: Tensor
-    A_form: Form | None = None
-    B_form: Form | None = None
+    values: Tensor
+    form: Form | None = None
 
 
 class Wanted(NamedTuple):
-    """Whose gradients the backward is for: x, and A and B of each block."""
+    """Whose gradients the backward is for: x, each down, each up, each tensor of the gate."""
 
     x: bool
-    A: list[bool]
-    B: list[bool]
+    downs: list[bool]
+    ups: list[bool]
+    gate: list[bool]
 
     @property
     def dh(self) -> list[bool]:
-        """For which blocks it needs that of h."""
-        return [self.x or A for A in self.A]
+        """For which projections it needs theirs."""
+        return [self.x or down for down in self.downs]
 
 
-NOTHING = Wanted(False, [], [])
+NOTHING = Wanted(False, [], [], [])
 # The hooks on saved tensors that are in force; torch has no public way to ask.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
@@ -69,44 +73,64 @@ class Base(NamedTuple):
 
 
 class Gate:
-    """What becomes of the projections: here nothing (w = 1). A method with routing overrides all but `done`."""
+    """What becomes of the projections: here nothing, one up for each down. A method that routes overrides all but
+    `done`, and `tensors` where it trains any."""
+
+    tensors: Sequence[Tensor] = ()  # its own trainable ones; `plain` takes them from here, the others as an argument
 
     def plain(self, hs: list[Tensor]) -> list[Tensor]:
-        """(..., r) of each block to the same, in differentiable operations."""
+        """(..., r_i) of each down to (..., r_j) for each up, in differentiable operations."""
         return hs
 
     def done(self, update: Tensor) -> Tensor:
         """The finished update (..., O) on its way to the output, on the plain path."""
         return update
 
-    def forward(self, hs: list[Tensor], shape: torch.Size, wanted: Wanted) -> tuple[list[Tensor], list[Tensor | None]]:
+    def forward(
+        self, hs: list[Tensor], tensors: Sequence[Tensor], shape: torch.Size, wanted: Wanted
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The same without autograd.
 
         Args:
-            hs: (T, r) projections of each block; may be written into if they are not kept.
+            hs: (T, r_i) projections of each down; may be written into if they are not saved.
+            tensors: those of the gate.
             shape: the leading dimensions of the layer's input; their product is T.
             wanted: what `backward` will be asked for; its lists are empty where there will be no backward.
 
         Returns:
-            (T, r) of each block, in the dtype of h; and the tensors that `backward` needs, in any number.
+            (T, r_j) for each up, in the dtype of h; and the tensors that `backward` needs, in any number.
         """
-        return hs, [h if wanted_B else None for h, wanted_B in zip(hs, wanted.B, strict=False)]
+        return hs, [h if up else None for h, up in zip(hs, wanted.ups, strict=False)]
 
     def backward(
-        self, kept: Sequence[Tensor | None], grads: list[Tensor | None], wanted: Wanted
-    ) -> tuple[Sequence[Tensor | None], list[Tensor | None]]:
+        self,
+        saved: Sequence[Tensor | None],
+        tensors: Sequence[Tensor],
+        grads: list[Tensor | None],
+        wanted: Wanted,
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]]:
         """Args:
-            kept: what `forward` returned.
-            grads: (T, r) gradient of each block's output; None where no block needs it.
+            saved: what `forward` returned.
+            tensors: those of the gate.
+            grads: (T, r_j) gradient for each up; None where nothing before the ups needs one.
             wanted: as in `forward`.
 
         Returns:
-            The outputs of `forward` again and the gradients of h, for each block; None where not wanted.
+            The activations again, for each up; the gradients of h, for each down; those of `tensors`. None where not
+            wanted.
         """
-        return kept, grads
+        return saved, grads, ()
 
 
-DENSE = Gate()
+NO_GATE = Gate()
+
+
+class Parts(NamedTuple):
+    """What an adapter adds to its layer's output, before scaling. A (r_i, I) each down, (O, r_j) each up."""
+
+    downs: Sequence[Weight]
+    ups: Sequence[Weight]
+    gate: Gate = NO_GATE
 
 
 def can_run(x: Tensor) -> bool:
@@ -122,7 +146,8 @@ def can_run(x: Tensor) -> bool:
 def plain_add_update(
     y0: Tensor,
     x: Tensor,
-    blocks: Sequence[Block],
+    downs: Sequence[Weight],
+    ups: Sequence[Weight],
     gate: Gate,
     scale: float,
     dropout: float = 0.0,
@@ -133,11 +158,9 @@ def plain_add_update(
     comes with its own gradient. The mask of a dropout comes from the same generator, but is another one.
     """
     x = F.dropout(x, dropout)
-    hs = [F.linear(x, _dense(b.A, b.A_form, x.dtype)) for b in blocks]
-    # Block by block, and the newest last: with B = 0 it adds exact zeros, so growing changes no output.
-    outputs = [
-        F.linear(h, _dense(b.B, b.B_form, h.dtype)) for h, b in zip(gate.plain(hs), blocks, strict=True)
-    ]  # fmt: skip
+    us = gate.plain([F.linear(x, _matrix(*down, x.dtype)) for down in downs])
+    # Up by up, and the newest last: with B = 0 it adds exact zeros, so growing changes no output.
+    outputs = [F.linear(u, _matrix(*up, u.dtype)) for u, up in zip(us, ups, strict=True)]
     update = gate.done(sum(outputs[1:], start=outputs[0]))
     return y0 + (update * scale).to(y0.dtype)
 
@@ -145,20 +168,22 @@ def plain_add_update(
 def add_update(
     y0: Tensor,
     x: Tensor,
-    blocks: Sequence[Block],
+    downs: Sequence[Weight],
+    ups: Sequence[Weight],
     gate: Gate,
     scale: float,
     dropout: float = 0.0,
     in_place: bool = False,
     base: Base | None = None,
 ) -> Tensor:
-    """y0 + scale · Σ_b gate(x A_bᵀ) B_bᵀ.
+    """y0 + scale · Σ_j u_j B_jᵀ with u = gate(x A_1ᵀ, ..).
 
     Args:
-        y0: (..., O) the base layer's output, any float dtype, kept.
+        y0: (..., O) the base layer's output, in any float dtype.
         x: (..., I) input. The update is computed in its dtype, under autocast in autocast's.
-        blocks: at least one.
-        gate: what is done to the projections.
+        downs: A_i (r_i, I), at least one.
+        ups: B_j (O, r_j), at least one.
+        gate: what is done to the projections in between.
         scale: alpha / r.
         dropout: share of x's entries that are dropped, in [0, 1); 0 outside of training.
         in_place: y0 is contiguous, no view, and nobody else holds it: the update may be added into it.
@@ -171,17 +196,17 @@ def add_update(
     Raises:
         RuntimeError: in the backward, if it is to be differentiated once more.
     """
-    weights = [tensor for b in blocks for tensor in (b.A, b.B)]
-    core = _Core(x, blocks, gate, scale, dropout, in_place, base)
+    core = _Core(x, downs, ups, gate, scale, dropout, in_place, base)
+    tensors = [*(down.values for down in downs), *(up.values for up in ups), *gate.tensors]
     if torch.is_grad_enabled():
         W = None if base is None else base.W
-        return _AddUpdate.apply(y0, x, core, W, *weights)
-    return core.forward(y0, x, weights)[0]
+        return _AddUpdate.apply(y0, x, core, W, *tensors)
+    return core.forward(y0, x, tensors)[0]
 
 
-def _dense(values: Any, form: Form | None, dtype: torch.dtype) -> Tensor:
+def _matrix(values: Any, form: Form | None, dtype: torch.dtype) -> Tensor:
     # Contiguous, so that a block computes bit for bit what it did before it became a part of the bank.
-    return values.to(dtype).contiguous() if form is None else form.dense(values, dtype)
+    return values.to(dtype).contiguous() if form is None else form.matrix(values, dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -202,7 +227,7 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
-def _kept_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x itself, or the two tensors whose product it is, if autograd holds both for the gradients of that product: to
     save these costs nothing, and multiplying again gives x bit for bit.
 
@@ -224,15 +249,18 @@ def _kept_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
 class _Core:
     """One call: what is no tensor of it, and the arithmetic of both directions without autograd.
 
-    `weights` are A and B of each block in turn.
+    `tensors` are the values of the downs, those of the ups, and the gate's own.
     """
 
-    __slots__ = ("base", "dropout", "dtype", "forms", "gate", "in_place", "scale", "seed", "shape", "wanted")
+    __slots__ = (
+        "base", "downs", "dropout", "dtype", "gate", "in_place", "scale", "seed", "shape", "ups", "wanted",
+    )  # fmt: skip
 
     def __init__(
         self,
         x: Tensor,
-        blocks: Sequence[Block],
+        downs: Sequence[Weight],
+        ups: Sequence[Weight],
         gate: Gate,
         scale: float,
         dropout: float,
@@ -240,7 +268,7 @@ class _Core:
         base: Base | None,
     ) -> None:
         self.base = None if base is None else Base(None, base.form)  # W is saved by autograd
-        self.forms = [(b.A_form, b.B_form) for b in blocks]
+        self.downs, self.ups = [down.form for down in downs], [up.form for up in ups]
         self.gate, self.scale, self.dropout, self.in_place = gate, scale, dropout, in_place
         self.shape, self.dtype = x.shape, compute_dtype(x)
         # From the CPU's generator, which checkpointing puts back for its recomputation whatever the device.
@@ -252,16 +280,21 @@ class _Core:
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
         return rows * dropout_mask(rows, self.dropout, self.seed) if self.dropout else rows
 
-    def forward(self, y0: Tensor, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """y, and what the gate keeps."""
+    def split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """Those of the downs, of the ups, of the gate."""
+        m, n = len(self.downs), len(self.downs) + len(self.ups)
+        return tensors[:m], tensors[m:n], tensors[n:]
+
+    def forward(self, y0: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """y, and what the gate saves."""
         rows, dtype = self.rows(x), self.dtype
-        As, Bs = weights[::2], weights[1::2]
-        hs = [torch.mm(rows, _dense(A, form, dtype).t()) for A, (form, _) in zip(As, self.forms, strict=True)]
-        gated, kept = self.gate.forward(hs, self.shape[:-1], self.wanted)
+        As, Bs, own = self.split(tensors)
+        hs = [torch.mm(rows, _matrix(A, form, dtype).t()) for A, form in zip(As, self.downs, strict=True)]
+        us, saved = self.gate.forward(hs, own, self.shape[:-1], self.wanted)
         y = y0 if self.in_place else None
-        # Block by block, and the newest last: with B = 0 it adds exact zeros, so growing changes no output.
-        for w, B, (_, form) in zip(gated, Bs, self.forms, strict=True):
-            u, B_t = w * self.scale, _dense(B, form, dtype).t()
+        # Up by up, and the newest last: with B = 0 it adds exact zeros, so growing changes no output.
+        for u, B, form in zip(us, Bs, self.ups, strict=True):
+            u, B_t = u * self.scale, _matrix(B, form, dtype).t()
             if y0.dtype != dtype:
                 y = y0.clone(memory_format=torch.contiguous_format) if y is None else y
                 y.view(-1, y.shape[-1]).add_(torch.mm(u, B_t))
@@ -270,61 +303,59 @@ class _Core:
             else:
                 y.view(-1, y.shape[-1]).addmm_(u, B_t)
         assert y is not None
-        return y, kept
+        return y, saved
 
     def backward(
         self,
         g: Tensor,
         W: Tensor | None,
         x: Tensor | None,
-        weights: Sequence[Tensor],
-        kept: Sequence[Tensor | None],
+        tensors: Sequence[Tensor],
+        saved: Sequence[Tensor | None],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """dx and the gradients of `weights`; None where not wanted. x is there where an A is trained."""
+        """dx and the gradients of `tensors`; None where not wanted. x is there where a down is trained."""
         dtype, wanted, scale = self.dtype, self.wanted, self.scale
+        As, Bs, own = self.split(tensors)
         g = g.reshape(-1, g.shape[-1]).to(dtype)
-        grads: list[Tensor | None] = [None] * len(self.forms)
-        if any(wanted.dh):  # then all, as the gate may couple the blocks
-            grads = [
-                torch.mm(g, _dense(B, form, dtype)).mul_(scale)
-                for B, (_, form) in zip(weights[1::2], self.forms, strict=True)
-            ]
-        gated, dhs = self.gate.backward(kept, grads, wanted)
+        grads: list[Tensor | None] = [None] * len(self.ups)
+        if any(wanted.dh) or any(wanted.gate):  # then all, as the gate may couple them
+            grads = [torch.mm(g, _matrix(B, form, dtype)).mul_(scale) for B, form in zip(Bs, self.ups, strict=True)]
+        us, dhs, d_own = self.gate.backward(saved, own, grads, wanted)
         rows = None if x is None else self.rows(x)
         dx: Tensor | None = None
-        d_weights: list[Tensor | None] = []
-        for i, ((A_form, B_form), w, dh) in enumerate(zip(self.forms, gated, dhs, strict=True)):
-            A, B, dA, dB = weights[2 * i], weights[2 * i + 1], None, None
-            if wanted.A[i]:
+        dAs: list[Tensor | None] = [None] * len(self.downs)
+        dBs: list[Tensor | None] = [None] * len(self.ups)
+        for i, (A, form, dh) in enumerate(zip(As, self.downs, dhs, strict=True)):
+            if wanted.downs[i]:
                 assert dh is not None and rows is not None
                 dA = torch.mm(dh.t(), rows)
-                dA = (dA if A_form is None else A_form.pack(dA)).to(A.dtype)
-            if wanted.B[i]:
-                assert w is not None
-                dB = torch.mm(g.t(), w * scale)
-                dB = (dB if B_form is None else B_form.pack(dB)).to(B.dtype)
+                dAs[i] = (dA if form is None else form.pack(dA)).to(A.dtype)
             if wanted.x:
                 assert dh is not None
-                dense = _dense(A, A_form, dtype)
-                dx = torch.mm(dh, dense) if dx is None else dx.addmm_(dh, dense)
-            d_weights += [dA, dB]
+                matrix = _matrix(A, form, dtype)
+                dx = torch.mm(dh, matrix) if dx is None else dx.addmm_(dh, matrix)
+        for j, (B, form, u) in enumerate(zip(Bs, self.ups, us, strict=True)):
+            if wanted.ups[j]:
+                assert u is not None
+                dB = torch.mm(g.t(), u * scale)
+                dBs[j] = (dB if form is None else form.pack(dB)).to(B.dtype)
         if dx is not None and self.dropout:
             dx.mul_(dropout_mask(dx, self.dropout, self.seed))
         if dx is not None and self.base is not None:
-            dx.addmm_(g, _dense(W, self.base.form, dtype))
-        return None if dx is None else dx.view(self.shape), d_weights
+            dx.addmm_(g, _matrix(W, self.base.form, dtype))
+        return None if dx is None else dx.view(self.shape), [*dAs, *dBs, *d_own]
 
 
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y0: Tensor, x: Tensor, core: _Core, W: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, y0: Tensor, x: Tensor, core: _Core, W: Tensor | None, *tensors: Tensor) -> Tensor:
         _, x_wanted, _, _, *wanted = ctx.needs_input_grad
-        core.wanted = Wanted(x_wanted, wanted[::2], wanted[1::2])
-        y, kept = core.forward(y0, x, weights)
-        ctx.core = core
+        core.wanted = Wanted(x_wanted, *core.split(wanted))
+        y, saved = core.forward(y0, x, tensors)
+        ctx.core, ctx.count = core, len(tensors)
         # The weights themselves and not their casts, which would be (R, I) and (O, R) more for each layer.
-        a, b = _kept_input(x) if any(core.wanted.A) else (None, None)
-        ctx.save_for_backward(W, a, b, *weights, *kept)
+        a, b = _saved_input(x) if any(core.wanted.downs) else (None, None)
+        ctx.save_for_backward(W, a, b, *tensors, *saved)
         if core.in_place:
             ctx.mark_dirty(y0)
         return y
@@ -333,13 +364,13 @@ class _AddUpdate(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "The fast path of MORA, LORI and FLYLORA layers has first derivatives only. For second derivatives "
+                "The fast path of peft_mora's layers has first derivatives only. For second derivatives "
                 "(create_graph=True) take the plain one: `peft_mora.base.AdapterLinear.lean = False`."
             )
         W, a, b, *saved = ctx.saved_tensors
-        core, n = ctx.core, 2 * len(ctx.core.forms)
         device = g.device.type
         autocast = torch.is_autocast_enabled(device)  # the forward has settled the dtype
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            dx, d_weights = core.backward(g, W, a if b is None else a * b, saved[:n], saved[n:])
-        return g if ctx.needs_input_grad[0] else None, dx, None, None, *d_weights
+            x = a if b is None else a * b
+            dx, grads = ctx.core.backward(g, W, x, saved[: ctx.count], saved[ctx.count :])
+        return g if ctx.needs_input_grad[0] else None, dx, None, None, *grads

@@ -14,15 +14,16 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import adapter_layers, check_field, is_int, is_number
-from .lean import DENSE, Block, Gate
+from .base import adapter_layers
+from .checks import check_field, is_int, is_number
+from .lean import Parts, Weight
+from .packed import Packed, PackedB, pack_bits, unpack_bits
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
 
 
@@ -68,46 +69,6 @@ class LoriConfig(SeededConfig):
             check_field(ok, name, value, "a dict of integers >= 0, as `sparsify` writes it")
 
 
-class PackedB(nn.Module):
-    """The trained entries of a sparse B: `weight` (kept,), in row-major order of their places in (O, r)."""
-
-    def __init__(self, kept: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(kept))
-
-    def extra_repr(self) -> str:
-        return f"kept={self.weight.numel()}"
-
-
-class Packed(NamedTuple):
-    """A sparse B (O, r) by the places of its trained entries and of those that an earlier task has frozen."""
-
-    shape: tuple[int, int]
-    places: Tensor
-    frozen_places: Tensor | None
-    frozen: Tensor | None
-
-    def dense(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        flat = values.new_zeros(self.shape[0] * self.shape[1], dtype=dtype)
-        if self.frozen_places is not None and self.frozen is not None:
-            flat = flat.index_copy(0, self.frozen_places, self.frozen.to(dtype))
-        return flat.index_copy(0, self.places, values.to(dtype)).view(self.shape)
-
-    def pack(self, grad: Tensor) -> Tensor:
-        return grad.reshape(-1).index_select(0, self.places)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """(n,) bool -> (ceil(n / 8),) uint8, eight to a byte: a kept entry at sparsity 0.9 costs 1.25 bytes of index."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
-
-
-def unpack_bits(bits: Tensor, n: int) -> Tensor:
-    """Inverse of `pack_bits`: (n,) bool, on the device of `bits`. In torch, so that torch.compile can trace it."""
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> shifts) & 1).flatten()[:n].bool()
-
-
 class LoriLinear(SeededLinear):
     """`lori_A` (r, I) frozen; `lori_B` (O, r) dense, or packed with `lori_mask`, the places of its entries as bits.
 
@@ -136,8 +97,8 @@ class LoriLinear(SeededLinear):
         """Entries of a dense B."""
         return self.out_features * self.r[adapter_name]
 
-    def create_weights(self, adapter_name: str, config: LoriConfig, module_name: str, twin: str | None) -> None:
-        self.create_projection(adapter_name, config, module_name, twin)
+    def create_weights(self, adapter_name: str, config: LoriConfig, module_name: str, original: str | None) -> None:
+        self.create_projection(adapter_name, config, module_name, original)
         if config.sparsity is None:
             self.lori_B[adapter_name] = self.new_linear(self.r[adapter_name], self.out_features, config.init_weights)
             return
@@ -151,10 +112,9 @@ class LoriLinear(SeededLinear):
         if frozen:
             places = torch.arange(self.size(adapter_name)) < frozen  # right in number; the file brings the rest
             self.set_frozen(adapter_name, places, torch.zeros(frozen))
-        if twin is not None and twin in self.lori_mask:
-            for entries in (self.lori_mask, self.lori_frozen_mask, self.lori_frozen_B):
-                if twin in entries:
-                    entries[adapter_name] = entries[twin].clone()
+        for entries in (self.lori_mask, self.lori_frozen_mask, self.lori_frozen_B):
+            if original in entries:
+                entries[adapter_name] = entries[original].clone()
 
     def draw_projection(self, adapter_name: str, config: LoriConfig, module_name: str) -> tuple[Tensor, ...]:
         shape, bound = (self.r[adapter_name], self.in_features), 1 / math.sqrt(self.in_features)
@@ -188,17 +148,15 @@ class LoriLinear(SeededLinear):
         self.forget_places(adapter_name)
 
     def forget_places(self, adapter_name: str) -> None:
-        for entries in (self.lori_places, self.lori_frozen_places):
-            if adapter_name in entries:
-                del entries[adapter_name]
+        self._drop(adapter_name, self.lori_places, self.lori_frozen_places)
 
     def is_packed(self, adapter_name: str) -> bool:
         return isinstance(self.lori_B[adapter_name], PackedB)
 
-    def dense_B(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
+    def matrix_B(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """B (O, r) in `dtype`, differentiable with respect to its trained entries."""
         weight, form = self.lori_B[adapter_name].weight, self._form(adapter_name)
-        return weight.to(dtype) if form is None else form.dense(weight, dtype)
+        return weight.to(dtype) if form is None else form.matrix(weight, dtype)
 
     def _form(self, adapter_name: str) -> Packed | None:
         """How B is made of its parameter; None where it is its parameter."""
@@ -222,12 +180,50 @@ class LoriLinear(SeededLinear):
                 cache[adapter_name] = mask.nonzero().squeeze(1).clone()
         return cache[adapter_name]
 
-    def parts(self, adapter_name: str) -> tuple[list[Block], Gate]:
-        weight = self.lori_B[adapter_name].weight
-        return [Block(self.lori_A[adapter_name], weight, B_form=self._form(adapter_name))], DENSE
+    def fit_file(self, adapter_name: str, tensors: dict[str, Tensor], config: Any, module_name: str) -> bool:
+        """Take the form (dense or packed) and the number of entries from the file: a trainer that resumes after
+        `sparsify` loads into the dense adapter that its script has just made."""
+        changed = self._take_form(adapter_name, tensors, module_name)
+        return super().fit_file(adapter_name, tensors, config, module_name) or changed
+
+    def _take_form(self, adapter_name: str, tensors: dict[str, Tensor], module_name: str) -> bool:
+        values, frozen = tensors.get("lori_B.weight"), tensors.get("lori_frozen_B")
+        if values is None:
+            return False
+        current = self.lori_B[adapter_name].weight
+        held = self.lori_frozen_B[adapter_name].shape if adapter_name in self.lori_frozen_B else None
+        self.forget_places(adapter_name)
+        if values.shape == current.shape and held == (None if frozen is None else frozen.shape):
+            return False
+        n = self.size(adapter_name)
+        if values.dim() == 2:
+            self.lori_B[adapter_name] = self.new_linear(self.r[adapter_name], self.out_features, zero=True)
+            self._drop(adapter_name, self.lori_mask, self.lori_frozen_mask, self.lori_frozen_B)
+        elif len(tensors["lori_mask"]) != math.ceil(n / 8):
+            raise ValueError(
+                f"The mask of module {module_name!r} in the file does not fit B ({self.out_features}, "
+                f"{self.r[adapter_name]}) of this model: the adapter belongs to another base model or has another r."
+            )
+        else:
+            self.set_packed(adapter_name, unpack_bits(tensors["lori_mask"], n), values)
+            if frozen is None:
+                self._drop(adapter_name, self.lori_frozen_mask, self.lori_frozen_B)
+            else:
+                self.set_frozen(adapter_name, unpack_bits(tensors["lori_frozen_mask"], n), frozen)
+        self.lori_B[adapter_name].to(current.dtype).requires_grad_(current.requires_grad)
+        return True
+
+    def _drop(self, adapter_name: str, *buffers: BufferDict) -> None:
+        for entries in buffers:
+            if adapter_name in entries:
+                del entries[adapter_name]
+
+    def parts(self, adapter_name: str) -> Parts:
+        B = Weight(self.lori_B[adapter_name].weight, self._form(adapter_name))
+        return Parts([Weight(self.lori_A[adapter_name])], [B])
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        return self.lori_A[adapter_name].float(), self.dense_B(adapter_name, torch.float32).detach()
+        return self.lori_A[adapter_name].float(), self.matrix_B(adapter_name, torch.float32).detach()
 
 
 def _forget_old_places(layer: LoriLinear, incompatible_keys: Any) -> None:
@@ -242,20 +238,8 @@ class LoriModel(SeededModel):
     tuner_layer_cls = LoriLinear
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Take the form (dense or packed) and the number of entries from the file: a trainer that resumes after
-        `sparsify` loads into the dense adapter that its script has just made."""
-        changed = False
-        for module_name, layer in model.named_modules():
-            if isinstance(layer, LoriLinear) and adapter_name in layer.r:
-                name = (
-                    module_name if module_name.startswith("base_model.model.") else f"base_model.model.{module_name}"
-                )
-                changed |= _take_form(layer, adapter_name, name, state_dict)
-        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if changed:
-            _record_form(model, adapter_name)
-        return state
+    def record_form(cls, model: nn.Module, adapter_name: str) -> None:
+        record_form(model, adapter_name)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str | None = None
@@ -288,7 +272,7 @@ class LoriModel(SeededModel):
             for name, layer in self.model.named_modules()
             if isinstance(layer, LoriLinear) and any(adapter in layer.r for adapter in adapters)
         }
-        same_A = all(_share_projection(layer, adapters) for layer in layers.values())
+        same_A = all(share_projection(layer, adapters) for layer in layers.values())
         if combination_type == "linear" and not same_A:
             raise ValueError(
                 "combination_type='linear' needs adapters with the same projection A (same seed and rank). These have "
@@ -313,7 +297,7 @@ class LoriModel(SeededModel):
             layers[name].lori_B[adapter_name].weight = nn.Parameter(B, requires_grad=False)
 
 
-def _share_projection(layer: LoriLinear, adapters: list[str]) -> bool:
+def share_projection(layer: LoriLinear, adapters: list[str]) -> bool:
     projections = [layer.lori_A[name] for name in adapters if name in layer.r]
     return all(torch.equal(A, projections[0]) for A in projections)
 
@@ -332,43 +316,7 @@ def _combine(layer: LoriLinear, adapters: list[str], weights: list[float], linea
     return (As[0], torch.stack(Bs).sum(0)) if linear else (torch.cat(As), torch.cat(Bs, dim=1))
 
 
-def _take_form(layer: LoriLinear, adapter_name: str, module_name: str, state_dict: dict[str, Tensor]) -> bool:
-    """Give a layer the form that its weights have in the file; say whether that was a change."""
-    values = state_dict.get(f"{module_name}.lori_B.weight")
-    if values is None:
-        return False
-    current = layer.lori_B[adapter_name].weight
-    frozen = state_dict.get(f"{module_name}.lori_frozen_B")
-    held = layer.lori_frozen_B[adapter_name].shape if adapter_name in layer.lori_frozen_B else None
-    layer.forget_places(adapter_name)
-    if values.shape == current.shape and held == (frozen.shape if frozen is not None else None):
-        return False
-    if values.dim() == 2:
-        layer.lori_B[adapter_name] = layer.new_linear(layer.r[adapter_name], layer.out_features, zero=True)
-        for entries in (layer.lori_mask, layer.lori_frozen_mask, layer.lori_frozen_B):
-            if adapter_name in entries:
-                del entries[adapter_name]
-    else:
-        packed = state_dict[f"{module_name}.lori_mask"]
-        if len(packed) != math.ceil(layer.size(adapter_name) / 8):
-            raise ValueError(
-                f"The mask of module {module_name!r} in the file does not fit B ({layer.out_features}, "
-                f"{layer.r[adapter_name]}) of this model: the adapter belongs to another base model or has another r."
-            )
-        mask = unpack_bits(packed, layer.size(adapter_name))
-        layer.set_packed(adapter_name, mask, values)
-        if frozen is not None:
-            bits = state_dict[f"{module_name}.lori_frozen_mask"]
-            layer.set_frozen(adapter_name, unpack_bits(bits, layer.size(adapter_name)), frozen)
-        else:
-            for entries in (layer.lori_frozen_mask, layer.lori_frozen_B):
-                if adapter_name in entries:
-                    del entries[adapter_name]
-    layer.lori_B[adapter_name].to(current.dtype).requires_grad_(current.requires_grad)
-    return True
-
-
-def _record_form(model: nn.Module, adapter_name: str, sparsity: float | None = None) -> None:
+def record_form(model: nn.Module, adapter_name: str, sparsity: float | None = None) -> None:
     """Write what the layers hold into the adapter's config (a copy: a twin may share the object)."""
     config = copy.deepcopy(model.peft_config[adapter_name])
     layers = {
@@ -386,92 +334,3 @@ def _record_form(model: nn.Module, adapter_name: str, sparsity: float | None = N
     actual = 1 - sum(config.kept_entries.values()) / size if packed else None
     config.sparsity = actual if sparsity is None else sparsity
     model.peft_config[adapter_name] = config
-
-
-@dataclass(frozen=True)
-class SparsitySummary:
-    """What `sparsify` did: entries of B kept and in all, the global threshold on |B|, share kept by module (0..1)."""
-
-    kept: int
-    total: int
-    threshold: float
-    share: dict[str, float]
-
-    def __str__(self) -> str:
-        low, high = min(self.share.values()), max(self.share.values())
-        return (
-            f"{self.kept:,} of {self.total:,} entries of B kept (|B| >= {self.threshold:.3g}), "
-            f"{low:.1%} to {high:.1%} a module"
-        )
-
-
-@torch.no_grad()
-def sparsify(
-    model: nn.Module, sparsity: float = 0.9, adapter_name: str = "default", onto: str | None = None
-) -> SparsitySummary:
-    """Turn a calibrated LoRI-D adapter into LoRI-S: keep the largest entries of B over all modules, restarted at 0.
-
-    A stays what it is. B is packed from here on, so its parameters are new objects: make a new optimizer (or use
-    `LoriCalibrationCallback`, which does all of this inside one training run).
-
-    Args:
-        model: a PeftModel, or any model with an injected LORI adapter, trained densely for a while.
-        sparsity: share of B's entries to drop, in [0, 1).
-        adapter_name: which adapter.
-        onto: name of a LORI adapter with the same A that holds an earlier task. The result starts from that adapter's
-            B instead of from 0: its entries outside the new mask are kept and frozen, those inside go on training.
-
-    Returns:
-        A `SparsitySummary`; `print` it.
-
-    Raises:
-        ValueError: no such adapter, one that is packed already, merged, untrained (B = 0) or not finite; or `onto` has
-            another A. Nothing is changed then.
-    """
-    check_field(is_number(sparsity) and 0 <= sparsity < 1, "sparsity", sparsity, "a number in [0, 1)")
-    layers = adapter_layers(model, adapter_name, LoriLinear)
-    if any(layer.is_packed(adapter_name) for layer in layers.values()):
-        raise ValueError(
-            f"Adapter {adapter_name!r} is sparse already. Calibrate a new dense one (LoriConfig without `sparsity`) "
-            "and sparsify that; pass onto=... to build on this one."
-        )
-    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
-        raise ValueError("Cannot sparsify a merged adapter: call model.unmerge_adapter() first.")
-    magnitudes = torch.cat(
-        [layer.lori_B[adapter_name].weight.float().abs().flatten().cpu() for layer in layers.values()]
-    )
-    if not torch.isfinite(magnitudes).all():
-        raise ValueError(
-            "B has entries that are not finite: the calibration run has diverged. Lower its learning rate."
-        )
-    if not magnitudes.any():
-        raise ValueError(
-            "B is 0 everywhere, so there is nothing to choose by: train the dense adapter for some steps first, or "
-            "use LoriCalibrationCallback."
-        )
-    for name, layer in layers.items():
-        if onto is not None and (onto not in layer.r or not _share_projection(layer, [adapter_name, onto])):
-            raise ValueError(
-                f"Adapter {onto!r} has another projection A than {adapter_name!r} in module {name!r}, so their B's do "
-                "not add up. Give both configs the same seed, r and target_modules."
-            )
-    kept = max(1, round((1 - sparsity) * magnitudes.numel()))
-    top = magnitudes.topk(kept)
-    mask = torch.zeros(magnitudes.numel(), dtype=torch.bool)
-    mask[top.indices.cpu()] = True
-    masks = mask.split([layer.size(adapter_name) for layer in layers.values()])
-    for layer, chosen in zip(layers.values(), masks, strict=True):
-        old = layer.lori_B[adapter_name].weight
-        start = torch.zeros(chosen.numel()) if onto is None else layer.dense_B(onto, torch.float32).flatten().cpu()
-        layer.set_packed(adapter_name, chosen, start[chosen])
-        layer.lori_B[adapter_name].to(old.device, old.dtype).requires_grad_(old.requires_grad)
-        rest = (start != 0) & ~chosen
-        if rest.any():
-            layer.set_frozen(adapter_name, rest, start[rest])
-    _record_form(model, adapter_name, sparsity)
-    return SparsitySummary(
-        kept=kept,
-        total=magnitudes.numel(),
-        threshold=top.values[-1].item(),
-        share={name: chosen.float().mean().item() for name, chosen in zip(layers, masks, strict=True)},
-    )

@@ -24,11 +24,11 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
-from .base import AdapterModel, adapter_layers, check_field, is_int, is_names, is_number
-from .lean import DENSE, Block, Wanted, index_dtype
-from .lean import Gate as LeanGate
+from .base import AdapterModel, Trained, adapter_layers
+from .checks import check_field, is_int, is_names, is_number
+from .lean import NO_GATE, Gate, Parts, Wanted, Weight, index_dtype
+from .routed import Counter, RoutedConfig, RoutedLinear, module_top_k, record_routing
 from .routing import gated_softmax, gated_softmax_backward, softmax_gate
-from .usage import RoutedConfig, RoutedLinear, Usage, module_top_k, record_routing
 
 
 Routing = Literal["task", "bank", "dense"]
@@ -105,7 +105,7 @@ class MoraConfig(RoutedConfig):
                 check_field(ok, f"{name}[{key!r}]", values, f"a list of {tasks} integers >= {least}")
 
 
-class Gate(NamedTuple):
+class Rule(NamedTuple):
     """The routing fields of an adapter as one of its layers uses them."""
 
     routing: Routing
@@ -114,7 +114,7 @@ class Gate(NamedTuple):
     threshold: float
 
 
-class SoftmaxGate(LeanGate):
+class SoftmaxGate(Gate):
     """w·h of one forward.
 
     Args:
@@ -124,7 +124,7 @@ class SoftmaxGate(LeanGate):
     """
 
     def __init__(
-        self, top_k: list[int], temperature: float, threshold: float, sizes: list[int] | None, usage: Usage | None
+        self, top_k: list[int], temperature: float, threshold: float, sizes: list[int] | None, usage: Counter | None
     ) -> None:
         self.top_k, self.temperature, self.threshold = top_k, temperature, threshold
         self.sizes, self.usage = sizes, usage
@@ -137,25 +137,31 @@ class SoftmaxGate(LeanGate):
         self._count(groups, weights)
         return self._blocks([(w * h).to(h.dtype) for w, h in zip(weights, groups, strict=True)])
 
-    def forward(self, hs: list[Tensor], shape: torch.Size, wanted: Wanted) -> tuple[list[Tensor], list[Tensor | None]]:
+    def forward(
+        self, hs: list[Tensor], tensors: Sequence[Tensor], shape: torch.Size, wanted: Wanted
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         groups = self._groups(hs)
         found = [
             gated_softmax(h, k, self.temperature, self.threshold) for h, k in zip(groups, self.top_k, strict=True)
         ]
         if self.usage is not None:
             self._count([h.view(*shape, -1) for h in groups], [w.view(*shape, -1) for _, w, _ in found])
-        kept: list[Tensor | None] = []
+        saved: list[Tensor | None] = []
         for (_, _, index), h, needed in zip(found, groups, self._needed(wanted), strict=False):
-            kept += [h, None if index is None else index.to(index_dtype(h.shape[-1]))] if needed else [None, None]
-        return self._blocks([gated for gated, _, _ in found]), kept
+            saved += [h, None if index is None else index.to(index_dtype(h.shape[-1]))] if needed else [None, None]
+        return self._blocks([gated for gated, _, _ in found]), saved
 
     def backward(
-        self, kept: Sequence[Tensor | None], grads: list[Tensor | None], wanted: Wanted
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        self,
+        saved: Sequence[Tensor | None],
+        tensors: Sequence[Tensor],
+        grads: list[Tensor | None],
+        wanted: Wanted,
+    ) -> tuple[list[Tensor | None], list[Tensor | None], tuple[()]]:
         gated: list[Tensor | None] = []
         dhs: list[Tensor | None] = []
         groups = [None] * len(self.top_k) if grads[0] is None else self._groups(grads)
-        for h, index, grad in zip(kept[::2], kept[1::2], groups, strict=True):
+        for h, index, grad in zip(saved[::2], saved[1::2], groups, strict=True):
             if h is None:
                 gated.append(None)
                 dhs.append(None)
@@ -164,11 +170,11 @@ class SoftmaxGate(LeanGate):
             w_h, dh = gated_softmax_backward(h, index, grad, self.temperature, self.threshold)
             gated.append(w_h)
             dhs.append(dh)
-        return self._blocks(gated), self._blocks(dhs)
+        return self._blocks(gated), self._blocks(dhs), ()
 
     def _needed(self, wanted: Wanted) -> list[bool]:
         """Which groups have a backward."""
-        blocks = [dh or B for dh, B in zip(wanted.dh, wanted.B, strict=True)]
+        blocks = [dh or up for dh, up in zip(wanted.dh, wanted.ups, strict=True)]
         return blocks if self.sizes is None else [any(blocks)]
 
     def _groups(self, blocks: list[Any]) -> list[Any]:
@@ -183,7 +189,7 @@ class SoftmaxGate(LeanGate):
         if self.usage is None:
             return
         self.usage.add(torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0])
-        if self.usage.meter.need:
+        if self.usage.needed:
             every = groups[-1].shape[-1]
             self.usage.add_need(softmax_gate(groups[-1].detach(), every, self.temperature))
 
@@ -195,7 +201,7 @@ class MoraLinear(RoutedLinear):
     prefix = "mora_"
     adapter_layer_names = ("mora_A", "mora_B")
     other_param_names = (
-        "mora_bank_A", "mora_bank_B", "mora_gate", "mora_sizes", "mora_frozen_top_k", "module_names", "usage",
+        "mora_bank_A", "mora_bank_B", "mora_rule", "mora_sizes", "mora_frozen_top_k", "module_names", "usage",
         "r", "scaling", "dropout",
     )  # fmt: skip
     merge_refusal = (
@@ -210,25 +216,25 @@ class MoraLinear(RoutedLinear):
         self.mora_B = nn.ModuleDict()
         self.mora_bank_A = BufferDict(persistent=True)
         self.mora_bank_B = BufferDict(persistent=True)
-        self.mora_gate: dict[str, Gate] = {}
+        self.mora_rule: dict[str, Rule] = {}
         self.mora_sizes: dict[str, list[int]] = {}  # experts of each task, r unless pruned
         self.mora_frozen_top_k: dict[str, list[int]] = {}  # K of each frozen task
 
-    def create_weights(self, adapter_name: str, config: MoraConfig, module_name: str, twin: str | None) -> None:
+    def create_weights(self, adapter_name: str, config: MoraConfig, module_name: str, original: str | None) -> None:
         r = self.r[adapter_name]
         top_k = module_top_k(config, module_name, r)
         sizes = config.block_sizes.get(module_name, [r] * len(config.tasks))
         check_field(max(sizes) <= r, f"block_sizes[{module_name!r}]", sizes, f"at most r, here {r}")
-        self.mora_gate[adapter_name] = Gate(config.routing, top_k, config.temperature, config.threshold)
+        self.mora_rule[adapter_name] = Rule(config.routing, top_k, config.temperature, config.threshold)
         self.mora_sizes[adapter_name] = list(sizes)
         self.mora_frozen_top_k[adapter_name] = list(
             config.frozen_top_k.get(module_name, [top_k] * (len(config.tasks) - 1))
         )
         self._add_fresh_experts(adapter_name, sizes[-1], zero_B=config.init_weights)
         frozen = sum(sizes[:-1])
-        if twin in self.mora_bank_A:
-            self.mora_bank_A[adapter_name] = self.mora_bank_A[twin].clone()
-            self.mora_bank_B[adapter_name] = self.mora_bank_B[twin].clone()
+        if original in self.mora_bank_A:
+            self.mora_bank_A[adapter_name] = self.mora_bank_A[original].clone()
+            self.mora_bank_B[adapter_name] = self.mora_bank_B[original].clone()
         elif len(sizes) > 1:  # about to be filled from a file
             device, dtype = self._weight_placement()
             self.mora_bank_A[adapter_name] = torch.zeros(frozen, self.in_features, device=device, dtype=dtype)
@@ -253,37 +259,40 @@ class MoraLinear(RoutedLinear):
             yield from zip(bank_A.split(sizes), bank_B.split(sizes, dim=1), strict=True)
         yield self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight
 
-    def parts(self, adapter_name: str) -> tuple[list[Block], LeanGate]:
-        blocks = [Block(A, B) for A, B in self._stored(adapter_name)]
-        gate = self.mora_gate[adapter_name]
-        if gate.routing == "dense":
-            return blocks, DENSE
-        joint = gate.routing == "bank"
-        top_k = [gate.top_k] if joint else [*self.mora_frozen_top_k[adapter_name], gate.top_k]
-        threshold = 0.0 if self.training else gate.threshold
+    def parts(self, adapter_name: str) -> Parts:
+        As, Bs = zip(*self._stored(adapter_name), strict=True)
+        return Parts([Weight(A) for A in As], [Weight(B) for B in Bs], self._gate(adapter_name))
+
+    def _gate(self, adapter_name: str) -> Gate:
+        rule = self.mora_rule[adapter_name]
+        if rule.routing == "dense":
+            return NO_GATE
+        joint = rule.routing == "bank"
+        top_k = [rule.top_k] if joint else [*self.mora_frozen_top_k[adapter_name], rule.top_k]
+        threshold = 0.0 if self.training else rule.threshold
         sizes = self.mora_sizes[adapter_name] if joint else None
-        return blocks, SoftmaxGate(top_k, gate.temperature, threshold, sizes, self.counting(adapter_name))
+        return SoftmaxGate(top_k, rule.temperature, threshold, sizes, self.counting(adapter_name))
 
     def is_routed(self, adapter_name: str) -> bool:
-        return self.mora_gate[adapter_name].routing != "dense"
+        return self.mora_rule[adapter_name].routing != "dense"
 
     def expert_count(self, adapter_name: str) -> int:
         return sum(self.mora_sizes[adapter_name])
 
     def top_k(self, adapter_name: str) -> int:
-        return self.mora_gate[adapter_name].top_k
+        return self.mora_rule[adapter_name].top_k
 
     def set_top_k(self, adapter_name: str, k: int) -> None:
         """K of the task in training ("bank": of all experts together); frozen blocks keep theirs."""
-        self.mora_gate[adapter_name] = self.mora_gate[adapter_name]._replace(top_k=k)
+        self.mora_rule[adapter_name] = self.mora_rule[adapter_name]._replace(top_k=k)
 
     def choices(self, adapter_name: str) -> int:
         sizes = self.mora_sizes[adapter_name]
-        experts = sizes[-1] if self.mora_gate[adapter_name].routing == "task" else sum(sizes)
+        experts = sizes[-1] if self.mora_rule[adapter_name].routing == "task" else sum(sizes)
         return min(experts, self.r[adapter_name])
 
     def fixed_experts(self, adapter_name: str) -> int:
-        if self.mora_gate[adapter_name].routing != "task":
+        if self.mora_rule[adapter_name].routing != "task":
             return 0
         frozen = zip(self.mora_sizes[adapter_name][:-1], self.mora_frozen_top_k[adapter_name], strict=True)
         return sum(min(size, k) for size, k in frozen)
@@ -291,18 +300,39 @@ class MoraLinear(RoutedLinear):
     def block_fields(self, adapter_name: str) -> dict[str, list[int] | None]:
         sizes, frozen = self.mora_sizes[adapter_name], self.mora_frozen_top_k[adapter_name]
         differs = any(k != self.top_k(adapter_name) for k in frozen)
-        by_task = self.mora_gate[adapter_name].routing == "task"
+        by_task = self.mora_rule[adapter_name].routing == "task"
         return {
             "block_sizes": list(sizes) if any(size != self.r[adapter_name] for size in sizes) else None,
             "frozen_top_k": list(frozen) if by_task and differs else None,
         }
 
     def is_static(self, adapter_name: str) -> bool:
-        return self.mora_gate[adapter_name].routing == "dense"
+        return self.mora_rule[adapter_name].routing == "dense"
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         A, B = zip(*self.blocks(adapter_name), strict=True)
         return torch.cat(A).detach().float(), torch.cat(B, dim=1).detach().float()
+
+    def trained(self, adapter_name: str) -> Trained | None:
+        A, B = self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight
+        past = (self.mora_bank_A[adapter_name],) if adapter_name in self.mora_bank_A else ()
+        return Trained(A, B, past) if A.requires_grad or B.requires_grad else None
+
+    def fit_file(self, adapter_name: str, tensors: dict[str, Tensor], config: Any, module_name: str) -> bool:
+        """PEFT would load what fits and drop the frozen experts without a word."""
+        if "mora_A.weight" not in tensors:
+            return False
+        *frozen, trainable = self.mora_sizes[adapter_name]
+        found = [len(tensors.get("mora_bank_A", ())), len(tensors["mora_A.weight"])]
+        room = [sum(frozen), trainable]
+        if found != room:
+            raise ValueError(
+                f"The file has {found[0]} frozen and {found[1]} trainable experts in module {module_name!r}, the "
+                f"adapter {adapter_name!r} has {room[0]} and {room[1]} (its tasks: {', '.join(config.tasks)}). Open "
+                "the folder with PeftModel.from_pretrained, which reads its config. To resume a run, build the model "
+                "as that run did: load the adapter of the earlier tasks and call start_task."
+            )
+        return False
 
     @torch.no_grad()
     def grow(self, adapter_name: str) -> None:
@@ -320,16 +350,16 @@ class MoraLinear(RoutedLinear):
         for fresh in (self.mora_A[adapter_name], self.mora_B[adapter_name]):
             fresh.to(old.device, old.dtype).requires_grad_(adapter_name in self.active_adapters)
 
-    def without(self, adapter_name: str, kept: Tensor) -> tuple[list[int], list[Tensor]]:
-        """The weights that `keep` puts in place, computed without touching a thing.
+    def without(self, adapter_name: str, stays: Tensor) -> tuple[list[int], list[Tensor]]:
+        """The weights that `put` puts in place, computed without touching a thing.
 
         Args:
-            kept: (R,) bool on the CPU, which experts stay, in the order of `blocks`.
+            stays: (R,) bool on the CPU, which experts stay, in the order of `blocks`.
 
         Returns:
             Experts left of each task; A and B of the trainable block, then, if there is a bank, its A and B.
         """
-        masks = kept.split(self.mora_sizes[adapter_name])
+        masks = stays.split(self.mora_sizes[adapter_name])
         parts = [(self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight, masks[-1])]
         if adapter_name in self.mora_bank_A:
             frozen = torch.cat(masks[:-1])
@@ -340,7 +370,7 @@ class MoraLinear(RoutedLinear):
         ]
         return [int(mask.sum()) for mask in masks], tensors
 
-    def keep(self, adapter_name: str, sizes: list[int], tensors: list[Tensor]) -> None:
+    def put(self, adapter_name: str, sizes: list[int], tensors: list[Tensor]) -> None:
         """Go on with the experts that `without` has picked out, which are new parameters."""
         A, B, *bank = tensors
         trainable = self.mora_A[adapter_name].weight.requires_grad
@@ -358,35 +388,6 @@ class MoraModel(AdapterModel):
 
     prefix = "mora_"
     tuner_layer_cls = MoraLinear
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """PEFT's remapping, for a file whose experts are those that the adapter has room for.
-
-        Raises:
-            ValueError: they are not. PEFT would load what fits and drop the frozen experts without a word.
-        """
-        state = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        for name, layer in model.named_modules():
-            A = state.get(f"{name}.mora_A.{adapter_name}.weight")
-            if not isinstance(layer, MoraLinear) or adapter_name not in layer.r or A is None:
-                continue
-            bank = state.get(f"{name}.mora_bank_A.{adapter_name}")
-            if bank is None:  # not remapped where the adapter has none
-                checkpoint_name = name if name.startswith("base_model.model.") else f"base_model.model.{name}"
-                bank = state.get(f"{checkpoint_name}.mora_bank_A")
-            found = [0 if bank is None else len(bank), len(A)]
-            room = [sum(layer.mora_sizes[adapter_name][:-1]), layer.mora_sizes[adapter_name][-1]]
-            if found != room:
-                raise ValueError(
-                    f"The file has {found[0]} frozen and {found[1]} trainable experts in module {name!r}, the adapter "
-                    f"{adapter_name!r} has {room[0]} and {room[1]} (its tasks: {', '.join(config.tasks)}). Open the "
-                    "folder with PeftModel.from_pretrained, which reads its config. To resume a run, build the model "
-                    "as that run did: load the adapter of the earlier tasks and call start_task."
-                )
-        return state
 
 
 @dataclass(frozen=True)

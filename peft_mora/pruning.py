@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import AdapterLinear, check_field, eval_mode, is_number
-from .mora import MoraLinear
-from .usage import Usage, expert_usage, record_routing, routed_layers
+from .base import AdapterLinear
+from .checks import check_field, is_number
+from .inputs import eval_mode
+from .routed import record_routing, routed_layers
+from .usage import Usage, expert_usage
 
 
 class PruneSummary(dict[str, int]):
@@ -55,16 +57,13 @@ def prune_experts(
         A `PruneSummary`, which is {module name: experts deleted}; `print` it.
 
     Raises:
-        ValueError: no routing, a FLYLORA adapter, a merged one, or nothing counted. Nothing is changed then.
+        ValueError: no routing, a method whose experts cannot be deleted, a merged adapter, or nothing counted. Nothing
+            is changed then.
     """
     check_field(is_number(below) and 0 < below <= 1, "below", below, "a number in (0, 1]")
-    routed = routed_layers(model, adapter_name)
-    layers = {name: layer for name, layer in routed.items() if isinstance(layer, MoraLinear)}
-    if len(layers) < len(routed):
-        raise ValueError(
-            f"Adapter {adapter_name!r} is FLYLORA: its frozen projection comes from the seed with all of its experts. "
-            "Lower `top_k` to wake fewer of them, or train with a smaller r."
-        )
+    layers: dict[str, Any] = routed_layers(model, adapter_name)
+    if refusal := next((layer.prune_refusal for layer in layers.values() if layer.prune_refusal), ""):
+        raise ValueError(f"Cannot prune adapter {adapter_name!r}: {refusal}")
     if any(layer.merged for layer in model.modules() if isinstance(layer, AdapterLinear)):
         raise ValueError("Cannot prune while an adapter is merged: call model.unmerge_adapter() first.")
     usage = expert_usage(model, adapter_name)
@@ -73,7 +72,7 @@ def prune_experts(
     parts = {name: layer.without(adapter_name, usage[name] >= below) for name, layer in layers.items()}
     experts = {name: layer.expert_count(adapter_name) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.keep(adapter_name, *parts[name])
+        layer.put(adapter_name, *parts[name])
     record_routing(model, adapter_name)
     after = _outputs(model, batches, layers, adapter_name)
     change = None
@@ -85,7 +84,7 @@ def prune_experts(
 
 
 def _outputs(
-    model: nn.Module, batches: list[Mapping[str, Any]], layers: Mapping[str, MoraLinear], adapter_name: str
+    model: nn.Module, batches: list[Mapping[str, Any]], layers: Mapping[str, Any], adapter_name: str
 ) -> list[Tensor]:
     """Outputs at the real tokens, float64 on the CPU, in eval mode and uncounted."""
     found = []

@@ -16,7 +16,8 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import AdapterConfig, AdapterLinear, AdapterModel, check_field, is_int
+from .base import AdapterConfig, AdapterLinear, AdapterModel
+from .checks import check_field, is_int
 
 
 @dataclass
@@ -92,11 +93,11 @@ class SeededLinear(AdapterLinear):
         """The tensors of `projection_names`, on the CPU, from `config.seed`; zeros of the right shape for None."""
         raise NotImplementedError
 
-    def create_projection(self, adapter_name: str, config: Any, module_name: str, twin: str | None) -> None:
-        """Put the projection of a new adapter in place: drawn, or copied from its twin, which may have no seed."""
+    def create_projection(self, adapter_name: str, config: Any, module_name: str, original: str | None) -> None:
+        """Put the projection of a new adapter in place: drawn, or its original's, which may have no seed."""
         drawn = (
-            self.projection(twin)
-            if twin is not None and twin in self.r
+            self.projection(original)
+            if original is not None and original in self.r
             else self.draw_projection(adapter_name, config, module_name)
         )
         self.set_projection(adapter_name, tuple(tensor.clone() for tensor in drawn))
@@ -110,9 +111,26 @@ class SeededLinear(AdapterLinear):
             getattr(self, name)[adapter_name] = tensor.to(device)
         getattr(self, f"{self.prefix}checksum")[adapter_name] = checksum(*tensors).to(device)
 
+    def fit_file(self, adapter_name: str, tensors: dict[str, Tensor], config: Any, module_name: str) -> bool:
+        """Put in what the seed draws where the file left it out, and check that it is what the file was made with."""
+        expected = tensors.get(f"{self.prefix}checksum")
+        if expected is None:
+            return False
+        drawn = zip(self.projection_names, self.projection(adapter_name), strict=True)
+        found = int(checksum(*(tensors.setdefault(name, tensor) for name, tensor in drawn)))
+        if found != int(expected):
+            raise ValueError(
+                f"The projection A of module {module_name!r} is not the one that this adapter was trained with: its "
+                f"checksum is {found}, the file says {int(expected)}. The file is damaged, or it was saved with "
+                f"save_projection=False and the seed (here {config.seed}) or the module's name in the model has "
+                "changed since. Load it into the model class that it was trained with, or save it again there with "
+                "save_projection=True."
+            )
+        return False
+
 
 class SeededModel(AdapterModel):
-    """Leaves the projection out of the file where the config says so, and checks it on load."""
+    """Leaves the projection out of the file where the config says so."""
 
     tuner_layer_cls: type[SeededLinear]
 
@@ -123,32 +141,3 @@ class SeededModel(AdapterModel):
             return state
         endings = tuple(f".{name}.{adapter_name}" for name in cls.tuner_layer_cls.projection_names)
         return {key: value for key, value in state.items() if not key.endswith(endings)}
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """PEFT's remapping, with what the seed draws put in where the file left it out.
-
-        Raises:
-            ValueError: the file's checksum is not that of the projection; names the module and what to do.
-        """
-        state = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=dict(state_dict)
-        )
-        for module_name, layer in model.named_modules():
-            if not isinstance(layer, cls.tuner_layer_cls) or adapter_name not in layer.r:
-                continue
-            keys = [f"{module_name}.{name}.{adapter_name}" for name in layer.projection_names]
-            expected = state.get(f"{module_name}.{layer.prefix}checksum.{adapter_name}")
-            if expected is None:  # no file of ours, or a module that the file does not have: PEFT reports it missing
-                continue
-            drawn = layer.projection(adapter_name)
-            tensors = tuple(state.setdefault(key, tensor) for key, tensor in zip(keys, drawn, strict=True))
-            if int(checksum(*tensors)) != int(expected):
-                raise ValueError(
-                    f"The projection A of module {module_name!r} is not the one that this adapter was trained with: "
-                    f"its checksum is {int(checksum(*tensors))}, the file says {int(expected)}. The file is damaged, "
-                    f"or it was saved with save_projection=False and the seed (here {config.seed}) or the module's "
-                    "name in the model has changed since. Load it into the model class that it was trained with, or "
-                    "save it again there with save_projection=True."
-                )
-        return state

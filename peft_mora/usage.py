@@ -1,165 +1,22 @@
-"""Routed layers: how many experts a token may wake, and which ones it does.
+"""Which experts act: counters that are on a layer only while something counts.
 
-MORA and FLYLORA share this one small interface: K of each module in the config (`top_k_pattern`), read and set on the
-layer, and counters that are there only while something counts. The counters are plain tensors and no buffers of the
-model: DDP broadcasts buffers, which would overwrite the counts of every process but the first.
+They are plain tensors and no buffers of the model: DDP broadcasts buffers, which would overwrite the counts of every
+process but the first.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .base import AdapterConfig, AdapterLinear, check_field, is_int, is_names, matching_key
-
-
-@dataclass
-class RoutedConfig(AdapterConfig):
-    """Fields of a method that chooses among its experts token by token."""
-
-    top_k_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Module name or regular expression -> K, where it is not `top_k`; the longest match counts."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pattern = self.top_k_pattern
-        ok = isinstance(pattern, dict) and is_names(list(pattern))
-        check_field(ok, "top_k_pattern", pattern, "a dict with module names or regular expressions as keys")
-        largest = max([self.r, *self.rank_pattern.values()])
-        for key, k in self.top_k_pattern.items():
-            check_field(
-                is_int(k) and 1 <= k <= largest,
-                f"top_k_pattern[{key!r}]",
-                k,
-                f"an integer from 1 to r (here {largest})",
-            )
-
-
-def module_top_k(config: Any, module_name: str, r: int) -> int:
-    """K of one module: what `top_k_pattern` says of it, else `top_k` or r."""
-    key = matching_key(config.top_k_pattern, module_name)
-    k = config.top_k_pattern.get(key, config.top_k or r)
-    check_field(k <= r, f"top_k_pattern[{key!r}]", k, f"<= r of module {module_name!r}, which is {r}")
-    return k
-
-
-class RoutedLinear(AdapterLinear):
-    """A layer whose experts are chosen token by token."""
-
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        super().__init__(base_layer, **kwargs)
-        self.usage: dict[str, Usage] = {}  # adapter name -> counters; empty unless something counts
-
-    def is_routed(self, adapter_name: str) -> bool:
-        """Whether the adapter chooses among its experts at all."""
-        return True
-
-    def expert_count(self, adapter_name: str) -> int:
-        """R, frozen experts counted."""
-        return self.r[adapter_name]
-
-    def top_k(self, adapter_name: str) -> int:
-        raise NotImplementedError
-
-    def set_top_k(self, adapter_name: str, k: int) -> None:
-        """Change K on the layer alone; `set_top_k` of this module does it for a model and writes the config."""
-        raise NotImplementedError
-
-    def choices(self, adapter_name: str) -> int:
-        """How many experts `top_k` chooses among, and so the largest K that means anything."""
-        return self.r[adapter_name]
-
-    def fixed_experts(self, adapter_name: str) -> int:
-        """Experts that a token wakes in this layer whatever `top_k` is: those of frozen blocks."""
-        return 0
-
-    def block_fields(self, adapter_name: str) -> dict[str, list[int] | None]:
-        """What the config says of this module alone, by field; None where the default says it."""
-        return {}
-
-    def counting(self, adapter_name: str) -> Usage | None:
-        """The counters, if this very forward is to be counted."""
-        usage = self.usage.get(adapter_name)
-        return usage if usage is not None and usage.meter.is_open else None
-
-
-def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, RoutedLinear]:
-    """The routed layers that hold the adapter, by name in `model`.
-
-    Raises:
-        ValueError: no such adapter, or one without routing; the message says which configs have it.
-    """
-    layers = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, RoutedLinear) and adapter_name in m.r and m.is_routed(adapter_name)
-    }
-    if not layers:
-        configs = getattr(model, "peft_config", {})
-        if adapter_name in configs:
-            config = configs[adapter_name]
-            kind = str(getattr(config.peft_type, "value", config.peft_type))
-            kind += f" with routing={config.routing!r}" if hasattr(config, "routing") else ""
-            what = f"Adapter {adapter_name!r} ({kind}) has no routing: every token wakes all of its experts."
-        else:
-            what = f"The model has no adapter named {adapter_name!r}; it has {sorted(configs) or 'none'}."
-        raise ValueError(
-            f"{what} Budgets and expert usage need MoraConfig(routing='task'), MoraConfig(routing='bank') or "
-            "FlyLoraConfig."
-        )
-    return layers
-
-
-def set_top_k(model: nn.Module, top_k: dict[str, int], adapter_name: str = "default") -> None:
-    """Set K of the given modules (names as in `routed_layers`) and write it into the adapter's config.
-
-    Raises:
-        ValueError: no routing, a module that is none of its layers, or a K outside 1..r. Nothing is changed then.
-    """
-    layers = routed_layers(model, adapter_name)
-    for name, k in top_k.items():
-        if name not in layers:
-            raise ValueError(f"Module {name!r} has no routed adapter {adapter_name!r}.")
-        r = layers[name].r[adapter_name]
-        check_field(is_int(k) and 1 <= k <= r, f"top_k[{name!r}]", k, f"an integer from 1 to r (here {r})")
-    if all(layers[name].top_k(adapter_name) == k for name, k in top_k.items()):
-        return
-    for name, k in top_k.items():
-        layers[name].set_top_k(adapter_name, k)
-    record_routing(model, adapter_name)
-
-
-def record_routing(model: Any, adapter_name: str) -> None:
-    """Write what the layers hold into the adapter's config, into a copy of it: a twin may share the object."""
-    config = copy.deepcopy(model.peft_config[adapter_name])
-    layers = [m for m in model.modules() if isinstance(m, RoutedLinear) and adapter_name in m.r]
-    top_k = {layer.module_names[adapter_name]: layer.top_k(adapter_name) for layer in layers}
-    ranks = {layer.module_names[adapter_name]: layer.r[adapter_name] for layer in layers}
-    if any(module_top_k(config, name, ranks[name]) != k for name, k in top_k.items()):
-        differs = any(k != (config.top_k or ranks[name]) for name, k in top_k.items())
-        config.top_k_pattern = top_k if differs else {}
-    fields: dict[str, dict[str, list[int]]] = {}
-    for layer in layers:
-        for name, value in layer.block_fields(adapter_name).items():
-            entries = fields.setdefault(name, {})
-            if value is not None:
-                entries[layer.module_names[adapter_name]] = value
-    for name, entries in fields.items():
-        setattr(config, name, entries)
-    model.peft_config[adapter_name] = config
+from .routed import routed_layers
 
 
 class RealTokens(NamedTuple):
@@ -178,6 +35,14 @@ class Usage:
         self.hits = meter.fresh[place.start : place.stop - 1]
         self.tokens = meter.fresh[place.stop - 1]
         self.entropy = meter.pending_entropy[index]
+
+    @property
+    def is_open(self) -> bool:
+        return self.meter.is_open
+
+    @property
+    def needed(self) -> bool:
+        return self.meter.need
 
     @torch.no_grad()
     def add(self, weights: Tensor) -> None:

@@ -152,7 +152,7 @@ def memory(method: str, args: argparse.Namespace) -> dict[str, float]:
     events = [e for e in callback.profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     step = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
     state = [t for s in trainer.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.dim()]
-    made = [d.A for m in trainer.model.modules() for d in getattr(m, "flylora_dense", {}).values()]
+    made = [d.A for m in trainer.model.modules() for d in getattr(m, "flylora_made", {}).values()]
     weights = [*trainer.model.parameters(), *trainer.model.buffers(), *made]
     still = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*weights, *state)}.values())
     return {

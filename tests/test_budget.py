@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, expert_usage, start_task
-from peft_mora.usage import routed_layers
+from peft_mora.routed import routed_layers
 from trl_callbacks import ActivationBudgetCallback
 from trl_callbacks.budget import annealed, divide, usage_metrics
 
@@ -359,7 +359,7 @@ def test_a_budget_that_the_adapter_cannot_have_is_refused(llama_folder, tmp_path
     ):
         with pytest.raises(ValueError, match=match):
             trainer(llama_folder, tmp_path, callback, config()).train()
-    with pytest.raises(ValueError, match="`prune_below` is for MORA"):
+    with pytest.raises(ValueError, match="`prune_below` cannot be had here: the frozen projection of FLYLORA"):
         callback = ActivationBudgetCallback(2, prune_below=0.1)
         trainer(llama_folder, tmp_path, callback, config("flylora")).train()
 

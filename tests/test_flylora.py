@@ -89,7 +89,7 @@ def test_every_row_of_a_has_the_same_number_of_entries_of_the_right_size():
         assert values.shape == index.shape == (32, p)
         assert all(len(set(row.tolist())) == p for row in index)
         assert abs(values.std() * 32 - 1) < 0.15
-        assert torch.equal((layer.dense_A("default", torch.float32) != 0).sum(1), (values != 0).sum(1))
+        assert torch.equal((layer.matrix_A("default", torch.float32) != 0).sum(1), (values != 0).sum(1))
 
 
 def test_magnitude_keeps_more_of_a_gaussian_s_energy_than_sign():
@@ -237,7 +237,7 @@ def test_balancing_spreads_the_load():
     x = torch.randn(512, 32) + 1.0  # an offset in the data makes some experts popular
 
     def imbalance() -> float:
-        h = x @ layer.dense_A("default", torch.float32).T
+        h = x @ layer.matrix_A("default", torch.float32).T
         chosen = torch.bincount(select_by_magnitude(h, layer.flylora_offset["default"], 2).flatten(), minlength=8)
         return (chosen.float().std() / chosen.float().mean()).item()
 

@@ -15,74 +15,134 @@ from torch import nn
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, lean, record_usage
 from peft_mora.base import AdapterLinear
 from peft_mora.flylora import Columns, SelectionGate
-from peft_mora.lean import DENSE, Base, Block, add_update, plain_add_update
-from peft_mora.lori import Packed
+from peft_mora.lean import NO_GATE, Base, Gate, Parts, Weight, add_update, plain_add_update
 from peft_mora.mora import SoftmaxGate
+from peft_mora.packed import Packed
+
+
+def pairs(*blocks, gate=NO_GATE):
+    """Parts of A, B, A, B, ..: weights, or tensors that are taken as they are."""
+    weights = [w if isinstance(w, Weight) else Weight(w) for w in blocks]
+    return Parts(weights[::2], weights[1::2], gate)
 
 
 def case_dense(new):
-    return [Block(new(5, 13), new(11, 5))], DENSE
+    return pairs(new(5, 13), new(11, 5))
 
 
 def case_dense_frozen_A(new):
-    return [Block(new(5, 13).requires_grad_(False), new(11, 5))], DENSE
+    return pairs(new(5, 13).requires_grad_(False), new(11, 5))
 
 
 def case_dense_bank(new):
-    bank = Block(new(4, 13).requires_grad_(False), new(11, 4).requires_grad_(False))
-    return [bank, Block(new(5, 13), new(11, 5))], DENSE
+    bank = new(4, 13).requires_grad_(False), new(11, 4).requires_grad_(False)
+    return pairs(*bank, new(5, 13), new(11, 5))
 
 
 def case_softmax(new):
-    return [Block(new(5, 13), new(11, 5))], SoftmaxGate([5], 0.3, 0.0, None, None)
+    return pairs(new(5, 13), new(11, 5), gate=SoftmaxGate([5], 0.3, 0.0, None, None))
 
 
 def case_softmax_top_k(new):
-    return [Block(new(5, 13), new(11, 5))], SoftmaxGate([2], 0.3, 0.0, None, None)
+    return pairs(new(5, 13), new(11, 5), gate=SoftmaxGate([2], 0.3, 0.0, None, None))
 
 
 def case_softmax_threshold(new):
-    return [Block(new(5, 13), new(11, 5))], SoftmaxGate([4], 0.3, 0.2, None, None)
+    return pairs(new(5, 13), new(11, 5), gate=SoftmaxGate([4], 0.3, 0.2, None, None))
 
 
 def case_softmax_by_task(new):
     """Two frozen blocks, one of them pruned to nothing."""
-    frozen = [Block(new(r, 13).requires_grad_(False), new(11, r).requires_grad_(False)) for r in (3, 0)]
-    return [*frozen, Block(new(5, 13), new(11, 5))], SoftmaxGate([2, 2, 3], 0.3, 0.0, None, None)
+    frozen = [t.requires_grad_(False) for r in (3, 0) for t in (new(r, 13), new(11, r))]
+    return pairs(*frozen, new(5, 13), new(11, 5), gate=SoftmaxGate([2, 2, 3], 0.3, 0.0, None, None))
 
 
 def case_softmax_bank(new):
     """One softmax over frozen and trainable experts: the gradient couples them."""
-    frozen = Block(new(3, 13).requires_grad_(False), new(11, 3).requires_grad_(False))
-    return [frozen, Block(new(5, 13), new(11, 5))], SoftmaxGate([4], 0.3, 0.0, [3, 5], None)
+    frozen = new(3, 13).requires_grad_(False), new(11, 3).requires_grad_(False)
+    return pairs(*frozen, new(5, 13), new(11, 5), gate=SoftmaxGate([4], 0.3, 0.0, [3, 5], None))
 
 
 def case_selection(new):
-    return [Block(new(7, 13).requires_grad_(False), new(11, 7))], SelectionGate(
-        "magnitude", 2, torch.linspace(-0.3, 0.3, 7), None, None
-    )
+    gate = SelectionGate("magnitude", 2, torch.linspace(-0.3, 0.3, 7), None, None)
+    return pairs(new(7, 13).requires_grad_(False), new(11, 7), gate=gate)
 
 
 def case_selection_of_most(new):
     """6 of 7: values and indices would be more than all of h."""
-    return [Block(new(7, 13).requires_grad_(False), new(11, 7))], SelectionGate(
-        "signed", 6, torch.zeros(7), None, None
-    )
+    gate = SelectionGate("signed", 6, torch.zeros(7), None, None)
+    return pairs(new(7, 13).requires_grad_(False), new(11, 7), gate=gate)
 
 
 def case_sparse_A(new):
     index = torch.tensor([[0, 4, 12], [1, 2, 3], [5, 6, 11], [0, 7, 8]], dtype=torch.int32)
-    values = new(4, 3).requires_grad_(False)
-    return [Block(values, new(11, 4), A_form=Columns(index, 13))], SelectionGate(
-        "magnitude", 2, torch.zeros(4), None, None
-    )
+    A = Weight(new(4, 3).requires_grad_(False), Columns(index, 13))
+    return pairs(A, new(11, 4), gate=SelectionGate("magnitude", 2, torch.zeros(4), None, None))
 
 
 def case_packed_B(new):
     """With entries frozen by an earlier task."""
     places = torch.randperm(55, generator=torch.Generator().manual_seed(1))
     form = Packed((11, 5), places[:9], places[9:14], torch.linspace(-1, 1, 5))
-    return [Block(new(5, 13).requires_grad_(False), new(9), B_form=form)], DENSE
+    return pairs(new(5, 13).requires_grad_(False), Weight(new(9), form))
+
+
+class LearnedRouter(Gate):
+    """u = softmax(x Wᵀ) · (x Aᵀ): two downs, one up."""
+
+    def plain(self, hs):
+        h, scores = hs
+        return [h * scores.softmax(-1)]
+
+    def forward(self, hs, tensors, shape, wanted):
+        h, scores = hs
+        return [h * scores.softmax(-1)], [h, scores]
+
+    def backward(self, saved, tensors, grads, wanted):
+        (h, scores), (du,) = saved, grads
+        p = scores.softmax(-1)
+        if du is None:
+            return [h * p], [None, None], ()
+        dp = du * h
+        return [h * p], [du * p, p * (dp - (p * dp).sum(-1, keepdim=True))], ()
+
+
+class Mixture(Gate):
+    """u_j = softmax(w)_j · (x Aᵀ): one down, several ups, and weights of the gate's own that train."""
+
+    def __init__(self, w):
+        self.tensors = [w]
+
+    def plain(self, hs):
+        return [hs[0] * share for share in self.tensors[0].softmax(0)]
+
+    def forward(self, hs, tensors, shape, wanted):
+        return [hs[0] * share for share in tensors[0].softmax(0).to(hs[0].dtype)], [hs[0]]
+
+    def backward(self, saved, tensors, grads, wanted):
+        (h,), p = saved, tensors[0].softmax(0)
+        us = [h * share for share in p.to(h.dtype)]
+        if grads[0] is None:
+            return us, [None], [None]
+        dh = sum(du * share for du, share in zip(grads, p.to(h.dtype), strict=True))
+        dp = torch.stack([(du * h).sum() for du in grads]).to(p.dtype)
+        return us, [dh], [p * (dp - (p * dp).sum()) if wanted.gate[0] else None]
+
+
+def case_learned_router(new):
+    A, W, B = new(5, 13), new(5, 13), new(11, 5)
+    return Parts([Weight(A), Weight(W)], [Weight(B)], LearnedRouter())
+
+
+def case_several_ups(new):
+    ups = [Weight(new(11, 5)) for _ in range(3)]
+    return Parts([Weight(new(5, 13))], ups, Mixture(new(3)))
+
+
+def case_several_ups_on_a_frozen_A(new):
+    """Of which one is frozen: the mixing weights need the ups' gradients all the same."""
+    ups = [Weight(new(11, 5)), Weight(new(11, 5).requires_grad_(False))]
+    return Parts([Weight(new(5, 13).requires_grad_(False))], ups, Mixture(new(2)))
 
 
 CASES = {name.removeprefix("case_"): case for name, case in globals().items() if name.startswith("case_")}
@@ -104,12 +164,13 @@ class Problem:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
         self.W = new(11, 13).requires_grad_(False)
-        self.blocks, self.gate = case(new)
+        self.parts = case(new)
         self.x, self.g = new(*shape), new(*shape[:-1], 11).requires_grad_(False)
-        self.weights = [t for block in self.blocks for t in (block.A, block.B) if t.requires_grad]
+        self.own = [*(w.values for w in (*self.parts.downs, *self.parts.ups)), *self.parts.gate.tensors]
+        self.weights = [t for t in self.own if t.requires_grad]
 
     def run(self, add, *args):
-        y = add(self.x @ self.W.T, self.x, self.blocks, self.gate, 1.7, *args)
+        y = add(self.x @ self.W.T, self.x, *self.parts, 1.7, *args)
         return [y, *torch.autograd.grad(y, [self.x, *self.weights], self.g)]
 
 
@@ -125,7 +186,7 @@ def test_the_gradient_passes_gradcheck(case):
     problem = Problem(case, (4, 13))
 
     def f(x, *weights):
-        return add_update(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7, 0.0, True)
+        return add_update(x @ problem.W.T, x, *problem.parts, 1.7, 0.0, True)
 
     assert torch.autograd.gradcheck(f, (problem.x, *problem.weights))
 
@@ -134,7 +195,7 @@ def test_a_base_outside_of_autograd_gives_the_same_gradients(case):
     problem = Problem(case)
     want = problem.run(plain_add_update)
     y0 = (problem.x @ problem.W.T).detach()
-    y = add_update(y0, problem.x, problem.blocks, problem.gate, 1.7, 0.0, True, Base(problem.W))
+    y = add_update(y0, problem.x, *problem.parts, 1.7, 0.0, True, Base(problem.W))
     assert y.data_ptr() == y0.data_ptr()
     got = [y, *torch.autograd.grad(y, [problem.x, *problem.weights], problem.g)]
     for w, g in zip(want, got, strict=True):
@@ -149,12 +210,8 @@ def test_rounding_stays_within_the_dtype_s(case, dtype, tolerance):
     exact = Problem(case, (10, 19, 13), dtype)
     exact.W, exact.g = exact.W.double(), exact.g.double()
     exact.x = exact.x.detach().double().requires_grad_()
-    exact.blocks = [
-        block._replace(**{k: getattr(block, k).detach().double().requires_grad_(getattr(block, k).requires_grad)
-                          for k in ("A", "B")})
-        for block in exact.blocks
-    ]  # fmt: skip
-    exact.weights = [t for block in exact.blocks for t in (block.A, block.B) if t.requires_grad]
+    for t in exact.own:
+        t.data = t.data.double()
     results = zip(low.run(add_update, 0.0, True), exact.run(plain_add_update), strict=True)
     for i, (got, want) in enumerate(results):
         error = (got.double() - want).abs() / want.abs().max()
@@ -167,13 +224,13 @@ def test_in_the_absence_of_gradients_the_result_is_the_same(case):
     problem = Problem(case)
     (want, *_) = problem.run(plain_add_update)
     with torch.no_grad():
-        got = add_update(problem.x @ problem.W.T, problem.x, problem.blocks, problem.gate, 1.7)
+        got = add_update(problem.x @ problem.W.T, problem.x, *problem.parts, 1.7)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_second_derivatives_are_refused_with_what_to_do(case):
     problem = Problem(case)
-    y = add_update(problem.x @ problem.W.T, problem.x, problem.blocks, problem.gate, 1.7)
+    y = add_update(problem.x @ problem.W.T, problem.x, *problem.parts, 1.7)
     with pytest.raises(RuntimeError, match=r"first derivatives only.*lean = False"):
         torch.autograd.grad(y.sum(), problem.x, create_graph=True)
 
@@ -184,8 +241,8 @@ def test_weights_are_cast_down_to_the_input(case):
     kept = []
     x = problem.x.detach().bfloat16().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = add_update((x @ problem.W.bfloat16().T), x, problem.blocks, problem.gate, 1.7, 0.0, True)
-    own = {t.untyped_storage().data_ptr() for b in problem.blocks for t in (b.A, b.B)}
+        y = add_update((x @ problem.W.bfloat16().T), x, *problem.parts, 1.7, 0.0, True)
+    own = {t.untyped_storage().data_ptr() for t in problem.own}
     floats = [t for t in kept if t.is_floating_point() and t.untyped_storage().data_ptr() not in own and t.dim() == 2]
     assert y.dtype == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in floats)
     for parameter, grad in zip(problem.weights, torch.autograd.grad(y.sum(), problem.weights), strict=True):
@@ -200,7 +257,7 @@ def of_product(problem, add, after=lambda x: x, *args):
     gate, up = (problem.x.detach() + shift for shift in (0.5, -0.25))
     leaves = [gate.requires_grad_(), up.requires_grad_()]
     x = after(nn.functional.silu(gate) * up)
-    y = add(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7, *args)
+    y = add(x @ problem.W.T, x, *problem.parts, 1.7, *args)
     saved = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None} if add is add_update else set()
     return [y, *torch.autograd.grad(y, [*leaves, *problem.weights], problem.g)], x.data_ptr() in saved
 
@@ -246,7 +303,7 @@ def test_a_factor_that_was_written_into_is_an_error_as_ever():
     problem = Problem(case_dense)
     up = problem.x * 1.5
     x = torch.sigmoid(problem.x) * up
-    y = add_update(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7)
+    y = add_update(x @ problem.W.T, x, *problem.parts, 1.7)
     up.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -256,7 +313,7 @@ def test_a_product_whose_factors_are_freed_is_kept_itself():
     problem = Problem(case_dense)
     x = torch.sigmoid(problem.x) * problem.x
     x.sum().backward()
-    y = add_update(x.detach() @ problem.W.T, x, problem.blocks, problem.gate, 1.7)
+    y = add_update(x.detach() @ problem.W.T, x, *problem.parts, 1.7)
     assert x.data_ptr() in {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
 
 
@@ -270,7 +327,7 @@ def test_hooks_on_saved_tensors_are_not_set_off(product_inside, layer_inside):
     with torch.autograd.graph.saved_tensors_hooks(*hooks) if product_inside else nullcontext():
         x = torch.sigmoid(x) * x
     with torch.autograd.graph.saved_tensors_hooks(*hooks) if layer_inside else nullcontext():
-        y = add_update(x.detach() @ W.T, x, problem.blocks, problem.gate, 1.7)
+        y = add_update(x.detach() @ W.T, x, *problem.parts, 1.7)
     assert not unpacked
     saved = [t for t in y.grad_fn.saved_tensors if t is not None]
     kept = any(torch.equal(t, x) for t in saved if t.shape == x.shape)
@@ -287,13 +344,13 @@ def test_a_product_out_of_a_checkpoint_gives_the_same_gradients(use_reentrant):
         return torch.sigmoid(x) * x
 
     def grads(x):
-        y = add_update(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7)
+        y = add_update(x @ problem.W.T, x, *problem.parts, 1.7)
         return torch.autograd.grad(y, [problem.x, *problem.weights], problem.g)
 
     want = grads(product(problem.x))
     if use_reentrant:  # knows backward() only
         y = torch.utils.checkpoint.checkpoint(product, problem.x, use_reentrant=True)
-        add_update(y @ problem.W.T, y, problem.blocks, problem.gate, 1.7).backward(problem.g)
+        add_update(y @ problem.W.T, y, *problem.parts, 1.7).backward(problem.g)
         got = [problem.x.grad, *(w.grad for w in problem.weights)]
     else:
         got = grads(torch.utils.checkpoint.checkpoint(product, problem.x, use_reentrant=False))
@@ -305,7 +362,7 @@ def test_a_product_out_of_a_checkpoint_gives_the_same_gradients(use_reentrant):
 
 def test_dropout_drops_its_share_and_rescales_the_rest():
     x = torch.ones(400, 50)
-    h = add_update(torch.zeros(400, 50), x, [Block(torch.eye(50), torch.eye(50))], DENSE, 1.0, 0.3)
+    h = add_update(torch.zeros(400, 50), x, *pairs(torch.eye(50), torch.eye(50)), 1.0, 0.3)
     torch.testing.assert_close(h.unique(), torch.tensor([0.0, 1 / 0.7]))
     assert (h == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
 
@@ -315,7 +372,7 @@ def test_the_backward_of_dropout_has_the_forward_s_mask(case):
 
     def f(x, *weights):
         torch.manual_seed(5)
-        return add_update(x @ problem.W.T, x, problem.blocks, problem.gate, 1.7, 0.4, True)
+        return add_update(x @ problem.W.T, x, *problem.parts, 1.7, 0.4, True)
 
     assert torch.autograd.gradcheck(f, (problem.x, *problem.weights))
 

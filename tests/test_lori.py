@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_mora import FlyLoraConfig, LoriConfig, LoriLinear, sparsify
-from peft_mora.lori import unpack_bits
+from peft_mora.packed import unpack_bits
 
 
 def lori(base=None, seed: int = 3, **kwargs) -> PeftModel:
@@ -147,7 +147,7 @@ def test_sparsify_keeps_the_largest_entries_over_all_modules(inputs):
     assert summary.threshold == threshold
     for name, layer in layers(model).items():
         layer.lori_B["default"].weight.data.fill_(1.0)
-        assert torch.equal(layer.dense_B("default", torch.float32) == 1, dense[name].abs() >= threshold)
+        assert torch.equal(layer.matrix_B("default", torch.float32) == 1, dense[name].abs() >= threshold)
         layer.lori_B["default"].weight.data.zero_()
         assert torch.equal(layer.lori_A["default"], before[name])
     assert torch.equal(model.eval()(inputs).logits, tiny_llama()(inputs).logits)  # B restarts from 0
@@ -159,13 +159,13 @@ def test_entries_off_the_mask_stay_zero_under_adamw_with_weight_decay(inputs):
     sparsify(model, 0.8)
     for layer in layers(model).values():
         layer.lori_B["default"].weight.data.fill_(1.0)
-    off = {name: layer.dense_B("default", torch.float32) == 0 for name, layer in layers(model).items()}
+    off = {name: layer.matrix_B("default", torch.float32) == 0 for name, layer in layers(model).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
     for _ in range(3):
         gradients(model, inputs)
         optimizer.step()
     for name, layer in layers(model).items():
-        B = layer.dense_B("default", torch.float32)
+        B = layer.matrix_B("default", torch.float32)
         assert (B[off[name]] == 0).all() and (B[~off[name]] != 1).all()
     state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim() > 0)
     assert state == 2 * model.get_nb_trainable_parameters()[0]
@@ -257,7 +257,7 @@ def test_a_second_task_moves_no_entry_outside_its_own_mask(tmp_path, inputs):
     model = lori()
     sparsify(model, 0.8)
     randomize(model, seed=9)  # task 1 is trained
-    first = {name: layer.dense_B("default", torch.float32).detach() for name, layer in layers(model).items()}
+    first = {name: layer.matrix_B("default", torch.float32).detach() for name, layer in layers(model).items()}
     task1 = model.eval()(inputs).logits
     model.add_adapter("second", LoriConfig(r=4, alpha=8, target_modules="all-linear"))
     model.set_adapter("second")
@@ -271,7 +271,7 @@ def test_a_second_task_moves_no_entry_outside_its_own_mask(tmp_path, inputs):
     moved, kept, overlap = 0, 0, 0
     for name, layer in layers(model).items():
         mask = unpack_bits(layer.lori_mask["second"], layer.size("second")).view(layer.out_features, 4)
-        B = layer.dense_B("second", torch.float32)
+        B = layer.matrix_B("second", torch.float32)
         assert torch.equal(B[~mask], first[name][~mask])
         moved += (B[mask] != first[name][mask]).sum().item()
         kept += mask.sum().item()

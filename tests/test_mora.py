@@ -37,7 +37,7 @@ def grown(routing: str, tasks: int = 3, dtype=torch.float64, **kwargs) -> nn.Mod
 
 def reference(layer: MoraLinear, x, training: bool):
     """The rule of the module docstring, written out, over all experts at once."""
-    gate = layer.mora_gate["default"]
+    gate = layer.mora_rule["default"]
     A = torch.cat([A for A, _ in layer.blocks("default")])
     B = torch.cat([B for _, B in layer.blocks("default")], dim=1)
     h = x @ A.T

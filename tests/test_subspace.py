@@ -8,7 +8,7 @@ from conftest import quantized, tiny_gpt2, tiny_llama
 from peft import get_peft_model
 
 from peft_mora import MoraConfig
-from peft_mora.base import real_rows
+from peft_mora.inputs import real_rows
 from trl_callbacks import subspace as S
 
 

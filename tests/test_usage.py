@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, expert_usage, prune_experts, record_usage, start_task
+from peft_mora.routed import RoutedLinear, routed_layers, set_top_k
 from peft_mora.routing import expert_scores, select_by_magnitude, softmax_gate
-from peft_mora.usage import RoutedLinear, UsageMeter, routed_layers, set_top_k
+from peft_mora.usage import UsageMeter
 
 
 ROUTED = {
@@ -49,11 +50,11 @@ def counts(model) -> dict[str, torch.Tensor]:
 def chosen_by_hand(layer: RoutedLinear, x: torch.Tensor) -> torch.Tensor:
     """(T, R) bool, by the rules of the module docstrings."""
     if hasattr(layer, "flylora_offset"):
-        h = x @ layer.dense_A("default", x.dtype).T
+        h = x @ layer.matrix_A("default", x.dtype).T
         index = select_by_magnitude(h, layer.flylora_offset["default"], layer.top_k("default"))
         return torch.zeros_like(h, dtype=torch.bool).scatter_(-1, index, True)
     hs = [x @ A.T for A, _ in layer.blocks("default")]
-    hs = hs if layer.mora_gate["default"].routing == "task" else [torch.cat(hs, -1)]
+    hs = hs if layer.mora_rule["default"].routing == "task" else [torch.cat(hs, -1)]
     picked = [torch.zeros_like(h, dtype=torch.bool) for h in hs]
     for h, mask in zip(hs, picked, strict=True):
         mask.scatter_(-1, expert_scores(h).topk(layer.top_k("default")).indices, True)
@@ -465,7 +466,7 @@ def test_pruning_is_refused_where_it_is_wrong_and_then_changes_nothing(inputs):
     model = adapted("flylora")
     with record_usage(model):
         model(inputs)
-    with pytest.raises(ValueError, match="is FLYLORA.*top_k"):
+    with pytest.raises(ValueError, match="frozen projection of FLYLORA.*top_k"):
         prune_experts(model)
     model = adapted()
     model.add_adapter("flat", MoraConfig(r=4, routing="dense", target_modules=["q_proj"]))

@@ -16,9 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from peft_mora import expert_usage, prune_experts
-from peft_mora.base import check_field, is_int, is_number
-from peft_mora.mora import MoraLinear
-from peft_mora.usage import UsageMeter, routed_layers, set_top_k
+from peft_mora.checks import check_field, is_int, is_number
+from peft_mora.routed import routed_layers, set_top_k
+from peft_mora.usage import UsageMeter
 
 from .logs import add_to_logs, ahead_of_reporters
 from .usage_report import print_table, write_csv, write_heat_map
@@ -260,11 +260,8 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
     def _check_pruning(self, args: TrainingArguments, layers: dict[str, Any]) -> None:
         if self.prune_below is None:
             return
-        if not all(isinstance(layer, MoraLinear) for layer in layers.values()):
-            raise ValueError(
-                "`prune_below` is for MORA: FLYLORA's frozen projection comes from the seed with all of its experts. "
-                "Leave it out."
-            )
+        if refusal := next((layer.prune_refusal for layer in layers.values() if layer.prune_refusal), ""):
+            raise ValueError(f"`prune_below` cannot be had here: {refusal} Leave it out.")
         if args.deepspeed or args.fsdp:
             raise ValueError(
                 "`prune_below` replaces parameters, which DeepSpeed and FSDP hold in pieces. Leave it out, and call "

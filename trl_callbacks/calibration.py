@@ -7,7 +7,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import sparsify
-from peft_mora.base import adapter_layers, check_field, is_int, is_number
+from peft_mora.base import adapter_layers
+from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.lori import LoriLinear
 
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
-from peft_mora.base import check_field, is_int, is_number
+from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.mora import MoraLinear
 
 from .logs import add_to_logs, ahead_of_reporters, caller_local

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_mora.base import eval_mode, real_rows
+from peft_mora.inputs import eval_mode, real_rows
 
 
 # Linear algebra

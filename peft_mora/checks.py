@@ -1,0 +1,32 @@
+"""Refuse a value by name. Knows nothing of anything else here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def check_field(ok: bool, name: str, value: Any, rule: str) -> None:
+    """Refuse a config value.
+
+    Raises:
+        ValueError: `ok` is false; the message names the field, the value and the rule it breaks.
+    """
+    if not ok:
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
+
+
+def is_indices(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(is_int(index) and index >= 0 for index in value)

@@ -1,0 +1,101 @@
+"""LoRI-D to LoRI-S: keep the entries of B that matter, over all modules together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .base import adapter_layers
+from .checks import check_field, is_number
+from .lori import LoriLinear, record_form, share_projection
+
+
+@dataclass(frozen=True)
+class SparsitySummary:
+    """What `sparsify` did: entries of B kept and in all, the global threshold on |B|, share kept by module (0..1)."""
+
+    kept: int
+    total: int
+    threshold: float
+    share: dict[str, float]
+
+    def __str__(self) -> str:
+        low, high = min(self.share.values()), max(self.share.values())
+        return (
+            f"{self.kept:,} of {self.total:,} entries of B kept (|B| >= {self.threshold:.3g}), "
+            f"{low:.1%} to {high:.1%} a module"
+        )
+
+
+@torch.no_grad()
+def sparsify(
+    model: nn.Module, sparsity: float = 0.9, adapter_name: str = "default", onto: str | None = None
+) -> SparsitySummary:
+    """Turn a calibrated LoRI-D adapter into LoRI-S: keep the largest entries of B over all modules, restarted at 0.
+
+    A stays what it is. B is packed from here on, so its parameters are new objects: make a new optimizer (or use
+    `LoriCalibrationCallback`, which does all of this inside one training run).
+
+    Args:
+        model: a PeftModel, or any model with an injected LORI adapter, trained densely for a while.
+        sparsity: share of B's entries to drop, in [0, 1).
+        adapter_name: which adapter.
+        onto: name of a LORI adapter with the same A that holds an earlier task. The result starts from that adapter's
+            B instead of from 0: its entries outside the new mask are kept and frozen, those inside go on training.
+
+    Returns:
+        A `SparsitySummary`; `print` it.
+
+    Raises:
+        ValueError: no such adapter, one that is packed already, merged, untrained (B = 0) or not finite; or `onto` has
+            another A. Nothing is changed then.
+    """
+    check_field(is_number(sparsity) and 0 <= sparsity < 1, "sparsity", sparsity, "a number in [0, 1)")
+    layers = adapter_layers(model, adapter_name, LoriLinear)
+    if any(layer.is_packed(adapter_name) for layer in layers.values()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is sparse already. Calibrate a new dense one (LoriConfig without `sparsity`) "
+            "and sparsify that; pass onto=... to build on this one."
+        )
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError("Cannot sparsify a merged adapter: call model.unmerge_adapter() first.")
+    magnitudes = torch.cat(
+        [layer.lori_B[adapter_name].weight.float().abs().flatten().cpu() for layer in layers.values()]
+    )
+    if not torch.isfinite(magnitudes).all():
+        raise ValueError(
+            "B has entries that are not finite: the calibration run has diverged. Lower its learning rate."
+        )
+    if not magnitudes.any():
+        raise ValueError(
+            "B is 0 everywhere, so there is nothing to choose by: train the dense adapter for some steps first, or "
+            "use LoriCalibrationCallback."
+        )
+    for name, layer in layers.items():
+        if onto is not None and (onto not in layer.r or not share_projection(layer, [adapter_name, onto])):
+            raise ValueError(
+                f"Adapter {onto!r} has another projection A than {adapter_name!r} in module {name!r}, so their B's do "
+                "not add up. Give both configs the same seed, r and target_modules."
+            )
+    kept = max(1, round((1 - sparsity) * magnitudes.numel()))
+    top = magnitudes.topk(kept)
+    mask = torch.zeros(magnitudes.numel(), dtype=torch.bool)
+    mask[top.indices.cpu()] = True
+    masks = mask.split([layer.size(adapter_name) for layer in layers.values()])
+    for layer, chosen in zip(layers.values(), masks, strict=True):
+        old = layer.lori_B[adapter_name].weight
+        start = torch.zeros(chosen.numel()) if onto is None else layer.matrix_B(onto, torch.float32).flatten().cpu()
+        layer.set_packed(adapter_name, chosen, start[chosen])
+        layer.lori_B[adapter_name].to(old.device, old.dtype).requires_grad_(old.requires_grad)
+        rest = (start != 0) & ~chosen
+        if rest.any():
+            layer.set_frozen(adapter_name, rest, start[rest])
+    record_form(model, adapter_name, sparsity)
+    return SparsitySummary(
+        kept=kept,
+        total=magnitudes.numel(),
+        threshold=top.values[-1].item(),
+        share={name: chosen.float().mean().item() for name, chosen in zip(layers, masks, strict=True)},
+    )
