@@ -1,4 +1,4 @@
-"""Lets PEFT open MORA, LORI and FLYLORA adapters in programs that never import peft_mora.
+"""Lets PEFT open the adapters of peft_mora in programs that never import it.
 
 PyTorch calls `install` at `import torch` (entry-point group `torch.backends`). It loads nothing heavy: it only waits
 for `peft.tuners` to be really imported and imports `peft_mora` right after. PEFT_MORA_AUTOLOAD=0 turns it off.
@@ -33,7 +33,7 @@ def _import_peft_mora() -> None:
         import warnings
 
         warnings.warn(
-            f"peft_mora could not load, so PEFT does not know MORA, LORI and FLYLORA adapters here: {error} "
+            f"peft_mora could not load, so PEFT does not know its adapters here: {error} "
             "(PEFT_MORA_AUTOLOAD=0 turns this off.)",
             stacklevel=2,
         )

@@ -13,8 +13,8 @@ from importlib.metadata import entry_points
 
 USAGE = """usage: python -m peft_mora PROGRAM [ARGS ...]
 
-Run PROGRAM with PEFT's MORA, LORI and FLYLORA adapters registered. PROGRAM is a Python file, "-m MODULE", or the name
-of an installed command:
+Run PROGRAM with the adapter types of peft_mora known to PEFT. PROGRAM is a Python file, "-m MODULE", or the name of an
+installed command:
   python -m peft_mora train.py --lr 1e-4
   python -m peft_mora -m trl.scripts.sft --help
   python -m peft_mora lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks arc_easy"""

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,7 +36,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .checks import check_field, is_indices, is_int, is_names, is_number
+from . import registry
+from .checks import check_field, is_indices, is_int, is_names, is_number, listed
 from .lean import Parts, add_update, can_run, plain_add_update
 from .model_card import complete_card
 from .quantization import frozen_base, is_bare, use_exact_4bit_kernels
@@ -177,7 +178,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        features: Any = _get_in_out_features(self.get_base_layer())
+        self.in_features: int = features[0]
+        self.out_features: int = features[1]
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
@@ -370,7 +373,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         if not names:
             return
         # ΔW first: reading a quantised weight is only worth it once the merge is known to be possible.
-        delta = sum(self.get_delta_weight(name) for name in names)
+        delta = reduce(torch.add, map(self.get_delta_weight, names))
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(
@@ -429,18 +432,18 @@ class AdapterModel(BaseTuner):
     """Puts `layer_cls` around the matched modules of a model; PEFT makes it from the config's `peft_type`."""
 
     tuner_layer_cls: type[AdapterLinear]
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._dtype_settled: set[str] = set()
 
-    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         use_exact_4bit_kernels(model)
 
     def _create_and_replace(
         self,
-        peft_config: AdapterConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -455,7 +458,7 @@ class AdapterModel(BaseTuner):
             )
         alpha_key = matching_key(peft_config.alpha_pattern, current_key)
         rank_key = matching_key(peft_config.rank_pattern, current_key)
-        arguments = {
+        arguments: dict[str, Any] = {
             "r": peft_config.rank_pattern.get(rank_key, peft_config.r),
             "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha),
             "config": peft_config,
@@ -547,10 +550,15 @@ class AdapterModel(BaseTuner):
         Raises:
             TypeError: always; the message says what to do instead.
         """
+        able = [
+            method.config.__name__
+            for method in registry.registered.values()
+            if method.model.add_weighted_adapter is not AdapterModel.add_weighted_adapter
+        ]
         raise TypeError(
             f"{self.tuner_layer_cls.prefix.removesuffix('_').upper()} adapters cannot be combined by weights. To add "
             "their updates up, make them active together: model.base_model.set_adapter([...]). For weights, train "
-            "LORI adapters (LoriConfig), which combine exactly."
+            f"adapters that combine exactly ({listed(able)})."
         )
 
     @contextmanager

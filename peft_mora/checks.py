@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -30,3 +31,9 @@ def is_names(value: Any) -> bool:
 
 def is_indices(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(is_int(index) and index >= 0 for index in value)
+
+
+def listed(names: Iterable[str], last: str = "or") -> str:
+    """For a sentence: "a", "a or b", "a, b or c"."""
+    *most, end = names
+    return f"{', '.join(most)} {last} {end}" if most else end

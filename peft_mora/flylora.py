@@ -72,17 +72,17 @@ class FlyLoraConfig(SeededConfig, RoutedConfig):
 
 
 class Columns(NamedTuple):
-    """A sparse A (r, I) by the columns `index` (r, p) of its values."""
+    """A sparse A (r, I) by the columns (r, p) of its values."""
 
-    index: Tensor
+    columns: Tensor
     in_features: int
 
     def matrix(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         zeros = values.new_zeros(len(values), self.in_features, dtype=dtype)
-        return zeros.scatter_(1, self.index.long(), values.to(dtype))
+        return zeros.scatter_(1, self.columns.long(), values.to(dtype))
 
     def pack(self, grad: Tensor) -> Tensor:
-        return grad.gather(1, self.index.long())
+        return grad.gather(1, self.columns.long())
 
 
 class Made(NamedTuple):
@@ -181,6 +181,9 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
     """`flylora_A` (r, p) values and `flylora_index` (r, p) their columns, frozen; `flylora_B` (O, r) trained;
     `flylora_offset` (r,) the load-balance offset d, float32."""
 
+    flylora_A: Any
+    flylora_index: Any
+    flylora_B: Any
     prefix = "flylora_"
     adapter_layer_names = ("flylora_B",)
     projection_names = ("flylora_A", "flylora_index")

@@ -50,9 +50,9 @@ class Wanted(NamedTuple):
     """Whose gradients the backward is for: x, each down, each up, each tensor of the gate."""
 
     x: bool
-    downs: list[bool]
-    ups: list[bool]
-    gate: list[bool]
+    downs: Sequence[bool]
+    ups: Sequence[bool]
+    gate: Sequence[bool]
 
     @property
     def dh(self) -> list[bool]:
@@ -234,7 +234,7 @@ def _saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
     Where hooks on saved tensors are or were in force (checkpointing, offloading), it is x: to look at what another
     node has saved would set off what they are for.
     """
-    node = x.grad_fn
+    node: Any = x.grad_fn
     # The name is all that Python sees of a built-in node's class. An x of a later version was written into since.
     if type(node).__name__ != "MulBackward0" or x._version or _saved_tensors_hooks(False):
         return x, None

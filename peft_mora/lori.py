@@ -76,6 +76,8 @@ class LoriLinear(SeededLinear):
     part in training.
     """
 
+    lori_A: Any
+    lori_B: Any
     prefix = "lori_"
     adapter_layer_names = ("lori_B",)
     projection_names = ("lori_A",)
@@ -280,7 +282,7 @@ class LoriModel(SeededModel):
             )
         linear = same_A if combination_type is None else combination_type == "linear"
         combined = {name: _combine(layer, adapters, weights, linear) for name, layer in layers.items()}
-        config = copy.deepcopy(self.peft_config[adapters[0]])
+        config: Any = copy.deepcopy(self.peft_config[adapters[0]])
         config.target_modules, config.exclude_modules = set(layers), None
         config.layers_to_transform = config.layers_pattern = None
         config.rank_pattern = {name: A.shape[0] for name, (A, _) in combined.items()}
@@ -316,7 +318,7 @@ def _combine(layer: LoriLinear, adapters: list[str], weights: list[float], linea
     return (As[0], torch.stack(Bs).sum(0)) if linear else (torch.cat(As), torch.cat(Bs, dim=1))
 
 
-def record_form(model: nn.Module, adapter_name: str, sparsity: float | None = None) -> None:
+def record_form(model: Any, adapter_name: str, sparsity: float | None = None) -> None:
     """Write what the layers hold into the adapter's config (a copy: a twin may share the object)."""
     config = copy.deepcopy(model.peft_config[adapter_name])
     layers = {

@@ -43,6 +43,7 @@ class MoraConfig(RoutedConfig):
     """
 
     method: ClassVar[str] = "MORA"
+    routed_as: ClassVar[tuple[str, ...]] = ("MoraConfig(routing='task')", "MoraConfig(routing='bank')")
 
     top_k: int | None = field(
         default=None,
@@ -198,6 +199,8 @@ class MoraLinear(RoutedLinear):
     """`mora_A` (r, I) and `mora_B` (O, r) are this task's experts; `mora_bank_A` (R - r, I) and `mora_bank_B`
     (O, R - r) the frozen ones of earlier tasks, oldest first. No bank entry during the first task."""
 
+    mora_A: Any
+    mora_B: Any
     prefix = "mora_"
     adapter_layer_names = ("mora_A", "mora_B")
     other_param_names = (
@@ -406,7 +409,7 @@ class TaskSummary:
         )
 
 
-def start_task(model: nn.Module, name: str, adapter_name: str = "default") -> TaskSummary:
+def start_task(model: Any, name: str, adapter_name: str = "default") -> TaskSummary:
     """Begin a new task on a trained MORA adapter: freeze its experts and append r fresh ones to every module.
 
     With routing "task" or "dense" this changes no output by one bit. Make a new trainer (and so a new optimizer)

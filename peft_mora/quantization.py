@@ -1,4 +1,4 @@
-"""Keep bitsandbytes' 4-bit layers on the kernels that training uses.
+"""Base layers: whose insides are known, and keeping bitsandbytes' 4-bit ones on the kernels that training uses.
 
 On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode. The packed weight
 has no correct backward: gradients through it are wrong by 44-99 % without an error, merges read garbage, and scores
@@ -20,7 +20,7 @@ from .lean import Base, compute_dtype
 def use_exact_4bit_kernels(model: nn.Module) -> int:
     """Make every bitsandbytes `Linear4bit` in `model` compute the same thing in training and in evaluation.
 
-    Every MORA, LORI and FLYLORA adapter does this when it is added to a model. Call it yourself on a bare 4-bit model
+    Every adapter of this package does this when it is added to a model. Call it yourself on a bare 4-bit model
     that you evaluate before the adapter exists.
 
     A layer that has already been repacked is unpacked. Its 4-bit codes come back exactly; bitsandbytes rounded the

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from . import registry
 from .base import AdapterConfig, AdapterLinear, matching_key
-from .checks import check_field, is_int, is_names
+from .checks import check_field, is_int, is_names, listed
 
 
 class Counter(Protocol):
@@ -36,6 +37,8 @@ class Counter(Protocol):
 @dataclass
 class RoutedConfig(AdapterConfig):
     """Fields of a method that chooses among its experts token by token."""
+
+    routed_as: ClassVar[tuple[str, ...]] = ()  # how to write a config that does, if not all of them do
 
     top_k_pattern: dict[str, int] = field(
         default_factory=dict,
@@ -129,10 +132,9 @@ def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
             what = f"Adapter {adapter_name!r} ({kind}) has no routing: every token wakes all of its experts."
         else:
             what = f"The model has no adapter named {adapter_name!r}; it has {sorted(configs) or 'none'}."
-        raise ValueError(
-            f"{what} Budgets and expert usage need MoraConfig(routing='task'), MoraConfig(routing='bank') or "
-            "FlyLoraConfig."
-        )
+        routed = [m.config for m in registry.registered.values() if issubclass(m.config, RoutedConfig)]
+        ways = [way for config in routed for way in config.routed_as or (config.__name__,)]
+        raise ValueError(f"{what} Budgets and expert usage need {listed(ways)}.")
     return layers
 
 

@@ -1,4 +1,4 @@
-"""Frozen random projections from a seed: what LORI and FLYLORA share.
+"""Frozen random projections from a seed.
 
 Each module has its own generator, seeded by (seed, module name), so the projection depends neither on the order of
 modules nor on device or dtype. It is saved with the adapter unless `save_projection=False`; then it is drawn again on

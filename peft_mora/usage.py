@@ -261,7 +261,7 @@ def expert_usage(model: nn.Module, adapter_name: str = "default") -> dict[str, T
     its target).
 
     Args:
-        model: a PeftModel, or any model with an injected MORA or FLYLORA adapter.
+        model: a PeftModel, or any model with an injected routed adapter.
         adapter_name: which adapter.
 
     Returns:
