@@ -1,0 +1,109 @@
+"""One more method is one file and one row: a small one, written here as a user would, has what the others have."""
+
+import importlib.util
+import sys
+
+import peft.mapping as mapping
+import pytest
+import torch
+from peft import PeftModel, PeftType, get_peft_model
+from torch import nn
+
+from peft_mora import registry
+from peft_mora.routed import routed_layers
+
+
+FILE = '''
+from dataclasses import dataclass
+
+from torch import nn
+
+from peft_mora.base import AdapterConfig, AdapterLinear, AdapterModel
+from peft_mora.lean import Parts, Weight
+
+
+@dataclass
+class DummyConfig(AdapterConfig):
+    method = "DUMMY"
+
+
+class DummyLinear(AdapterLinear):
+    prefix = "dummy_"
+    adapter_layer_names = ("dummy_A", "dummy_B")
+    other_param_names = ("module_names", "r", "scaling", "dropout")
+
+    def __init__(self, base_layer, **kwargs):
+        super().__init__(base_layer, **kwargs)
+        self.dummy_A, self.dummy_B = nn.ModuleDict(), nn.ModuleDict()
+
+    def create_weights(self, adapter_name, config, module_name, original):
+        r = self.r[adapter_name]
+        self.dummy_A[adapter_name] = self.new_linear(self.in_features, r, zero=False)
+        self.dummy_B[adapter_name] = self.new_linear(r, self.out_features, zero=config.init_weights)
+
+    def parts(self, adapter_name):
+        A, B = self.dummy_A[adapter_name].weight, self.dummy_B[adapter_name].weight
+        return Parts([Weight(A)], [Weight(B)])
+
+    def factors(self, adapter_name):
+        return self.dummy_A[adapter_name].weight.detach(), self.dummy_B[adapter_name].weight.detach()
+
+
+class DummyModel(AdapterModel):
+    prefix = "dummy_"
+    tuner_layer_cls = DummyLinear
+
+    def add_weighted_adapter(self, *args, **kwargs):
+        """So that messages can name it."""
+'''
+
+
+@pytest.fixture
+def dummy(tmp_path, monkeypatch):
+    """The file imported and its row registered; PEFT afterwards as before."""
+    (tmp_path / "dummy_method.py").write_text(FILE)
+    spec = importlib.util.spec_from_file_location("dummy_method", tmp_path / "dummy_method.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "dummy_method", module)
+    spec.loader.exec_module(module)
+    mappings = [getattr(mapping, name) for name in vars(mapping) if name.startswith("PEFT_TYPE_TO_")]
+    before = [dict(entries) for entries in mappings]
+    monkeypatch.setattr(registry, "registered", dict(registry.registered))
+    registry.register(module.DummyConfig, module.DummyModel)
+    yield module
+    for entries, old in zip(mappings, before, strict=True):
+        entries.clear()
+        entries.update(old)
+    registry.remove_member(PeftType, "DUMMY")
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def test_it_trains_saves_loads_and_merges(dummy, tmp_path):
+    model = get_peft_model(base(), dummy.DummyConfig(r=2, target_modules=["0", "2"]))
+    x = torch.randn(7, 6)
+    assert torch.equal(model(x), base()(x))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):  # after the first step B is not 0, and A learns
+        model(x).square().sum().backward()
+        optimizer.step()
+    trained = model.eval()(x)
+    assert not torch.allclose(trained, base()(x))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(x), trained)
+    torch.testing.assert_close(loaded.merge_and_unload()(x), trained)
+
+
+def test_messages_that_list_methods_have_it(dummy):
+    model = get_peft_model(base(), dummy.DummyConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="'default' \\(DUMMY\\) has no routing"):
+        routed_layers(model)
+    from peft_mora import MoraConfig
+
+    other = get_peft_model(base(), MoraConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match="combine exactly \\(LoriConfig or DummyConfig\\)"):
+        other.add_weighted_adapter(["default"], [1.0], "mix")
