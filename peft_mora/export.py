@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import registry
 from .base import AdapterLinear
-from .checks import check_field, is_int
+from .checks import check_field, is_int, listed
 from .inputs import eval_mode, real_rows
 
 
@@ -163,9 +164,11 @@ def effect_error(
             with model.disable_adapter():
                 base = logits(batch)
                 handles = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]
-                lora = logits(batch)
-                for handle in handles:
-                    handle.remove()
+                try:
+                    lora = logits(batch)
+                finally:
+                    for handle in handles:
+                        handle.remove()
             written = [x.argmax(-1) for x in (adapter, lora, base)]
             same = [(w == written[0]).sum() for w in written]
             missed, effect = (lora - adapter).square().sum(), (base - adapter).square().sum()
@@ -225,7 +228,8 @@ def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[s
     layers = [m for m in model.modules() if isinstance(m, AdapterLinear) and adapter_name in m.r]
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     if not layers or config is None:
-        raise ValueError(f"The model has no MORA, LORI or FLYLORA adapter named {adapter_name!r}.")
+        methods = listed(name.upper() for name in registry.registered)
+        raise ValueError(f"The model has no {methods} adapter named {adapter_name!r}.")
     for field in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, field):
             raise ValueError(

@@ -159,6 +159,23 @@ def logit_error(model: PeftModel, lora: PeftModel, batches: list[dict[str, torch
     return ((plain - adapter).norm() / (base - adapter).norm()).item()
 
 
+def test_a_forward_that_fails_leaves_no_hook_behind():
+    model = adapted("lori", tiny_llama())
+    loras = exact_lora(model)
+    calls = []
+
+    def fail_at_the_third(*_) -> None:  # the adapter's, the base's, then the LoRA's by hooks
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+
+    handle = model.register_forward_pre_hook(fail_at_the_third)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        effect_error(model, loras, padded(1))
+    handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 @pytest.mark.parametrize("method", ROUTED)
 def test_a_fitted_lora_s_error_on_other_inputs_is_what_an_independent_measurement_finds(method, tmp_path):
     model = adapted(method, tiny_llama())
