@@ -325,20 +325,22 @@ class _Core:
         dx: Tensor | None = None
         dAs: list[Tensor | None] = [None] * len(self.downs)
         dBs: list[Tensor | None] = [None] * len(self.ups)
-        for i, (A, form, dh) in enumerate(zip(As, self.downs, dhs, strict=True)):
-            if wanted.downs[i]:
-                assert dh is not None and rows is not None
-                dA = torch.mm(dh.t(), rows)
-                dAs[i] = (dA if form is None else form.pack(dA)).to(A.dtype)
-            if wanted.x:
-                assert dh is not None
-                matrix = _matrix(A, form, dtype)
-                dx = torch.mm(dh, matrix) if dx is None else dx.addmm_(dh, matrix)
         for j, (B, form, u) in enumerate(zip(Bs, self.ups, us, strict=True)):
             if wanted.ups[j]:
                 assert u is not None
                 dB = torch.mm(g.t(), u * scale)
-                dBs[j] = (dB if form is None else form.pack(dB)).to(B.dtype)
+                dB = (dB if form is None else form.pack(dB)).to(B.dtype)  # a packed one's whole goes here
+                dBs[j] = dB
+        for i, (A, form, dh) in enumerate(zip(As, self.downs, dhs, strict=True)):
+            if wanted.downs[i]:
+                assert dh is not None and rows is not None
+                dA = torch.mm(dh.t(), rows)
+                dA = (dA if form is None else form.pack(dA)).to(A.dtype)
+                dAs[i] = dA
+            if wanted.x:
+                assert dh is not None
+                matrix = _matrix(A, form, dtype)
+                dx = torch.mm(dh, matrix) if dx is None else dx.addmm_(dh, matrix)
         if dx is not None and self.dropout:
             dx.mul_(dropout_mask(dx, self.dropout, self.seed))
         if dx is not None and self.base is not None:
