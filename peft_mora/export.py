@@ -25,6 +25,7 @@ from . import registry
 from .base import AdapterLinear
 from .checks import check_field, is_int, listed
 from .inputs import eval_mode, real_rows
+from .linalg import reduced_rank_regression
 
 
 class Lora(NamedTuple):
@@ -32,26 +33,6 @@ class Lora(NamedTuple):
 
     A: Tensor
     B: Tensor
-
-
-def reduced_rank_regression(xx: Tensor, xz: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """The linear map of rank <= k that predicts z from x best: least |Z - X·Aᵀ·Cᵀ|² + λ·|C·A|².
-
-    It is the ridge regression's solution, projected onto the k leading directions of what that predicts.
-
-    Args:
-        xx: (I, I) XᵀX, float64.
-        xz: (I, R) XᵀZ, float64.
-        rank: k, 1 <= k <= R.
-        ridge: λ as a share of the mean of XᵀX's diagonal, >= 0. At 0 XᵀX must be invertible.
-
-    Returns:
-        A (k, I) and C (R, k), whose columns are orthonormal; z is predicted as C·A·x.
-    """
-    damped = xx + ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    full = torch.cholesky_solve(xz, torch.linalg.cholesky(damped))
-    C = torch.linalg.eigh(xz.T @ full).eigenvectors[:, -rank:]  # eigenvalues ascend
-    return (full @ C).T, C
 
 
 def exact_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Lora]:

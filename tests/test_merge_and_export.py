@@ -1,4 +1,4 @@
-"""recipes/multi_task_merge.py and recipes/export.py on a tiny model, and the maths below the export."""
+"""recipes/multi_task_merge.py and recipes/export.py on a tiny model."""
 
 import csv
 import json
@@ -18,31 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from peft_mora import start_task
-from peft_mora.export import effect_error, exact_lora, fit_lora, lora_errors, reduced_rank_regression, save_lora
+from peft_mora.export import effect_error, exact_lora, fit_lora, lora_errors, save_lora
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROUTED = tuple(name for name in METHODS if name not in STATIC)
-
-
-# The maths
-
-
-@pytest.mark.parametrize("rank", [1, 3, 5])
-@pytest.mark.parametrize("ridge", [0.0, 0.3])
-def test_reduced_rank_regression_reaches_the_least_error_that_its_rank_allows(rank, ridge):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 7, generator=generator, dtype=torch.float64)
-    z = torch.randn(40, 5, generator=generator, dtype=torch.float64) + x[:, :5].abs()
-    A, C = reduced_rank_regression(x.T @ x, x.T @ z, rank, ridge)
-    assert A.shape == (rank, 7) and C.shape == (5, rank)
-    # the same problem without damping, on rows that stand for the damping; its bound by Eckart and Young
-    damping = (ridge * x.square().sum() / 7).sqrt()
-    x, z = torch.cat([x, damping * torch.eye(7)]), torch.cat([z, torch.zeros(7, 5)])
-    best = x @ torch.linalg.pinv(x) @ z
-    bound = (z - best).square().sum() + torch.linalg.svdvals(best)[rank:].square().sum()
-    assert (z - x @ A.T @ C.T).square().sum().item() == pytest.approx(bound.item(), rel=1e-12)
-    torch.testing.assert_close(C.T @ C, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 # What is exact

@@ -1,4 +1,4 @@
-"""The linear algebra behind orthogonal projection, in float64, and the files that it is kept in."""
+"""What goes into modules, and the files that protected directions are kept in."""
 
 import json
 
@@ -6,117 +6,11 @@ import pytest
 import torch
 from conftest import quantized, tiny_gpt2, tiny_llama
 from peft import get_peft_model
+from test_linalg import covariance
 
 from peft_mora import MoraConfig
 from peft_mora.inputs import real_rows
 from trl_callbacks import subspace as S
-
-
-def covariance(size: int, rank: int, seed: int = 0, decay: float = 0.7) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0]
-    return Q @ torch.diag(decay ** torch.arange(rank, dtype=torch.float64)) @ Q.T
-
-
-def is_orthonormal(V: torch.Tensor) -> bool:
-    return torch.allclose(V.T @ V, torch.eye(V.shape[1], dtype=V.dtype), atol=1e-10)
-
-
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
-def test_fewest_directions_that_reach_the_energy(energy):
-    C = covariance(23, 11)
-    V = S.leading_directions(C, energy)
-    share = ((V.T @ C @ V).trace() / C.trace()).item()
-    assert is_orthonormal(V)
-    assert share >= energy - 1e-9
-    fewer = V[:, :-1]
-    assert ((fewer.T @ C @ fewer).trace() / C.trace()).item() < energy
-    assert V.shape[1] <= 11  # the null space is never protected
-
-
-def test_energy_that_is_held_already_counts():
-    first, second = covariance(17, 6, seed=1), covariance(17, 6, seed=2)
-    held = S.leading_directions(first, 0.95)
-    new = S.leading_directions(second, 0.95, held=held)
-    both = torch.cat([held, new], dim=1)
-    assert is_orthonormal(both)
-    assert (both.T @ second @ both).trace() / second.trace() >= 0.95 - 1e-9
-    assert S.leading_directions(first, 0.95, held=both).shape == (17, 0)
-
-
-def test_max_rank_counts_held_and_new_together():
-    held = S.leading_directions(covariance(17, 6, seed=1), None, max_rank=4)
-    assert held.shape[1] == 4
-    assert S.leading_directions(covariance(17, 6, seed=2), None, max_rank=7, held=held).shape[1] == 3
-    assert S.leading_directions(covariance(17, 6, seed=2), 0.99, max_rank=3, held=held).shape[1] == 0
-
-
-def test_projected_rows_are_orthogonal_and_projecting_again_changes_nothing():
-    V = S.leading_directions(covariance(19, 7), 0.99)
-    rows = torch.randn(5, 19, dtype=torch.float64)
-    out = S.project_out(rows, V)
-    assert (out @ V).abs().max() < 1e-12
-    torch.testing.assert_close(S.project_out(out, V), out)
-    torch.testing.assert_close(out + rows @ V @ V.T, rows)
-
-
-def test_orthonormal_spans_what_is_new_and_drops_repeats():
-    held = S.leading_directions(covariance(13, 4), 1.0)
-    fresh = torch.randn(13, 3, dtype=torch.float64)
-    found = S.orthonormal(torch.cat([fresh, fresh @ torch.randn(3, 2, dtype=torch.float64), held], dim=1), held)
-    assert found.shape == (13, 3)
-    assert is_orthonormal(torch.cat([held, found], dim=1))
-    rest = S.project_out(S.project_out(fresh.T, held), found)
-    assert rest.abs().max() < 1e-10
-    assert S.orthonormal(held, held).shape[1] == 0
-
-
-def test_leakage_equals_the_norms_of_the_whole_update():
-    A, B = torch.randn(3, 11, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
-    V = torch.linalg.qr(torch.randn(11, 4, dtype=torch.float64))[0]
-    inside, whole = S.leakage(A, B, V)
-    torch.testing.assert_close(inside, ((B @ A) @ V).square().sum())
-    torch.testing.assert_close(whole, (B @ A).square().sum())
-
-
-def test_frequent_directions_bound_holds():
-    rows = torch.randn(40, 12, dtype=torch.float64) * torch.linspace(3, 0.1, 12, dtype=torch.float64)
-    sketch = rows[:0]
-    cut = 0.0
-    for part in rows.split(8):
-        whole = torch.cat([sketch, part])
-        cut += float(torch.linalg.svdvals(whole)[5].square())
-        sketch = S.shrink_sketch(whole, 5)
-    assert sketch.shape == (5, 12)
-    difference = torch.linalg.eigvalsh(rows.T @ rows - sketch.T @ sketch)
-    assert difference.min() > -1e-9  # never more than was there
-    assert difference.max() <= cut + 1e-9  # and at most the sum of what was cut
-
-
-def test_frequent_directions_keep_a_low_rank_stream_exactly():
-    rows = torch.randn(30, 3, dtype=torch.float64) @ torch.randn(3, 12, dtype=torch.float64)
-    sketch = S.shrink_sketch(torch.cat([S.shrink_sketch(rows[:15], 5), rows[15:]]), 5)
-    torch.testing.assert_close(sketch.T @ sketch, rows.T @ rows)
-
-
-def test_contrast_maximises_the_ratio_of_new_to_old():
-    X, Y = (torch.randn(60, 14, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (1, 2))
-    new, old = X.T @ X, (Y * torch.linspace(3, 0.2, 14, dtype=torch.float64)).T @ (Y * torch.linspace(3, 0.2, 14))
-    V = S.leading_directions(old, None, max_rank=4)
-    U = S.contrast_directions(new, old, V, 3)
-    assert is_orthonormal(torch.cat([V, U], dim=1))
-
-    def ratio(u):
-        ridge = 0.1 / 14 * u @ u
-        return (u @ new @ u / new.trace()) / (u @ old @ u / old.trace() + ridge)
-
-    best = ratio(U[:, 0])
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(200):  # no other direction of the complement does better, near or far
-        far = S.project_out(torch.randn(14, generator=generator, dtype=torch.float64), V)
-        near = U[:, 0] + 0.05 * far / far.norm()
-        assert ratio(far) <= best + 1e-9 and ratio(near) <= best + 1e-9
-    assert S.contrast_directions(new, old, V, 99).shape == (14, 10)
 
 
 def test_old_inputs_are_remembered_to_their_energy_and_their_trace_in_full():

@@ -30,17 +30,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
+from peft_mora.linalg import contrast_directions, leading_directions, project_out, update_norms
 from peft_mora.mora import MoraLinear
 
 from .logs import add_to_logs, ahead_of_reporters, caller_local
 from .sources import SOURCES, Factors, Run
 from .subspace import (
     Subspace,
-    contrast_directions,
     fingerprint,
-    leading_directions,
-    leakage,
-    project_out,
 )
 
 
@@ -275,10 +272,10 @@ class OrthogonalProjectionCallback(TrainerCallback):
             V = self._subspace.right[group].to(device)
             for name in names:
                 A, B = self._run.factors[name].A.detach(), self._run.factors[name].B.detach().to(V.dtype)
-                protected, size = leakage(A, B, V)
+                protected, size = update_norms(A, B, V)
                 if name in self._subspace.left:
                     U = self._subspace.left[name].to(device)
-                    protected = torch.maximum(protected, leakage(B.T, A.T, U)[0])
+                    protected = torch.maximum(protected, update_norms(B.T, A.T, U)[0])
                 inside.append(protected.to(self._total.device))
                 whole.append(size.to(self._total.device))
         total = float(torch.stack(whole).sum()) if whole else 0.0

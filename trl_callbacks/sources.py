@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_mora.linalg import leading_directions, orthonormal, shrink_sketch
+
 from .subspace import (
     InputStatistics,
     Subspace,
     input_statistics,
     layer_similarity,
-    leading_directions,
-    orthonormal,
     shared_inputs,
-    shrink_sketch,
 )
 
 

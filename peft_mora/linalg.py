@@ -1,0 +1,147 @@
+"""Directions, projections, sketches and regression: tensors in, tensors out. Knows nothing of anything else here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def project_out(rows: Tensor, V: Tensor) -> Tensor:
+    """The part of each row that is orthogonal to span V: `rows - (rows V) Vᵀ`.
+
+    Args:
+        rows: (..., I), any float dtype.
+        V: (I, k) orthonormal columns, in the same dtype.
+
+    Returns:
+        (..., I) in the same dtype.
+    """
+    return rows - (rows @ V) @ V.T
+
+
+def leading_directions(
+    covariance: Tensor, energy: float | None = None, max_rank: int | None = None, held: Tensor | None = None
+) -> Tensor:
+    """The fewest new directions that, with those held already, keep an energy share of the inputs (GPM, eq. 5 and 9).
+
+    With `C = Σ x xᵀ`, held basis V and the eigenvalues λ of `(I - V Vᵀ) C (I - V Vᵀ)` in falling order, the smallest k
+    with `tr(Vᵀ C V) + Σ_{i<=k} λ_i >= energy · tr(C)`.
+
+    Args:
+        covariance: (I, I) symmetric, float32 or float64: the sum of x xᵀ, not centred.
+        energy: share to keep, in (0, 1]. None keeps all that is there, up to `max_rank`.
+        max_rank: most directions that held and new ones may be together; None for no limit.
+        held: (I, k0) orthonormal columns, or None.
+
+    Returns:
+        (I, k) orthonormal columns, orthogonal to `held`, strongest first, in the covariance's dtype. k may be 0.
+    """
+    size = covariance.shape[0]
+    held = covariance.new_zeros(size, 0) if held is None else held.to(covariance)
+    total = covariance.diagonal().sum()
+    inside = ((held.T @ covariance) * held.T).sum()
+    rest = project_out(project_out(covariance, held).T, held)
+    values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    # Below the rounding of the largest eigenvalue there is noise and the null space of what is held.
+    noise = 10 * torch.finfo(covariance.dtype).eps * torch.linalg.matrix_norm(covariance)
+    most = min(int((values > noise).sum()), size - held.shape[1])
+    if energy is not None:
+        missing = energy * total - inside - noise
+        most = min(most, int((values.cumsum(0) < missing).sum()) + 1 if missing > 0 else 0)
+    if max_rank is not None:
+        most = min(most, max(0, max_rank - held.shape[1]))
+    return torch.linalg.qr(project_out(vectors[:, :most].T, held).T)[0]
+
+
+def orthonormal(vectors: Tensor, held: Tensor | None = None) -> Tensor:
+    """An orthonormal basis of what `vectors` (I, n) span beyond `held` (I, k0): (I, k), k <= n, same dtype.
+
+    Directions below 1e-4 of the longest vector are dropped: they are what rounding has left of `held`.
+    """
+    if vectors.shape[1] == 0:
+        return vectors
+    smallest = 1e-4 * vectors.norm(dim=0).max()
+    if held is not None:
+        vectors = project_out(project_out(vectors.T, held), held).T  # twice: once leaves a rounding's worth behind
+    U, S, _ = torch.linalg.svd(vectors, full_matrices=False)
+    return U[:, S.gt(smallest)]
+
+
+def update_norms(A: Tensor, B: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """‖ΔW V‖² and ‖ΔW‖² (Frobenius) of ΔW = B·A, without forming ΔW: `‖B M‖² = tr(Mᵀ (Bᵀ B) M)`.
+
+    Args:
+        A: (r, I). B: (O, r). V: (I, k). One float dtype.
+
+    Returns:
+        Two scalars; the square root of their ratio is the leakage, 0..1.
+    """
+    gram = B.T @ B  # (r, r)
+    protected = A @ V
+    return ((gram @ protected) * protected).sum().clamp_min(0), ((gram @ A) * A).sum().clamp_min(0)
+
+
+def shrink_sketch(rows: Tensor, size: int) -> Tensor:
+    """Frequent Directions (Liberty 2013; CoSO, arXiv 2505.11816): n rows to `size` rows that keep rowsᵀrows nearly.
+
+    With singular values σ, every σ_i becomes √(σ_i² - σ_{size+1}²). `0 ⪯ rowsᵀrows - resultᵀresult ⪯ σ_{size+1}² I`.
+
+    Args:
+        rows: (n, I) float.
+        size: rows to keep, >= 1.
+
+    Returns:
+        (min(n, size), I) in the same dtype.
+    """
+    if len(rows) <= size:
+        return rows
+    _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
+    cut = S[size] if size < len(S) else S.new_zeros(())
+    return (S[:size].square() - cut.square()).clamp_min(0).sqrt()[:, None] * Vh[:size]
+
+
+def contrast_directions(new: Tensor, old: Tensor, V: Tensor, count: int, ridge: float = 0.1) -> Tensor:
+    """Directions outside of V in which new inputs are strong and old ones weak.
+
+    Maximises `vᵀ C_new v / vᵀ (C_old + ridge/I) v`, one generalised eigenvector after the other, both traces being 1.
+    What is learnt along them reaches the new inputs, and old inputs hardly have a part there to be changed. The ridge
+    is a share of the mean energy of a direction; without it, directions that neither task uses would win.
+
+    Args:
+        new, old: (I, I) Σ x xᵀ of the new and of all old tasks' inputs, float32 or float64. V: (I, k), same dtype.
+        count: directions wanted.
+
+    Returns:
+        (I, m) orthonormal, orthogonal to V, m = min(count, I - k); the first n columns span the n best.
+    """
+    size, held = V.shape
+    eye = torch.eye(size, dtype=V.dtype, device=V.device)
+    N = torch.linalg.qr(V, mode="complete")[0][:, held:] if held else eye  # (I, I - k) the complement
+    old = N.T @ (old / old.trace() + ridge / size * eye) @ N
+    L = torch.linalg.cholesky(old)
+    half = torch.linalg.solve_triangular(L, N.T @ (new / new.trace()) @ N, upper=False)
+    ratio = torch.linalg.solve_triangular(L, half.T, upper=False)
+    vectors = torch.linalg.eigh((ratio + ratio.T) / 2)[1].flip(1)[:, :count]
+    found = torch.linalg.qr(N @ torch.linalg.solve_triangular(L.T, vectors, upper=True))[0]
+    return torch.linalg.qr(project_out(found.T, V).T)[0]
+
+
+def reduced_rank_regression(xx: Tensor, xz: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """The linear map of rank <= k that predicts z from x best: least |Z - X·Aᵀ·Cᵀ|² + λ·|C·A|².
+
+    It is the ridge regression's solution, projected onto the k leading directions of what that predicts.
+
+    Args:
+        xx: (I, I) XᵀX, float64.
+        xz: (I, R) XᵀZ, float64.
+        rank: k, 1 <= k <= R.
+        ridge: λ as a share of the mean of XᵀX's diagonal, >= 0. At 0 XᵀX must be invertible.
+
+    Returns:
+        A (k, I) and C (R, k), whose columns are orthonormal; z is predicted as C·A·x.
+    """
+    damped = xx + ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    full = torch.cholesky_solve(xz, torch.linalg.cholesky(damped))
+    C = torch.linalg.eigh(xz.T @ full).eigenvectors[:, -rank:]  # eigenvalues ascend
+    return (full @ C).T, C
