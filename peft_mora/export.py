@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from . import registry
 from .base import AdapterLinear
 from .checks import check_field, is_int, listed
-from .inputs import eval_mode, real_rows
+from .inputs import eval_mode, parts, real_rows, removed_after, visit
 from .linalg import reduced_rank_regression
 
 
@@ -77,7 +77,9 @@ def fit_lora(
     """
     check_field(rank is None or (is_int(rank) and rank >= 1), "rank", rank, "an integer >= 1, or None")
     loras = {}
-    for group in _groups(exportable_layers(model, adapter_name), gram_bytes):
+    layers = exportable_layers(model, adapter_name)
+    for names in parts({n: 8 * layer.in_features**2 for n, layer in layers.items()}, gram_bytes):
+        group = {n: layers[n] for n in names}
         # Y lies in the span of B's columns: regressing R coordinates there is the same problem as regressing all O.
         bases = {n: torch.linalg.qr(layer.factors(adapter_name)[1].double()).Q for n, layer in group.items()}
         sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -144,12 +146,9 @@ def effect_error(
             adapter = logits(batch)
             with model.disable_adapter():
                 base = logits(batch)
-                handles = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]
-                try:
+                hooks = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]
+                with removed_after(hooks):
                     lora = logits(batch)
-                finally:
-                    for handle in handles:
-                        handle.remove()
             written = [x.argmax(-1) for x in (adapter, lora, base)]
             same = [(w == written[0]).sum() for w in written]
             missed, effect = (lora - adapter).square().sum(), (base - adapter).square().sum()
@@ -225,20 +224,6 @@ def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[s
     return {layer.module_names[adapter_name]: layer for layer in layers}
 
 
-def _groups(layers: dict[str, AdapterLinear], gram_bytes: int) -> Iterator[dict[str, AdapterLinear]]:
-    group: dict[str, AdapterLinear] = {}
-    used = 0
-    for name, layer in layers.items():
-        need = 8 * layer.in_features**2
-        if group and used + need > gram_bytes:
-            yield group
-            group, used = {}, 0
-        group[name] = layer
-        used += need
-    yield group
-
-
-@torch.no_grad()
 def _visit(
     model: nn.Module,
     layers: dict[str, AdapterLinear],
@@ -247,25 +232,12 @@ def _visit(
     look: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """look(name, x (T, I), y (T, O)) for each layer and batch: its inputs without padding, what it adds; float32."""
-    mask: Tensor | None = None
 
-    def hook(name: str) -> Callable[[Any, Any], None]:
-        def call(layer: Any, args: tuple[Tensor, ...]) -> None:
-            x = real_rows(args[0], mask, name).float()
-            nothing = x.new_zeros(len(x), layer.out_features)
-            look(name, x, layer._add(nothing, adapter_name, x))
+    def see(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        x, layer = real_rows(x, mask, name).float(), layers[name]
+        look(name, x, layer._add(x.new_zeros(len(x), layer.out_features), adapter_name, x))
 
-        return call
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with eval_mode(model):
-            for batch in batches:
-                mask = batch["attention_mask"]
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    visit(model, layers, batches, see)
 
 
 def _short_names(model: nn.Module, names: set[str]) -> list[str]:

@@ -1,12 +1,43 @@
-"""What goes into modules: which tokens are real, a model in eval mode."""
+"""What goes into modules of any model: forwards in eval mode, hooks, which tokens are real, Σ x xᵀ. Torch only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def fit_mask(mask: Tensor, shape: Sequence[int], name: str, cached: bool = False) -> Tensor:
+    """Which tokens of a module's input are real: `mask` (B, S) as bool in the input's shape without its last axis.
+
+    Args:
+        mask: the model's attention mask, 0 where a token is padding.
+        shape: (B, S) or (B·S,).
+        name: of the module, for the error.
+        cached: a shape (B, S'), S' < S, is of the last tokens, whose predecessors are in a KV cache.
+
+    Raises:
+        ValueError: the tokens are not those of the mask.
+    """
+    batch, length = mask.shape
+    if cached and len(shape) == 2 and shape[0] == batch and shape[1] <= length:
+        mask = mask[:, length - shape[1] :]
+    elif tuple(shape) not in ((batch, length), (batch * length,)):
+        raise ValueError(
+            f"Cannot tell which tokens are padding in {name}, whose inputs have shape {tuple(shape)} before the last "
+            f"axis while the attention mask has {tuple(mask.shape)}. Leave such modules (experts of a mixture, vision "
+            "towers) out of `target_modules`, and call one adapter at a time instead of passing adapter_names."
+        )
+    return mask.bool().reshape(*shape)
 
 
 def real_rows(x: Tensor, mask: Tensor | None, name: str) -> Tensor:
@@ -17,13 +48,7 @@ def real_rows(x: Tensor, mask: Tensor | None, name: str) -> Tensor:
     """
     if mask is None:
         return x.reshape(-1, x.shape[-1])
-    if x.shape[:-1] not in (mask.shape, (mask.numel(),)):
-        raise ValueError(
-            f"Cannot tell which tokens are padding in {name!r}, whose inputs have shape {tuple(x.shape)} while the "
-            f"attention mask has {tuple(mask.shape)}. Leave such modules (experts of a mixture, vision towers) out of "
-            "`target_modules`."
-        )
-    return x.reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device, torch.bool)]
+    return x[fit_mask(mask, x.shape[:-1], repr(name)).to(x.device)]
 
 
 @contextmanager
@@ -37,3 +62,174 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in was_training:
             module.training = True
+
+
+@contextmanager
+def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks for the length of a block, also if a forward in it fails."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def visit(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Any]],
+    look: Callable[[str, Tensor, Tensor, Tensor | None], None],
+) -> None:
+    """Call the model with each batch, in eval mode, and look(name, x, y, mask) at each call of the modules.
+
+    x is the module's first argument, y its (first) output, mask the batch's `attention_mask` or None.
+
+    Args:
+        model: any model; it is in eval mode during the call, and as before after it.
+        modules: by name; of `model`.
+        batches: keyword arguments of the model's forward. Labels and what the forward does not take are left out, and
+            no logits but the last token's are computed where the model can do so and `modules` does not ask for them.
+        look: called without gradients.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accepted = inspect.signature(base.forward).parameters
+    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    options = {"use_cache": False, "logits_to_keep": 1}
+    if any(module is part for module in modules.values() for part in (head.modules() if head is not None else ())):
+        del options["logits_to_keep"]
+    options = {name: value for name, value in options.items() if name in accepted}
+    mask: Tensor | None = None
+
+    def hook(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        look(name, x, output[0] if isinstance(output, tuple) else output, mask)
+
+    hooks = (module.register_forward_hook(partial(hook, n), with_kwargs=True) for n, module in modules.items())
+    with eval_mode(model), removed_after(list(hooks)):
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            inputs = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+                # Sequence lengths of padding-free batches go through **kwargs to the attention.
+                if (name in accepted and name not in ("labels", "shift_labels"))
+                or name.startswith(("cu_seq_lens", "max_length"))
+            }
+            model(**inputs, **options)
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Σ x xᵀ of each distinct input, float32 on the model's device, and the modules that share it."""
+
+    covariance: dict[str, Tensor]  # group -> (I, I); a group is named after the first module called with it
+    groups: dict[str, tuple[str, ...]]
+
+
+def input_statistics(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Mapping[str, Any]],
+    budget_gib: float = 4.0,
+) -> InputStatistics:
+    """Stream batches through the model and add up Σ x xᵀ of what goes into each module, over real tokens.
+
+    Modules that are called with the very same tensor (q/k/v; gate/up) share one matrix. Each matrix takes 4·I² bytes
+    and all of them at once would not fit beside a large model, so the batches go through the model as often as
+    `budget_gib` asks for. Nothing but the matrices is kept. Where there are several processes, all must call this.
+
+    Args:
+        model, modules, batches: as `visit`; the inputs are (..., I), `attention_mask` (B, S) marks padding.
+        budget_gib: GiB of matrices held at a time; at least one is.
+
+    Raises:
+        ValueError: a module was never called, or its tokens are not those of the attention mask.
+    """
+    groups, sizes = shared_inputs(model, modules, batches[0])
+    covariance: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        rows = real_rows(x, mask, name).float()
+        if name not in covariance:
+            covariance[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        covariance[name].addmm_(rows.T, rows)
+
+    done: dict[str, Tensor] = {}
+    for part in parts({name: 4 * size**2 for name, size in sizes.items()}, budget_gib * 2**30):
+        visit(model, {name: modules[name] for name in part}, batches, add)
+        for name in part:
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(covariance[name])
+            done[name] = covariance.pop(name)
+    return InputStatistics(done, groups)
+
+
+def shared_inputs(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping[str, Any]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
+    """Which modules are called with the very same tensor, by one forward: group -> modules, and group -> I.
+
+    Raises:
+        ValueError: as `input_statistics`.
+    """
+    groups: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    group_of: dict[str, str] = {}
+    seen: dict[int, tuple[weakref.ref, str]] = {}
+
+    def see(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        if mask is not None:
+            fit_mask(mask, x.shape[:-1], repr(name))
+        reference, group = seen.get(id(x), (None, name))
+        if reference is None or reference() is not x:  # an id is given again once its tensor is gone
+            group = group_of.get(name, name)
+            seen[id(x)] = (weakref.ref(x), group)
+        if name not in group_of:
+            group_of[name] = group
+            groups.setdefault(group, []).append(name)
+            sizes[group] = x.shape[-1]
+
+    visit(model, modules, [batch], see)
+    missing = [name for name in modules if name not in group_of]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} adapted modules saw no input in a forward of the training data, e.g. {missing[0]!r}, so "
+            "what they must keep cannot be known. Leave them out of `target_modules`."
+        )
+    return {name: tuple(members) for name, members in groups.items()}, sizes
+
+
+def layer_similarity(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Mean cosine, over real tokens, between what goes into each decoder layer and what comes out of it."""
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
+
+    def add(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        x, y = (real_rows(rows, mask, name).float() for rows in (x, y))
+        cosine = torch.cosine_similarity(x, y, dim=-1)
+        sums[name] += torch.stack([cosine.sum(), torch.ones_like(cosine).sum()]).double().cpu()
+
+    visit(model, layers, batches, add)
+    if dist.is_available() and dist.is_initialized():
+        stacked = torch.stack(list(sums.values()))
+        stacked = stacked.to(next(p.device for p in model.parameters()))
+        dist.all_reduce(stacked)
+        sums = dict(zip(sums, stacked.cpu(), strict=True))
+    return {name: float(total / count) for name, (total, count) in sums.items()}
+
+
+def parts(sizes: Mapping[str, float], budget: float) -> Iterator[list[str]]:
+    """Names in their order, as many at a time as `budget` has room for; at least one."""
+    part: list[str] = []
+    used = 0.0
+    for name, size in sizes.items():
+        if part and used + size > budget:
+            yield part
+            part, used = [], 0.0
+        part.append(name)
+        used += size
+    if part:
+        yield part

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .inputs import fit_mask
 from .routed import routed_layers
 
 
@@ -172,22 +173,9 @@ class UsageMeter:
             return RealTokens(None, None, math.prod(shape))
         key = (tuple(shape), device)
         if key not in self._real:  # once a forward, not once a layer
-            real = self._fit_mask(tuple(shape)).to(device)
+            real = fit_mask(self.mask, shape, "a layer", cached=True)[..., None].to(device)
             self._real[key] = RealTokens(real, real.flatten().float(), real.sum().to(self.pending.device))
         return self._real[key]
-
-    def _fit_mask(self, shape: tuple[int, ...]) -> Tensor:
-        assert self.mask is not None
-        batch, length = self.mask.shape
-        if len(shape) == 2 and shape[0] == batch and shape[1] <= length:  # shorter: the rest is in the KV cache
-            return self.mask[:, length - shape[1] :, None]
-        if shape == (batch * length,):
-            return self.mask.reshape(-1, 1)
-        raise ValueError(
-            f"Cannot tell which tokens are padding in a layer whose inputs have shape {shape} while the attention "
-            f"mask has {tuple(self.mask.shape)}. Leave such modules out of `target_modules` (experts of a "
-            "mixture, vision towers), and count one adapter at a time instead of passing adapter_names."
-        )
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._depth += 1

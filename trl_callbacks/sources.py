@@ -20,15 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_mora.inputs import InputStatistics, input_statistics, layer_similarity, shared_inputs
 from peft_mora.linalg import leading_directions, orthonormal, shrink_sketch
 
-from .subspace import (
-    InputStatistics,
-    Subspace,
-    input_statistics,
-    layer_similarity,
-    shared_inputs,
-)
+from .subspace import Subspace
 
 
 @dataclass(frozen=True)

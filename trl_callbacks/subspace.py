@@ -9,197 +9,19 @@ No trainer in this file.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import tempfile
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from peft_mora.inputs import eval_mode, real_rows
-
-
-# Inputs of modules
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """Σ x xᵀ of each distinct input, float32 on the model's device, and the modules that share it."""
-
-    covariance: dict[str, Tensor]  # group -> (I, I); a group is named after the first module called with it
-    groups: dict[str, tuple[str, ...]]
-
-
-@torch.no_grad()
-def input_statistics(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    batches: Sequence[Mapping[str, Any]],
-    budget_gib: float = 4.0,
-) -> InputStatistics:
-    """Stream batches through the model and add up Σ x xᵀ of what goes into each module, over real tokens.
-
-    Modules that are called with the very same tensor (q/k/v; gate/up) share one matrix. Each matrix takes 4·I² bytes
-    and all of them at once would not fit beside a large model, so the batches go through the model as often as
-    `budget_gib` asks for. Nothing but the matrices is kept.
-
-    Args:
-        model: any model; it is in eval mode during the call, and as before after it.
-        modules: name -> module whose first argument is the input (..., I).
-        batches: keyword arguments of the model's forward; labels are left out. `attention_mask` (B, S) marks padding.
-        budget_gib: GiB of matrices held at a time; at least one is.
-
-    Raises:
-        ValueError: a module was never called, or its tokens are not those of the attention mask.
-    """
-    groups, sizes = shared_inputs(model, modules, batches[0])
-    covariance: dict[str, Tensor] = {}
-    mask: Tensor | None = None
-
-    def add(name: str, x: Tensor) -> None:
-        rows = real_rows(x, mask, name).float()
-        if name not in covariance:
-            covariance[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        covariance[name].addmm_(rows.T, rows)
-
-    done: dict[str, Tensor] = {}
-    for part in _parts(sizes, budget_gib * 2**30):
-        with _observed(model, {name: modules[name] for name in part}, add):
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                _forward(model, batch)
-        for name in part:
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(covariance[name])
-            done[name] = covariance.pop(name)
-    return InputStatistics(done, groups)
-
-
-@torch.no_grad()
-def shared_inputs(
-    model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping[str, Any]
-) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
-    """Which modules are called with the very same tensor, by one forward: group -> modules, and group -> I.
-
-    Raises:
-        ValueError: as `input_statistics`.
-    """
-    groups: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
-    group_of: dict[str, str] = {}
-    seen: dict[int, tuple[weakref.ref, str]] = {}
-
-    def look(name: str, x: Tensor) -> None:
-        real_rows(x, batch.get("attention_mask"), name)
-        reference, group = seen.get(id(x), (None, name))
-        if reference is None or reference() is not x:  # an id is given again once its tensor is gone
-            group = group_of.get(name, name)
-            seen[id(x)] = (weakref.ref(x), group)
-        if name not in group_of:
-            group_of[name] = group
-            groups.setdefault(group, []).append(name)
-            sizes[group] = x.shape[-1]
-
-    with _observed(model, modules, look):
-        _forward(model, batch)
-    missing = [name for name in modules if name not in group_of]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} adapted modules saw no input in a forward of the training data, e.g. {missing[0]!r}, so "
-            "what they must keep cannot be known. Leave them out of `target_modules`."
-        )
-    return {name: tuple(members) for name, members in groups.items()}, sizes
-
-
-@torch.no_grad()
-def layer_similarity(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]
-) -> dict[str, float]:
-    """Mean cosine, over real tokens, between what goes into each decoder layer and what comes out of it."""
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
-    mask: Tensor | None = None
-
-    def see(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        y = output[0] if isinstance(output, tuple) else output
-        x, y = (real_rows(rows, mask, name).float() for rows in (x, y))
-        cosine = torch.cosine_similarity(x, y, dim=-1)
-        sums[name] += torch.stack([cosine.sum(), torch.ones_like(cosine).sum()]).double().cpu()
-
-    handles = [layer.register_forward_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with eval_mode(model):
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                _forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if dist.is_available() and dist.is_initialized():
-        stacked = torch.stack(list(sums.values()))
-        stacked = stacked.to(next(p.device for p in model.parameters()))
-        dist.all_reduce(stacked)
-        sums = dict(zip(sums, stacked.cpu(), strict=True))
-    return {name: float(total / count) for name, (total, count) in sums.items()}
-
-
-@contextmanager
-def _observed(model: nn.Module, modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
-        for name, module in modules.items()
-    ]
-    try:
-        with eval_mode(model):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    accepted = inspect.signature(base.forward).parameters
-    # Sequence lengths of padding-free batches go through **kwargs to the attention.
-    inputs = {
-        k: v
-        for k, v in batch.items()
-        if (k in accepted and k not in ("labels", "shift_labels")) or k.startswith(("cu_seq_lens", "max_length"))
-    }
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = 1  # the logits are not wanted
-    model(**inputs, use_cache=False)
-
-
-def _parts(sizes: Mapping[str, int], budget: float) -> Iterable[list[str]]:
-    part: list[str] = []
-    used = 0.0
-    for name, size in sizes.items():
-        if part and used + 4 * size**2 > budget:
-            yield part
-            part, used = [], 0.0
-        part.append(name)
-        used += 4 * size**2
-    if part:
-        yield part
-
-
-# What is kept between tasks
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
