@@ -12,8 +12,8 @@ def covariance(size: int, rank: int, seed: int = 0, decay: float = 0.7) -> torch
     return Q @ torch.diag(decay ** torch.arange(rank, dtype=torch.float64)) @ Q.T
 
 
-def is_orthonormal(V: torch.Tensor) -> bool:
-    return torch.allclose(V.T @ V, torch.eye(V.shape[1], dtype=V.dtype), atol=1e-10)
+def is_orthonormal(V: torch.Tensor, atol: float = 1e-10) -> bool:
+    return torch.allclose(V.T @ V, torch.eye(V.shape[1], dtype=V.dtype), atol=atol)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])

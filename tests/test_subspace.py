@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import quantized, tiny_gpt2, tiny_llama
 from peft import get_peft_model
-from test_linalg import covariance
+from test_linalg import covariance, is_orthonormal
 
 from peft_mora import MoraConfig
+from peft_mora.inputs import InputStatistics
 from trl_callbacks import subspace as S
 
 
@@ -27,6 +28,19 @@ def make_subspace(model=None) -> S.Subspace:
     V = torch.linalg.qr(torch.randn(8, 3))[0]
     described = S.fingerprint(model if model is not None else tiny_llama())
     return S.Subspace("inputs", described, [{"name": "one"}], {"q": ("q", "k")}, {"q": V}, {"q": V[:, :1]})
+
+
+def test_inputs_go_behind_the_directions_of_the_group_that_has_the_modules():
+    subspace = make_subspace()
+    before = subspace.right["q"]
+    seen = {"k": covariance(8, 6, seed=1).float(), "o": covariance(5, 3, seed=2).float()}
+    subspace.add_inputs(InputStatistics(seen, {"k": ("k", "q"), "o": ("o",)}), 0.95, None)
+    assert subspace.groups == {"q": ("q", "k"), "o": ("o",)} and subspace.weights == {"q": 1, "o": 1}
+    V = subspace.right["q"]
+    assert torch.equal(V[:, :3], before) and is_orthonormal(V.double(), atol=1e-5)
+    assert (V.T @ seen["k"] @ V).trace() >= 0.95 * seen["k"].trace() - 1e-5
+    subspace.append("new", torch.eye(4)[:, :2], outputs=torch.eye(3)[:, :1])
+    assert subspace.groups["new"] == ("new",) and subspace.left["new"].shape == (3, 1)
 
 
 def test_subspace_comes_back_from_its_files_as_it_was(tmp_path):

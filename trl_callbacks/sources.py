@@ -85,14 +85,6 @@ class Source:
         """Go on from what `state` gave."""
 
 
-def append(subspace: Subspace, group: str, modules: Sequence[str], new: Tensor) -> None:
-    """Put orthonormal columns `new` (I, k), orthogonal to what is held, behind those of the group."""
-    held = subspace.right.get(group)
-    new = new.float().cpu()
-    subspace.groups[group] = tuple(modules)
-    subspace.right[group] = new if held is None else torch.cat([held, new], dim=1)
-
-
 class Inputs(Source):
     """The leading directions of Σ x xᵀ over this task's training inputs, at the end of it."""
 
@@ -103,13 +95,7 @@ class Inputs(Source):
         shared_inputs(run.model, run.layers, run.batches()[0])
 
     def at_end(self, run: Run, subspace: Subspace) -> None:
-        found = run.statistics()
-        for group, covariance in found.covariance.items():
-            modules = found.groups[group]
-            place = subspace.group_of(modules[0]) or group
-            new = leading_directions(covariance, self.energy, self.max_rank, subspace.right.get(place))
-            append(subspace, place, subspace.groups.get(place, modules), new)
-            subspace.remember(place, covariance)
+        subspace.add_inputs(run.statistics(), self.energy, self.max_rank)
 
 
 class Gradients(Source):
@@ -136,7 +122,7 @@ class Gradients(Source):
     def at_end(self, run: Run, subspace: Subspace) -> None:
         for name, rows in self.sketches.items():
             new = leading_directions(rows.T @ rows, self.energy, self.max_rank, subspace.right.get(name))
-            append(subspace, name, [name], new)
+            subspace.append(name, new)
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.sketches)
@@ -173,8 +159,7 @@ class BaseWeights(Source):
                 share = S.square().cumsum(0) / S.square().sum()
                 k = int((share < self.energy).sum()) + 1
             k = min(k, len(S), self.max_rank or len(S))
-            append(subspace, name, [name], Vh[:k].T)
-            subspace.left[name] = U[:, :k].cpu().contiguous()
+            subspace.append(name, Vh[:k].T, outputs=U[:, :k])
 
     def _shares(self, run: Run) -> dict[str, float]:
         layer_of = {name: found[1] if (found := re.match(r"(.*\.\d+)\.", name)) else "" for name in run.factors}
@@ -203,7 +188,7 @@ class PastAdapters(Source):
 
     def _add(self, subspace: Subspace, name: str, rows: list[Tensor]) -> None:
         if rows:
-            append(subspace, name, [name], orthonormal(torch.cat(rows).T, subspace.right.get(name)))
+            subspace.append(name, orthonormal(torch.cat(rows).T, subspace.right.get(name)))
 
 
 SOURCES: dict[str, type[Source]] = {source.name: source for source in (Inputs, Gradients, BaseWeights, PastAdapters)}

@@ -1,4 +1,4 @@
-"""Directions of each module's input that later training must leave alone: find, grow, apply, save, load.
+"""Directions of each module's input that later training must leave alone: grow, save, load.
 
     V (I, k)  orthonormal columns, float32: what is protected of an input space of I dimensions
     A (r, I)  the down-projection of a fresh adapter; with A·V = 0 its ΔW = s·B·A gives 0 for every input in span V
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from peft_mora.inputs import InputStatistics
+from peft_mora.linalg import leading_directions
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -81,6 +85,32 @@ class Subspace:
     left: dict[str, Tensor] = field(default_factory=dict)
     seen: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+
+    def append(
+        self, group: str, directions: Tensor, modules: Sequence[str] = (), outputs: Tensor | None = None
+    ) -> None:
+        """Put directions behind those of a group.
+
+        Args:
+            group: one that is there, or a new one.
+            directions: (I, k) orthonormal, orthogonal to `right[group]`, any float dtype and device.
+            modules: of a new group; none are the module that it is named after.
+            outputs: (O, k) orthonormal, the module's directions in `left`, in the place of those there.
+        """
+        directions = directions.float().cpu()
+        self.groups.setdefault(group, tuple(modules) or (group,))
+        held = self.right.get(group)
+        self.right[group] = directions if held is None else torch.cat([held, directions], dim=1)
+        if outputs is not None:
+            self.left[group] = outputs.float().cpu().contiguous()
+
+    def add_inputs(self, found: InputStatistics, energy: float | None, max_rank: int | None) -> None:
+        """Add what a task's inputs need beyond what is held (`leading_directions`), and remember the inputs."""
+        for name, covariance in found.covariance.items():
+            group = self.group_of(found.groups[name][0]) or name
+            new = leading_directions(covariance, energy, max_rank, self.right.get(group))
+            self.append(group, new, found.groups[name])
+            self.remember(group, covariance)
 
     def remember(self, group: str, covariance: Tensor) -> None:
         """Add a task's inputs (I, I) to what is known of all tasks' inputs, every task with the same weight."""
