@@ -9,15 +9,12 @@ inputs: `lora_errors` module by module, `effect_error` at the logits.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,13 +23,7 @@ from .base import AdapterLinear
 from .checks import check_field, is_int, listed
 from .inputs import eval_mode, parts, real_rows, removed_after, visit
 from .linalg import reduced_rank_regression
-
-
-class Lora(NamedTuple):
-    """ΔW = B·A of one module, float32: A (k, I), B (O, k), scaling in B."""
-
-    A: Tensor
-    B: Tensor
+from .lora_file import Lora, write_lora
 
 
 def exact_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Lora]:
@@ -158,44 +149,22 @@ def effect_error(
 
 
 def save_lora(model: Any, loras: dict[str, Lora], folder: str | Path, adapter_name: str = "default") -> LoraConfig:
-    """Write LoRAs as PEFT writes a LoRA: adapter_config.json and adapter_model.safetensors.
-
-    All modules get one rank (padded with zeros) and lora_alpha = r: a reader that does not know rank_pattern and
-    alpha_pattern still computes the same. The folder appears complete or not at all.
+    """Write LoRAs as PEFT writes a LoRA, at one rank and lora_alpha = r (see `write_lora`).
 
     Raises:
         FileExistsError: the folder exists.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: delete it or write to another folder.")
-    rank = max(len(lora.A) for lora in loras.values())
-    state = {}
-    for name, (A, B) in loras.items():
-        missing = rank - len(A)
-        state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
-        state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(B, (0, missing)).contiguous()
     source = model.peft_config[adapter_name]
     layers = exportable_layers(model, adapter_name).values()
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
+    return write_lora(
+        folder,
+        loras,
         target_modules=_short_names(model, set(loras)),
         fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         task_type=source.task_type,
-        inference_mode=True,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        written = Path(temporary) / "lora"
-        config.save_pretrained(str(written))
-        save_file(
-            {k: v.detach().cpu() for k, v in state.items()}, written / "adapter_model.safetensors", {"format": "pt"}
-        )
-        os.rename(written, folder)
-    return config
 
 
 def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, AdapterLinear]:

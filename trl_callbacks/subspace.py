@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from peft_mora.files import whole_folder
 from peft_mora.inputs import InputStatistics
 from peft_mora.linalg import leading_directions
 
@@ -133,36 +131,27 @@ class Subspace:
 
     def save(self, folder: str | Path) -> None:
         """Write FOLDER/basis.safetensors and FOLDER/subspace.json; what was there before is replaced as a whole."""
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            tensors = {f"right.{name}": V.float().cpu().contiguous() for name, V in self.right.items()}
-            tensors |= {f"left.{name}": U.float().cpu().contiguous() for name, U in self.left.items()}
-            tensors |= {f"seen.{name}": F.to("cpu", torch.float16).contiguous() for name, F in self.seen.items()}
-            save_file(tensors, temporary / TENSORS)
-            text = {
-                "version": VERSION,
-                "source": self.source,
-                "model": self.model,
-                "tasks": self.tasks,
-                "groups": {
-                    name: {
-                        "modules": list(modules),
-                        "dimensions": self.right[name].shape[0],
-                        "rank": self.right[name].shape[1],
-                        "tasks_seen": self.weights.get(name, 0),
-                    }
-                    for name, modules in self.groups.items()
-                },
-            }
-            (temporary / DESCRIPTION).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-            temporary.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        tensors = {f"right.{name}": V.float().cpu().contiguous() for name, V in self.right.items()}
+        tensors |= {f"left.{name}": U.float().cpu().contiguous() for name, U in self.left.items()}
+        tensors |= {f"seen.{name}": F.to("cpu", torch.float16).contiguous() for name, F in self.seen.items()}
+        text = {
+            "version": VERSION,
+            "source": self.source,
+            "model": self.model,
+            "tasks": self.tasks,
+            "groups": {
+                name: {
+                    "modules": list(modules),
+                    "dimensions": self.right[name].shape[0],
+                    "rank": self.right[name].shape[1],
+                    "tasks_seen": self.weights.get(name, 0),
+                }
+                for name, modules in self.groups.items()
+            },
+        }
+        with whole_folder(folder, replace=True) as written:
+            save_file(tensors, written / TENSORS)
+            (written / DESCRIPTION).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Subspace:

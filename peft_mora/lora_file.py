@@ -1,0 +1,280 @@
+"""Adapter folders without a model: ΔW of each module as two factors, read and written as PEFT does.
+
+LoRA:                 ΔW = s·B·A, s = lora_alpha / r, or lora_alpha / √r with use_rslora; patterns as PEFT takes them
+LORI, MORA "dense":   ΔW by the layer itself, made over an empty base
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import registry
+from .base import matching_key
+from .checks import listed
+from .files import whole_folder
+
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Fields of a LoraConfig that leave ΔW = s·B·A, or say what it is.
+PLAIN = set(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora modules_to_save init_lora_weights "
+    "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config "
+    "eva_config corda_config lora_ga_config qalora_group_size ensure_weight_tying runtime_config".split()
+)
+# Initialisations that leave the base model's weights alone.
+BASE_KEPT = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+class Lora(NamedTuple):
+    """ΔW = B·A of one module, float32 or wider: A (k, I), B (O, k), scaling in B."""
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What an adapter's folder holds.
+
+    Args:
+        folder: where it is.
+        config: its adapter_config.json.
+        loras: module's name in the base model -> its ΔW.
+        saved: further tensors (`modules_to_save`), by their keys in the file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    loras: dict[str, Lora]
+    saved: dict[str, Tensor]
+
+
+def read_lora(folder: str | Path) -> LoraFile:
+    """Read the folder of a LoRA, or of an adapter of this package whose update is one ΔW a module.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: the files are damaged, or the adapter is more or other than
+            ΔW = s·B·A over the base model that it names; the message says what and what to do.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: give the folder that model.save_pretrained wrote (with "
+                "safe_serialization, PEFT's default)."
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}): save the adapter again.") from error
+    method = config.get("peft_type") if isinstance(config, dict) else None
+    if method == "LORA":
+        check_plain(config, folder)
+        loras, rest = _lora_factors(config, tensors, folder)
+    elif isinstance(method, str) and method.lower() in registry.registered:
+        loras, rest = _own_factors(method, tensors, folder)
+    else:
+        known = listed(name.upper() for name in ("lora", *registry.registered))
+        raise ValueError(f"{folder} has an adapter of type {method!r}; {known} can be read without a model.")
+    kept = tuple(config.get("modules_to_save") or ())
+    for key in rest:
+        owner = key.removeprefix(PREFIX).rpartition(".")[0]
+        if not any(owner == name or f".{name}." in f".{owner}." for name in kept):
+            raise ValueError(
+                f"{folder} holds {key!r}, which is no factor of a linear module's update: embeddings, convolutions "
+                "and single parameters are not read. Train the adapter without them."
+            )
+    broken = [name for name, lora in loras.items() if not all(t.isfinite().all() for t in lora)]
+    if broken or not loras:
+        what = f"has values that are not finite, e.g. in {broken[0]!r}" if broken else "holds no LoRA weights"
+        raise ValueError(f"{folder} {what}: save the adapter again.")
+    return LoraFile(folder, config, loras, rest)
+
+
+def check_plain(config: Mapping[str, Any], folder: str | Path) -> None:
+    """Refuse a LoRA's config that says more than ΔW = s·B·A, or means other weights than its base model's.
+
+    Raises:
+        ValueError: naming the field and what to do.
+    """
+    if config.get("use_dora"):
+        raise ValueError(
+            f"{folder} is a DoRA (use_dora=True): its magnitudes rescale the base model's weights, so its update is "
+            "no B·A. Train it with use_dora=False."
+        )
+    if config.get("lora_bias") or config.get("bias", "none") != "none":
+        field = "lora_bias" if config.get("lora_bias") else "bias"
+        raise ValueError(
+            f"{folder} trains biases ({field}={config[field]!r}), which B·A leaves out. Train it with lora_bias=False "
+            "and bias='none'."
+        )
+    init = config.get("init_lora_weights", True)
+    if init not in BASE_KEPT:
+        raise ValueError(
+            f"{folder} was initialised by {init!r}, which changes the base model's weights: its factors mean nothing "
+            "over the base model as it was. Save it with model.save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it."
+        )
+    if config.get("trainable_token_indices"):
+        raise ValueError(
+            f"{folder} trains embeddings of tokens (trainable_token_indices), which are no linear module's update. "
+            "Train it without."
+        )
+    # A newer PEFT's fields are unknown here: a value that is not empty may change what the factors mean.
+    others = [
+        name for name, value in config.items() if name not in PLAIN and value not in (None, False, {}, [], "none")
+    ]
+    if others:
+        raise ValueError(
+            f"{folder} has {listed((f'{name}={config[name]!r}' for name in others), 'and')}: such an update is not "
+            "known to be s·B·A. Train a plain LoRA."
+        )
+
+
+def write_lora(
+    folder: str | Path,
+    loras: Mapping[str, Lora],
+    *,
+    saved: Mapping[str, Tensor] | None = None,
+    replace: bool = False,
+    **fields: Any,
+) -> LoraConfig:
+    """Write ΔW's as PEFT writes a LoRA; plain `PeftModel.from_pretrained` opens it bit for bit.
+
+    All modules get one rank (padded with zeros) and lora_alpha = r: a reader that does not know rank_pattern and
+    alpha_pattern still computes the same. The folder appears complete or not at all.
+
+    Args:
+        folder: adapter_config.json and adapter_model.safetensors go in here.
+        loras: module's name in the base model -> its ΔW.
+        saved: further tensors by their keys in the file; `modules_to_save` in `fields` has to name their modules.
+        replace: whether an existing folder is replaced, as a whole.
+        fields: of the LoraConfig; `target_modules` is the modules' names if it is not given.
+
+    Raises:
+        FileExistsError: the folder exists and `replace` is false.
+    """
+    rank = max([1, *(len(lora.A) for lora in loras.values())])
+    config = LoraConfig(**{"target_modules": sorted(loras), "inference_mode": True, **fields}, r=rank, lora_alpha=rank)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in (saved or {}).items()}
+    for name, (A, B) in loras.items():
+        missing = rank - len(A)
+        padded = {"A": nn.functional.pad(A, (0, 0, 0, missing)), "B": nn.functional.pad(B, (0, missing))}
+        state |= {f"{PREFIX}{name}.lora_{x}.weight": t.detach().cpu().contiguous() for x, t in padded.items()}
+    with whole_folder(folder, replace=replace) as written:
+        config.save_pretrained(str(written))
+        save_file(state, written / TENSORS, {"format": "pt"})
+    return config
+
+
+def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """s of one module, as PEFT takes it: the first pattern that matches, in the file's order."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config.get("lora_alpha", 8))
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _lora_factors(
+    config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> tuple[dict[str, Lora], dict[str, Tensor]]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if match and tensor.dim() == 2:
+            pairs.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            rest[key] = tensor
+    loras = {}
+    ranks = config.get("rank_pattern") or {}
+    for name, pair in pairs.items():
+        rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r", 8))
+        if pair.keys() != {"A", "B"} or not len(pair["A"]) == pair["B"].shape[1] == rank:
+            shapes = ", ".join(f"lora_{x} {tuple(t.shape)}" for x, t in sorted(pair.items()))
+            raise ValueError(
+                f"{folder}: module {name!r} has {shapes} and rank {rank} by {CONFIG}. The file is damaged or not of "
+                "this config: save the adapter again."
+            )
+        A, B = _wide(pair["A"]), _wide(pair["B"])
+        loras[name] = Lora(A, lora_scale(config, name, rank) * B)
+    return loras, rest
+
+
+def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, Lora], dict[str, Tensor]]:
+    """The layer that PEFT would make, over an empty base of the file's sizes, filled from the file."""
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls
+    files: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, dot, own = key.removeprefix(PREFIX).rpartition(f".{layer_cls.prefix}")
+        if dot:
+            files.setdefault(name, {})[f"{layer_cls.prefix}{own}"] = tensor
+        else:
+            rest[key] = tensor
+    loras = {}
+    for name, found in files.items():
+        r = config.rank_pattern.get(matching_key(config.rank_pattern, name), config.r)
+        alpha = config.alpha_pattern.get(matching_key(config.alpha_pattern, name), config.alpha)
+        layer = layer_cls(nn.Linear(*_sizes(found, layer_cls.prefix, r, name, folder), bias=False, device="meta"))
+        layer.update_layer("default", r, alpha, config, name, inference_mode=True)
+        if not layer.is_static("default"):
+            raise ValueError(
+                f"{folder} is a {method} adapter whose active experts depend on the input, so no B·A equals it. Fit "
+                f"the closest LoRA first (python recipes/export.py {folder} --output DIR) and give DIR."
+            )
+        layer.fit_file("default", found, config, name)
+        wanted = {key: t for key, t in layer.state_dict().items() if ".default" in key}
+        state = {key.replace(".weight", ".default.weight") if ".weight" in key else f"{key}.default": t
+                 for key, t in found.items()}  # fmt: skip
+        wrong = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
+        if wrong or state.keys() - wanted.keys():
+            raise ValueError(
+                f"{folder}: {(wrong or sorted(state.keys() - wanted.keys()))[0]!r} of module {name!r} does not fit "
+                f"{CONFIG}. The file is damaged or not of this config: save the adapter again."
+            )
+        layer.load_state_dict(state, strict=False)
+        A, B = layer.factors("default")
+        loras[name] = Lora(_wide(A), layer.scaling["default"] * _wide(B))
+    return loras, rest
+
+
+def _sizes(tensors: dict[str, Tensor], prefix: str, r: int, name: str, folder: Path) -> tuple[int, int]:
+    """I and O of a module, of what the file has for it."""
+    A, B = tensors.get(f"{prefix}A", tensors.get(f"{prefix}A.weight")), tensors.get(f"{prefix}B.weight")
+    if A is None or B is None:
+        raise ValueError(
+            f"{folder} leaves out the projection of module {name!r} (save_projection=False), and with it the module's "
+            "size. Load it onto its base model and write a plain LoRA: python recipes/export.py, or save it again "
+            "with save_projection=True."
+        )
+    if B.dim() == 2:
+        return A.shape[1], B.shape[0]
+    packed = len(tensors[f"{prefix}mask"])  # bytes: eight entries of B each
+    outs = [out for out in range(8 * packed // r + 1) if -(-out * r // 8) == packed]
+    if len(outs) != 1:
+        raise ValueError(
+            f"{folder} packs B of module {name!r} at r = {r}, of which its rows cannot be told without the base "
+            "model. Write a plain LoRA of it: python recipes/export.py."
+        )
+    return A.shape[1], outs[0]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

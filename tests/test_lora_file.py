@@ -1,0 +1,256 @@
+"""Folders that appear whole, and adapters read and written without a model."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, randomize, tiny_gpt2, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_mora import start_task
+from peft_mora.export import exact_lora
+from peft_mora.files import whole_folder
+from peft_mora.lora_file import Lora, read_lora, write_lora
+from trl_callbacks.subspace import Subspace
+
+
+WRITTEN = Path(__file__).parent / "written_by_0.1"
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+# Folders
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_what_is_written_has_the_modes_that_mkdir_and_open_give(umask, tmp_path):
+    old = os.umask(umask)
+    try:
+        (tmp_path / "plain").mkdir()
+        (tmp_path / "plain" / "file").write_text("")
+        write_lora(tmp_path / "lora", {"lin": Lora(torch.ones(2, 3), torch.ones(4, 2))})
+        Subspace("inputs", {}, right={"a": torch.eye(3)}, groups={"a": ("a",)}).save(tmp_path / "subspace")
+        with whole_folder(tmp_path / "deep") as written:
+            (written / "inner").mkdir()
+            save_file({"a": torch.ones(1)}, written / "inner" / "a.safetensors")
+    finally:
+        os.umask(old)
+    folder, file = mode(tmp_path / "plain"), mode(tmp_path / "plain" / "file")
+    for path in tmp_path.rglob("*"):
+        assert mode(path) == (folder if path.is_dir() else file), path
+    assert (folder, file) == (0o777 & ~umask, 0o666 & ~umask)
+
+
+def test_a_failure_half_way_leaves_the_old_folder_and_nothing_else(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(RuntimeError, match="disk"), whole_folder(folder, replace=True) as written:
+        (written / "new").write_text("new")
+        raise RuntimeError("disk full")
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["old"]
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    rename = Path.rename
+
+    def fail_once(self, target):
+        if (self / "new").exists():
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="no space"), whole_folder(folder, replace=True) as written:
+        (written / "new").write_text("new")
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["old"]
+
+
+def test_a_folder_is_replaced_whole_and_only_where_that_is_asked_for(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(FileExistsError, match="delete it"), whole_folder(folder):
+        raise AssertionError("not to be entered")
+    with whole_folder(tmp_path / "link", replace=True) as written:
+        (written / "new").write_text("new")
+    assert os.listdir(folder) == ["new"] and (tmp_path / "link").is_symlink()
+    with pytest.raises(FileExistsError, match="meanwhile"), whole_folder(tmp_path / "other"):
+        (tmp_path / "other").mkdir()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "other"]
+
+
+# Files
+
+
+def saved_lora(folder: Path, base=tiny_llama, **fields) -> PeftModel:
+    model = get_peft_model(base(), LoraConfig(**{"r": 4, "target_modules": "all-linear", **fields}))
+    randomize(model, ("lora_",))
+    model.save_pretrained(folder)
+    return model
+
+
+def deltas(model: PeftModel) -> dict[str, torch.Tensor]:
+    """ΔW (O, I) of each module by PEFT's own layers."""
+    found = {}
+    for name, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            delta = layer.get_delta_weight("default").detach()
+            found[name] = delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+    return found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": 12},
+        {"use_rslora": True},
+        {"lora_alpha": 12, "rank_pattern": {"q_proj": 6, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"mlp.*": 3}},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
+    ],
+)
+def test_factors_of_a_lora_multiply_to_the_update_that_peft_adds(fields, tmp_path):
+    model = saved_lora(tmp_path, **fields)
+    loras = read_lora(tmp_path).loras
+    wanted = deltas(model)
+    assert loras.keys() == wanted.keys()
+    for name, (A, B) in loras.items():
+        torch.testing.assert_close(B @ A, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_over_conv1d_is_read_in_the_layout_of_linear(tmp_path):
+    model = saved_lora(tmp_path, tiny_gpt2, target_modules=["c_attn"])
+    for name, (A, B) in read_lora(tmp_path).loras.items():
+        torch.testing.assert_close(B @ A, deltas(model)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_16_bit_file_is_read_in_float32_and_scaled_there(tmp_path):
+    saved_lora(tmp_path, lora_alpha=3)
+    tensors = {key: t.bfloat16() for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    name, (A, B) = next(iter(read_lora(tmp_path).loras.items()))
+    assert A.dtype == B.dtype == torch.float32
+    assert torch.equal(B, tensors[f"base_model.model.{name}.lora_B.weight"].float() * 0.75)
+
+
+def test_plain_peft_opens_what_is_written_bit_for_bit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"model.layers.0.self_attn.q_proj": (64, 64, 3), "model.layers.1.mlp.down_proj": (128, 64, 5)}
+    loras = {
+        name: Lora(torch.randn(k, i, generator=generator), torch.randn(o, k, generator=generator))
+        for name, (i, o, k) in sizes.items()
+    }
+    config = write_lora(tmp_path / "lora", loras, task_type="CAUSAL_LM")
+    assert config.r == config.lora_alpha == 5
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    assert set(model.targeted_module_names) == set(loras)
+    for name, (A, B) in loras.items():
+        layer = model.base_model.model.get_submodule(name)
+        assert (
+            torch.equal(layer.lora_A.default.weight[: len(A)], A) and not layer.lora_A.default.weight[len(A) :].any()
+        )
+        assert torch.equal(layer.lora_B.default.weight[:, : len(A)], B) and layer.scaling["default"] == 1
+    again = read_lora(tmp_path / "lora").loras
+    assert all(torch.equal(again[n].B[:, : len(A)], B) for n, (A, B) in loras.items())
+
+
+@pytest.mark.parametrize("method", ["mora-dense", "lori"])
+def test_adapters_of_this_package_are_read_as_their_layers_compute(method, tmp_path):
+    patterns = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"down_proj": 5}}
+    model = get_peft_model(tiny_llama(), METHODS[method](target_modules="all-linear", **patterns))
+    randomize(model)
+    if method == "mora-dense":
+        start_task(model, "second")
+        randomize(model, seed=5)
+    model.save_pretrained(tmp_path)
+    loras, wanted = read_lora(tmp_path).loras, exact_lora(model)
+    assert loras.keys() == wanted.keys()
+    assert all(torch.equal(loras[n].A, A) and torch.equal(loras[n].B, B) for n, (A, B) in wanted.items())
+
+
+def test_packed_B_is_read_where_its_shape_can_be_told(tmp_path):
+    from peft_mora import LoriConfig
+
+    model = get_peft_model(tiny_llama(), LoriConfig(r=8, sparsity=0.5, target_modules=["q_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    for name, (A, B) in exact_lora(model).items():
+        assert torch.equal(read_lora(tmp_path).loras[name].B, B) and torch.equal(read_lora(tmp_path).loras[name].A, A)
+    with pytest.raises(ValueError, match="rows cannot be told.*export"):
+        read_lora(WRITTEN / "lori-sparse")
+    with pytest.raises(ValueError, match="leaves out the projection.*save_projection=True"):
+        read_lora(WRITTEN / "lori-unsaved-projection")
+
+
+@pytest.mark.parametrize("name", ["mora", "mora-bank", "flylora"])
+def test_routed_adapters_are_refused_with_the_way(name):
+    with pytest.raises(ValueError, match="depend on the input.*recipes/export.py"):
+        read_lora(WRITTEN / name)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "corda"}, "'corda'"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config="),
+        ({"trainable_token_indices": [1, 2]}, "embeddings of tokens"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
+        ({"of_a_newer_peft": 3}, "of_a_newer_peft=3"),
+        ({"peft_type": "LOHA"}, "type 'LOHA'; LORA, MORA, LORI or FLYLORA"),
+        ({"r": 5}, "rank 5 by adapter_config.json"),
+        ({"rank_pattern": {"v_proj": 2}}, "rank 2 by adapter_config.json"),
+    ],
+)
+def test_what_is_no_plain_update_is_refused_by_its_field(fields, message, tmp_path):
+    saved_lora(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ValueError, match=message):
+        read_lora(tmp_path)
+
+
+def test_damaged_files_and_foreign_tensors_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="save_pretrained"):
+        read_lora(tmp_path)
+    saved_lora(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    for damage, message in (
+        ({key: tensors[key] / 0}, "not finite, e.g. in 'model.layers.0.mlp.up_proj'"),
+        ({key: tensors[key][:2].clone()}, r"lora_A \(2, 64\)"),
+        ({"base_model.model.model.embed_tokens.weight": torch.ones(64, 64)}, "embed_tokens.*embeddings"),
+        ({key.replace("lora_A", "lora_magnitude_vector"): torch.ones(4)}, "magnitude"),
+    ):
+        save_file(tensors | damage, file)
+        with pytest.raises(ValueError, match=message):
+            read_lora(tmp_path)
+    save_file({k: t for k, t in tensors.items() if k != key}, file)
+    with pytest.raises(ValueError, match=r"module 'model.layers.0.mlp.up_proj' has lora_B"):
+        read_lora(tmp_path)
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        read_lora(tmp_path)
+
+
+def test_modules_saved_in_full_are_kept_apart_from_the_factors(tmp_path):
+    saved_lora(tmp_path, modules_to_save=["lm_head"], target_modules=["q_proj"])
+    file = read_lora(tmp_path)
+    assert set(file.saved) == {"base_model.model.lm_head.weight"}
+    assert all("q_proj" in name for name in file.loras)
