@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
 from trl_callbacks import OrthogonalProjectionCallback
-from trl_callbacks.projection import trainable_factors
+from trl_callbacks.factors import trainable_factors
 from trl_callbacks.subspace import Subspace
 
 
@@ -399,12 +399,15 @@ def test_wrong_arguments_are_refused(arguments, message):
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
         LoraConfig(target_modules=["q_proj"], use_dora=True),
         LoraConfig(target_modules=["q_proj"], lora_bias=True),
+        LoraConfig(target_modules=["q_proj", "embed_tokens"]),
     ],
-    ids=["lori", "flylora", "prompt", "dora", "bias"],
+    ids=["lori", "flylora", "prompt", "dora", "bias", "embedding"],
 )
 def test_adapters_that_it_cannot_protect_are_refused_with_what_would_work(config, llama_folder, tmp_path):
     model = get_peft_model(quantized(llama_folder), config)
-    with pytest.raises(ValueError, match="Use (MoraConfig|LoraConfig)"):
+    with pytest.raises(
+        ValueError, match="Use MoraConfig .*A of LORI and FLYLORA is frozen|Use LoraConfig|Leave embeddings out"
+    ):
         sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback()).train()
 
 

@@ -13,16 +13,13 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora import LoraConfig, LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
@@ -31,14 +28,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.linalg import contrast_directions, leading_directions, project_out, update_norms
-from peft_mora.mora import MoraLinear
 
+from .constraint import Constraint, check_held, constraints, sharing
+from .factors import Factors, trainable_factors
 from .logs import add_to_logs, ahead_of_reporters, caller_local
-from .sources import SOURCES, Factors, Run
-from .subspace import (
-    Subspace,
-    fingerprint,
-)
+from .sources import SOURCES, Run
+from .subspace import Subspace, fingerprint
 
 
 Start = Literal["random", "inputs", "contrast"]
@@ -179,9 +174,9 @@ class OrthogonalProjectionCallback(TrainerCallback):
             _check_protectable(model, factors, subspace, resumed)
             if not resumed:
                 self._place(run)
-            self._constraints = list(_constraints(subspace, factors, self._room))
+            self._constraints = list(constraints(subspace, factors, self._room))
             if resumed:
-                _check_held(self._constraints)
+                check_held(self._constraints)
             _report_room(subspace, "left to this task")
         self._removed = self._total = torch.zeros((), device=next(iter(factors.values())).A.device)
         ahead_of_reporters(self)
@@ -268,7 +263,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         """‖ΔW V‖ / ‖ΔW‖ over all constrained modules together, 0..1; 0 while ΔW is 0. Only while training."""
         assert self._run is not None
         inside, whole = [], []  # summed in the end: one wait for the GPU, not two a module
-        for (group, device), names in _sharing(self._subspace, self._run.factors).items():
+        for (group, device), names in sharing(self._subspace, self._run.factors).items():
             V = self._subspace.right[group].to(device)
             for name in names:
                 A, B = self._run.factors[name].A.detach(), self._run.factors[name].B.detach().to(V.dtype)
@@ -285,7 +280,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
     def _place(self, run: Run) -> None:
         """Start A inside the complement, with the row norms that it was initialised with."""
         found = run.statistics() if self.start != "random" else None
-        for (group, device), names in _sharing(self._subspace, run.factors).items():
+        for (group, device), names in sharing(self._subspace, run.factors).items():
             V = self._subspace.right[group].to(device)
             if found is not None:
                 lead = next(lead for lead, modules in found.groups.items() if names[0] in modules)
@@ -323,111 +318,6 @@ class OrthogonalProjectionCallback(TrainerCallback):
         self._room = {n.removeprefix("room."): t for n, t in tensors.items() if n.startswith("room.")}
 
 
-@dataclass(frozen=True)
-class Constraint:
-    """What some parameters, stacked by rows (or columns), are held to: out of a span, or inside one."""
-
-    basis: Tensor  # (I, k) orthonormal, float32, on the parameters' device
-    parameters: tuple[nn.Parameter, ...]
-    columns: bool = False
-    inside: bool = False
-
-    def held(self, rows: Tensor) -> Tensor:
-        """The part of each row (n, I) that the constraint allows."""
-        return rows @ self.basis @ self.basis.T if self.inside else project_out(rows, self.basis)
-
-    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors of the parameters' shapes as rows (n, I), a copy."""
-        return torch.cat([t.T if self.columns else t for t in tensors])
-
-    def apply(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Project tensors (parameters or their gradients) in place; returns them stacked, (n, I), before and after."""
-        before = self.stacked(tensors)
-        after = self.held(before)
-        views = [t.T if self.columns else t for t in tensors]
-        for view, rows in zip(views, after.split([len(v) for v in views]), strict=True):
-            view.copy_(rows)
-        return before, after
-
-    def violation(self) -> float:
-        """Share of the parameters' norm that is where it must not be, 0..1."""
-        rows = self.stacked([p.detach() for p in self.parameters])
-        return float((rows - self.held(rows)).norm() / rows.norm().clamp_min(torch.finfo(rows.dtype).tiny))
-
-
-def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[str, Factors]]:
-    """The adapter in training and, by module name in the base model, its A and B.
-
-    Raises:
-        ValueError: none or several adapters are in training, or one whose new update cannot be kept from old inputs.
-    """
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
-    trained_in = {module_name: _training(layer) for module_name, layer in layers.items()}
-    training = sorted(set().union(*trained_in.values()))
-    if adapter_name is None and len(training) > 1:
-        raise ValueError(
-            f"Several adapters are in training ({', '.join(map(repr, training))}), of which one alone can be kept "
-            "from the directions of earlier tasks. Freeze the others: model.set_requires_grad(NAME, "
-            "requires_grad=False)."
-        )
-    name = adapter_name if adapter_name is not None else next(iter(training), None)
-    if name is None or name not in training:
-        kinds = {
-            n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in getattr(model, "peft_config", {}).items()
-        }
-        shown = ", ".join(f"{n!r} ({kind})" for n, kind in kinds.items()) or "none"
-        raise ValueError(
-            f"OrthogonalProjectionCallback needs {'an adapter' if name is None else f'adapter {name!r}'} in training "
-            f"whose A it can keep from old inputs; the model's adapters are: {shown}. Use MoraConfig (and start_task "
-            "for each further task), or a fresh LoraConfig adapter for each task. LORI and FLYLORA have a frozen "
-            "projection that reads every input, and prompts change the inputs of all layers."
-        )
-    if isinstance(config := model.peft_config[name], LoraConfig):
-        _check_plain_lora(config, name)
-    found = {}
-    for module_name, layer in layers.items():
-        if name not in trained_in[module_name]:
-            continue
-        if isinstance(layer, MoraLinear):
-            A, B = layer.mora_A[name].weight, layer.mora_B[name].weight
-            past = [layer.mora_bank_A[name]] if name in layer.mora_bank_A else []
-        else:
-            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-            past = [layer.lora_A[n].weight for n in layer.active_adapters if n != name and n in layer.lora_A]
-        found[module_name] = Factors(A, B, tuple(past), layer)
-    return name, found
-
-
-def _training(layer: BaseTunerLayer) -> set[str]:
-    """The adapters of a MORA or LoRA layer whose A or B is trainable."""
-    if isinstance(layer, MoraLinear):
-        pairs = [layer.mora_A, layer.mora_B]
-    elif isinstance(layer, LoraLayer):
-        pairs = [layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B]
-    else:
-        return set()
-    found = set()
-    for entries in pairs:
-        for name, entry in entries.items():
-            parameters = [entry] if isinstance(entry, nn.Parameter) else list(entry.parameters())
-            found |= {name} if any(p.requires_grad for p in parameters) else set()
-    return found
-
-
-def _check_plain_lora(config: LoraConfig, name: str) -> None:
-    for option, what in (("use_dora", "rescales the base's own weight"), ("lora_bias", "adds a bias to every output")):
-        if getattr(config, option, False):
-            raise ValueError(
-                f"Adapter {name!r} has {option}=True, which {what}, for old inputs too. Use LoraConfig without it."
-            )
-    if getattr(config, "bias", "none") != "none":
-        raise ValueError(f"Adapter {name!r} trains biases (bias={config.bias!r}): use bias='none'.")
-
-
 def _check_memory(subspace: Subspace, source: str, factors: Mapping[str, Factors], folder: Path) -> None:
     if subspace.source != source:
         raise ValueError(
@@ -447,32 +337,8 @@ def _check_memory(subspace: Subspace, source: str, factors: Mapping[str, Factors
             )
 
 
-def _sharing(subspace: Subspace, factors: Mapping[str, Factors]) -> dict[tuple[str, torch.device], list[str]]:
-    """(group, device of A) -> the modules there that share the group's input; modules without a basis are left out."""
-    found: dict[tuple[str, torch.device], list[str]] = {}
-    for name, pair in factors.items():
-        group = subspace.group_of(name)
-        if group is not None:
-            found.setdefault((group, pair.A.device), []).append(name)
-    return found
-
-
-def _constraints(
-    subspace: Subspace, factors: Mapping[str, Factors], room: Mapping[str, Tensor]
-) -> Iterator[Constraint]:
-    """One constraint for all modules that share an input, so that one product projects them all."""
-    for (group, device), names in _sharing(subspace, factors).items():
-        basis = room.get(group, subspace.right[group])
-        if basis.shape[1]:
-            parameters = tuple(factors[name].A for name in names)
-            yield Constraint(basis.to(device, torch.float32), parameters, inside=group in room)
-    for name, U in subspace.left.items():
-        if name in factors:
-            yield Constraint(U.to(factors[name].B.device, torch.float32), (factors[name].B,), columns=True)
-
-
 def _check_protectable(model: nn.Module, factors: Mapping[str, Factors], subspace: Subspace, resumed: bool) -> None:
-    groups = {group for group, _ in _sharing(subspace, factors)}
+    groups = {group for group, _ in sharing(subspace, factors)}
     bases = [subspace.right[group] for group in groups] + [subspace.left[n] for n in factors if n in subspace.left]
     full = next((V for V in bases if V.shape[1] >= V.shape[0]), None)
     if full is not None:
@@ -501,14 +367,6 @@ def _check_protectable(model: nn.Module, factors: Mapping[str, Factors], subspac
                 "start_task(model, NAME); with LoRA model.add_adapter(NAME, config), "
                 "model.base_model.set_adapter([OLD, NAME]), model.set_requires_grad(OLD, requires_grad=False)."
             )
-
-
-def _check_held(constraints: Sequence[Constraint]) -> None:
-    if any(constraint.violation() > 1e-3 for constraint in constraints):
-        raise ValueError(
-            "The checkpoint's A is not in the complement of the protected directions: it was trained without this "
-            "callback, or with another memory. Resume with the callback that the run began with."
-        )
 
 
 def _report_room(subspace: Subspace, when: str) -> None:

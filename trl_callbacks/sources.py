@@ -23,17 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from peft_mora.inputs import InputStatistics, input_statistics, layer_similarity, shared_inputs
 from peft_mora.linalg import leading_directions, orthonormal, shrink_sketch
 
+from .factors import Factors
 from .subspace import Subspace
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One adapted module: its trainable A (r, I) and B (O, r), the frozen A's before them, and the layer."""
-
-    A: nn.Parameter
-    B: nn.Parameter
-    past_A: tuple[Tensor, ...]
-    layer: Any
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""What an adapter trains in each module, whatever its method: A, B, and the frozen A's before them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import LoraConfig, LoraLayer
+from torch import Tensor, nn
+
+from peft_mora import registry
+from peft_mora.base import AdapterLinear, Trained
+from peft_mora.checks import listed
+
+
+class Factors(NamedTuple):
+    """One adapted module: its trainable A (r, I) and B (O, r), the frozen A's before them, and the layer."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    past_A: tuple[Tensor, ...]
+    layer: Any
+
+
+def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[str, Factors]]:
+    """The adapter in training and, by module name in the base model, its A and B.
+
+    Args:
+        model: a PeftModel.
+        adapter_name: which adapter; None is the one in training.
+
+    Raises:
+        ValueError: none or several adapters are in training, or one whose new update cannot be kept from old inputs.
+    """
+    configs = getattr(model, "peft_config", {})
+    found: dict[str, dict[str, Factors]] = {}
+    for module_name, layer in model.named_modules():
+        for adapter in configs:
+            if trained := trained_factors(layer, adapter):
+                found.setdefault(adapter, {})[module_name.removeprefix("base_model.model.")] = Factors(*trained, layer)
+    if adapter_name is None and len(found) > 1:
+        raise ValueError(
+            f"Several adapters are in training ({', '.join(map(repr, sorted(found)))}), of which one alone can be "
+            "kept from the directions of earlier tasks. Freeze the others: model.set_requires_grad(NAME, "
+            "requires_grad=False)."
+        )
+    name = adapter_name if adapter_name is not None else next(iter(found), None)
+    if name is None or name not in found:
+        kinds = {n: getattr(c.peft_type, "value", c.peft_type) for n, c in configs.items()}
+        shown = ", ".join(f"{n!r} ({kind})" for n, kind in kinds.items()) or "none"
+        methods = registry.registered.values()
+        able = [m for m in methods if m.model.tuner_layer_cls.trained is not AdapterLinear.trained]
+        usable = listed(method.config.__name__ for method in able)
+        others = listed((method.config.method for method in methods if method not in able), "and")
+        raise ValueError(
+            f"OrthogonalProjectionCallback needs {'an adapter' if name is None else f'adapter {name!r}'} in training "
+            f"whose A it can keep from old inputs; the model's adapters are: {shown}. Use {usable} (and start_task "
+            f"for each further task), or a fresh LoraConfig adapter for each task. The A of {others} is frozen and "
+            "reads every input, and prompts change the inputs of all layers."
+        )
+    if isinstance(configs[name], LoraConfig):
+        _check_plain_lora(model, name)
+    return name, found[name]
+
+
+def trained_factors(layer: nn.Module, adapter_name: str) -> Trained | None:
+    """A and B of an adapter on one layer, and the frozen A's before them; None where it trains none."""
+    if isinstance(layer, AdapterLinear):
+        return layer.trained(adapter_name) if adapter_name in layer.r else None
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        return None
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    past = [layer.lora_A[n].weight for n in layer.active_adapters if n != adapter_name and n in layer.lora_A]
+    return Trained(A, B, tuple(past)) if A.requires_grad or B.requires_grad else None
+
+
+def _check_plain_lora(model: Any, name: str) -> None:
+    config = model.peft_config[name]
+    for option, what in (("use_dora", "rescales the base's own weight"), ("lora_bias", "adds a bias to every output")):
+        if getattr(config, option, False):
+            raise ValueError(
+                f"Adapter {name!r} has {option}=True, which {what}, for old inputs too. Use LoraConfig without it."
+            )
+    if any(isinstance(layer, LoraLayer) and name in layer.lora_embedding_A for layer in model.modules()):
+        raise ValueError(
+            f"Adapter {name!r} is on an embedding too, whose input is a token and no vector that directions could be "
+            "kept from. Leave embeddings out of target_modules."
+        )
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(f"Adapter {name!r} trains biases (bias={config.bias!r}): use bias='none'.")
