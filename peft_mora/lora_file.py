@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,6 +152,7 @@ def write_lora(
     loras: Mapping[str, Lora],
     *,
     saved: Mapping[str, Tensor] | None = None,
+    beside: Callable[[Path], None] | None = None,
     replace: bool = False,
     **fields: Any,
 ) -> LoraConfig:
@@ -164,6 +165,7 @@ def write_lora(
         folder: adapter_config.json and adapter_model.safetensors go in here.
         loras: module's name in the base model -> its ΔW.
         saved: further tensors by their keys in the file; `modules_to_save` in `fields` has to name their modules.
+        beside: called with the folder before it appears, to write further files.
         replace: whether an existing folder is replaced, as a whole.
         fields: of the LoraConfig; `target_modules` is the modules' names if it is not given.
 
@@ -180,6 +182,8 @@ def write_lora(
     with whole_folder(folder, replace=replace) as written:
         config.save_pretrained(str(written))
         save_file(state, written / TENSORS, {"format": "pt"})
+        if beside is not None:
+            beside(written)
     return config
 
 

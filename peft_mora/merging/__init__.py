@@ -1,0 +1,282 @@
+"""Adapters in, one plain LoRA out: files only, no base model.
+
+>>> from peft_mora.merging import merge_adapters
+>>> print(merge_adapters(["out/maths", "out/code"], rule="sum", output="out/both"))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..checks import check_field, is_int, is_number, listed
+from ..lora_file import Lora, write_lora
+from . import rules, scaling
+from .adapters import Adapters
+from .core import core_space, reduced, to_lora
+from .lego import lego, robust
+from .report import Adapter, Measures, MergeReport
+from .sequential import opcm, slao
+
+
+__all__ = ["RULES", "MergeReport", "merge_adapters"]
+
+
+class Rule(NamedTuple):
+    """How a rule is called: `merge(cores or loras, weights, ...)`, and what it is given besides.
+
+    Args:
+        space: "core" or "factors". elementwise: entries count one by one, so that the basis matters, and the rule can
+            run in the full space instead. ordered: the order of the adapters matters. ranked: it is told the rank.
+    """
+
+    merge: Callable[..., Any]
+    space: str = "core"
+    elementwise: bool = False
+    ordered: bool = False
+    ranked: bool = False
+
+    def options(self) -> list[str]:
+        """Names that `merge_adapters` takes for it."""
+        kinds = inspect.signature(self.merge).parameters.values()
+        own = [parameter.name for parameter in kinds if parameter.kind is parameter.KEYWORD_ONLY]
+        return own + (["space"] if self.elementwise else []) + (["density"] if self.merge is rules.ties else [])
+
+
+RULES = {
+    "sum": Rule(rules.sum_cores),
+    "mean": Rule(rules.mean_cores),
+    "ties": Rule(rules.ties, elementwise=True),
+    "dare": Rule(rules.dare, elementwise=True),
+    "tsv": Rule(rules.tsv),
+    "iso-c": Rule(rules.iso_c),
+    "iso-cts": Rule(rules.iso_cts),
+    "least-squares": Rule(rules.least_squares),
+    "lore": Rule(rules.lore),
+    "lego": Rule(lego, "factors", ranked=True),
+    "robust": Rule(robust, "factors"),
+    "opcm": Rule(opcm, "factors", ordered=True, ranked=True),
+    "slao": Rule(slao, "factors", ordered=True),
+}
+BEFORE = {"norm": scaling.norm, "pico": scaling.pico}
+AFTER = ("match", "lines")
+
+
+def merge_adapters(
+    folders: Sequence[str | Path],
+    rule: str = "sum",
+    rank: str | int | float = "sum",
+    weights: Sequence[float] | None = None,
+    before: Sequence[str] = (),
+    after: Sequence[str] = (),
+    seed: int = 0,
+    output: str | Path | None = None,
+    *,
+    canonical: bool = True,
+    progress: bool = False,
+    **options: Any,
+) -> MergeReport:
+    """Merge adapters of one base model into one plain LoRA that PEFT opens without this package.
+
+    Args:
+        folders: saved adapters: LoRA, LORI, MORA with routing "dense". A module that one lacks is an update of 0.
+        rule: a key of `RULES`.
+        rank: of the result. "sum" keeps all that there is, at most Σr; k truncates every module to k; a share in
+            (0, 1) takes the smallest one rank at which that share of the merged update's energy ‖ΔW‖² is kept.
+        weights: a number for each folder, 1 by default; what it does is the rule's to say.
+        before: "norm", "pico": what is done to the updates first, in this order.
+        after: "match", "lines": what is done to the merged update, in this order.
+        seed: of rules that draw ("dare").
+        output: folder to write, whole or not at all: adapter_config.json, adapter_model.safetensors,
+            merge_report.json. None writes nothing; the result is in the report's `loras`.
+        canonical: bring each adapter to its SVD gauge first, so that the result depends on what it computes only.
+            False takes factors as they are, as the papers of "lego" and "robust" do; "slao" always does.
+        progress: show a bar.
+        options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
+            "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1).
+
+    Raises:
+        ValueError: adapters that have no common sum, or a wrong argument; the message says what to do.
+        FileExistsError: `output` exists.
+    """
+    chosen = _check_arguments(rule, rank, before, after, output, options)
+    adapters = Adapters(folders)
+    weights = adapters.check_weights(weights)
+    gauge = canonical and rule != "slao"
+    merge = _Merge(chosen, rank, weights, options, seed)
+
+    def updates(module: str) -> list[Lora]:
+        found = adapters.updates(module, gauge)
+        for step in before:
+            found = BEFORE[step](found)
+        return found
+
+    merged: dict[str, Lora] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merge.prepare(adapters, updates)
+        for module in tqdm(adapters.sizes, desc=rule, disable=not progress):
+            A, B = merge(module, updates(module))
+            if "match" in after:
+                B = B * scaling.match(Lora(A, B), adapters.updates(module))
+            merged[module] = Lora(A.float(), B.float())
+        if "lines" in after:
+            merged = _lines(adapters, merged, options.get("beta", 1.0))
+        if isinstance(rank, float):
+            merged = _cut_by_energy(merged, rank)
+        if rule == "sum" and len(adapters) > 2:
+            warnings.warn(
+                "The plain sum of three and more adapters is rarely any of them (of eight tasks: greedy accuracy "
+                ".01, where the mean had .51): compare with rule='tsv', or 'inputs'.",
+                stacklevel=2,
+            )
+    said = list(dict.fromkeys(str(warning.message) for warning in caught))
+    for text in said:
+        warnings.warn(text, stacklevel=2)
+    report = _report(
+        adapters, merged, weights,
+        rule=rule, space=merge.space, ordered=chosen.ordered, before=list(before), after=list(after),
+        options=options, seed=seed, warnings=said,
+    )  # fmt: skip
+    if output is not None:
+        write_lora(output, merged, saved=adapters.saved, beside=report.save, **adapters.fields)
+    return report
+
+
+class _Merge:
+    """A rule with all that it is told, called a module at a time."""
+
+    def __init__(
+        self, rule: Rule, rank: str | int | float, weights: list[float], options: Mapping[str, Any], seed: int
+    ) -> None:
+        self.rule, self.weights, self.seed = rule, weights, seed
+        self.rank = rank if isinstance(rank, int) else None  # None: all there is
+        self.options = {name: value for name, value in options.items() if name not in ("space", "density", "beta")}
+        if rule.merge is robust and "density" in options:
+            self.options["density"] = options["density"]
+        self.space = options.get("space", rule.space)
+        self.density = options.get("density", 0.2)
+        self.thresholds: list[float] = []
+
+    def prepare(self, adapters: Adapters, updates: Callable[[str], list[Lora]]) -> None:
+        """What a rule needs to know of all modules: TIES in the core space keeps the largest entries of them all."""
+        self.digests = adapters.digests
+        if self.rule.merge is rules.ties and self.space == "core":
+            entries: list[list[Tensor]] = [[] for _ in self.weights]
+            for module in adapters.sizes:
+                for mine, core in zip(entries, core_space(updates(module))[1], strict=True):
+                    mine.append(core.abs().flatten())
+            self.thresholds = [rules.density_threshold(torch.cat(mine), self.density) for mine in entries]
+
+    def __call__(self, module: str, loras: list[Lora]) -> Lora:
+        """The merged update in its SVD gauge, at most `rank`."""
+        options = dict(self.options)
+        if self.rule.merge is rules.dare:
+            options["seeds"] = [
+                int(hashlib.sha256(f"{self.seed}/{digest}/{module}".encode()).hexdigest()[:12], 16)
+                for digest in self.digests
+            ]
+        if self.rule.space == "factors":
+            every = max(1, sum(len(lora.A) for lora in loras))
+            if self.rule.ranked:
+                options["rank"] = self.rank or every
+            return reduced(self.rule.merge(loras, self.weights, **options), self.rank)
+        if self.space == "full":
+            return self._full(loras, options)
+        space, cores = core_space(loras)
+        if self.rule.merge is rules.ties:
+            options["thresholds"] = self.thresholds
+        return to_lora(space, self.rule.merge(cores, self.weights, **options), self.rank)
+
+    def _full(self, loras: list[Lora], options: dict[str, Any]) -> Lora:
+        """Element by element on ΔW (O, I) in float32, a module at a time, as PEFT's `..._svd` combinations do."""
+        deltas = [lora.B.float() @ lora.A.float() for lora in loras]
+        if self.rule.merge is rules.ties:
+            options["thresholds"] = [rules.density_threshold(delta.abs().flatten(), self.density) for delta in deltas]
+        U, S, Vh = torch.linalg.svd(self.rule.merge(deltas, self.weights, **options).double(), full_matrices=False)
+        k = self.rank or sum(len(lora.A) for lora in loras)
+        return Lora(S[:k].sqrt()[:, None] * Vh[:k], U[:, :k] * S[:k].sqrt())
+
+
+def _check_arguments(
+    rule: str, rank: Any, before: Sequence[str], after: Sequence[str], output: Any, options: Mapping[str, Any]
+) -> Rule:
+    check_field(rule in RULES, "rule", rule, listed(map(repr, RULES)))
+    ok = rank == "sum" or (is_int(rank) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1)
+    check_field(ok, "rank", rank, "'sum', an integer >= 1, or a share of the energy in (0, 1)")
+    for name, steps, known in (("before", before, BEFORE), ("after", after, AFTER)):
+        ok = not isinstance(steps, str) and all(step in known for step in steps)
+        check_field(ok, name, steps, f"a list of {listed(map(repr, known))}")
+    taken = RULES[rule].options() + (["beta"] if "lines" in after else [])
+    for name in options:
+        if name not in taken:
+            takes = f"takes {listed(taken, 'and')}" if taken else "takes no options"
+            raise ValueError(f"rule={rule!r} {takes}, got {name}={options[name]!r}.")
+    check_field(options.get("space", "core") in ("core", "full"), "space", options.get("space"), "'core' or 'full'")
+    for name in ("density", "beta"):
+        value = options.get(name, 0.2)
+        ok = is_number(value) and (name == "beta" or 0 < value <= 1)
+        check_field(ok, name, value, "a number" if name == "beta" else "a share in (0, 1]")
+    if output is not None and Path(output).exists():
+        raise FileExistsError(f"{output} exists: delete it or write to another folder.")
+    return RULES[rule]
+
+
+def _cut_by_energy(merged: dict[str, Lora], share: float) -> dict[str, Lora]:
+    """All modules at the smallest one rank that keeps the share of Σ ‖ΔW‖²; each is in its SVD gauge."""
+    most = max(len(lora.A) for lora in merged.values())
+    energy = torch.zeros(most, dtype=torch.float64)
+    for A, B in merged.values():
+        energy[: len(A)] += (A.double().norm(dim=1) * B.double().norm(dim=0)).square()
+    rank = int((energy.cumsum(0) < share * energy.sum()).sum()) + 1
+    return {name: Lora(A[:rank], B[:, :rank]) for name, (A, B) in merged.items()}
+
+
+def _lines(adapters: Adapters, merged: dict[str, Lora], beta: float) -> dict[str, Lora]:
+    total = sum(
+        scaling.sum_of_entries(Lora(torch.cat([A for A, _ in loras]), torch.cat([B for _, B in loras], dim=1)))
+        for loras in map(adapters.updates, merged)
+    )
+    found = sum(map(scaling.sum_of_entries, merged.values()))
+    alpha = total / (len(adapters) * found) if found else 0.0
+    factors = scaling.lines({name: scaling.block_of(name) for name in merged}, alpha, beta)
+    return {name: Lora(A, factors[name] * B) for name, (A, B) in merged.items()}
+
+
+def _report(adapters: Adapters, merged: dict[str, Lora], weights: list[float], **fields: Any) -> MergeReport:
+    measures = Measures(len(adapters))
+    for module, (A, B) in merged.items():
+        measures.add(adapters.updates(module), Lora(A.double(), B.double()))
+    tables = measures.tables()
+    entries = [
+        Adapter(
+            folder=str(file.folder),
+            sha256=digest,
+            weight=weight,
+            rank=max(len(lora.A) for lora in file.loras.values()),
+            modules=len(file.loras),
+            norm=norm,
+            share=share,
+            kept=kept,
+        )
+        for file, digest, weight, norm, share, kept in zip(
+            adapters.files, adapters.digests, weights, *(tables[x] for x in ("norms", "share", "kept")), strict=True
+        )
+    ]
+    return MergeReport(
+        rank=max([1, *(len(lora.A) for lora in merged.values())]),
+        adapters=entries,
+        norm=measures.merged**0.5,
+        mean_norm=sum(tables["norms"]) / len(adapters),
+        loras=merged,
+        **{name: tables[name] for name in ("cosine", "rows", "columns")},
+        **fields,
+    )

@@ -1,0 +1,148 @@
+"""What a merge did: norms, angles and what truncation kept, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lora_file import Lora
+
+
+FILE = "merge_report.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One that went in.
+
+    Args:
+        folder: where it is. sha256: of its adapter_model.safetensors. weight: its factor.
+        rank: largest of its modules. modules: how many it has.
+        norm: ‖ΔW_t‖ over all modules, its own scale in it. share: norm² in Σ norm², 0..1.
+        kept: share (0..1) of its energy ‖ΔW_t‖² between the left and right directions that the merged update has.
+        output_error: ‖(ΔW - ΔW_t) x‖ / ‖ΔW_t x‖ over its own inputs, root mean square; None where they are not known.
+    """
+
+    folder: str
+    sha256: str
+    weight: float
+    rank: int
+    modules: int
+    norm: float
+    share: float
+    kept: float
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_adapters` did.
+
+    Args:
+        rule, before, after, options, seed: as they ran.
+        space: where the rule ran: "core", "factors", "full" or "inputs".
+        ordered: whether the result depends on the order of the adapters.
+        rank: of the written LoRA.
+        adapters: one entry a folder, in order.
+        norm: ‖ΔW‖ of the result. mean_norm: mean of the adapters' norms.
+        cosine: of ΔW_s and ΔW_t over all modules. rows, columns: overlap ‖P_s P_t‖² / min(r_s, r_t), 0..1, of the
+            row and column spaces; mean over the modules that both have.
+        warnings: what was said while merging.
+        versions: of the packages that took part.
+        loras: module -> the merged ΔW; not in the JSON.
+    """
+
+    rule: str
+    space: str
+    ordered: bool
+    rank: int
+    adapters: list[Adapter]
+    norm: float
+    mean_norm: float
+    cosine: list[list[float]]
+    rows: list[list[float]]
+    columns: list[list[float]]
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("torch", "peft")})
+    loras: dict[str, Lora] = field(default_factory=dict, repr=False)
+
+    def save(self, folder: Path) -> None:
+        """Write FOLDER/merge_report.json."""
+        fields = {name: value for name, value in asdict(self).items() if name != "loras"}
+        (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        steps = " → ".join([*self.before, self.rule, *self.after])
+        lines = [f"{steps}, rank {self.rank}; ‖ΔW‖ {self.norm:.4g}, mean of the adapters' {self.mean_norm:.4g}"]
+        lines.append("adapter                  weight  rank     norm  share   kept  error   cosine to the others")
+        for i, a in enumerate(self.adapters):
+            error = "" if a.output_error is None else f"{a.output_error:.2f}"
+            others = " ".join(f"{value:5.2f}" for j, value in enumerate(self.cosine[i]) if j != i)
+            lines.append(
+                f"{Path(a.folder).name[-24:]:<24} {a.weight:6.3g} {a.rank:5d} {a.norm:8.4g} {a.share:6.1%} "
+                f"{a.kept:6.1%} {error:>6}   {others}"
+            )
+        return "\n".join([*lines, *self.warnings])
+
+
+class Measures:
+    """Sums over modules of what a report says of N adapters; constant memory."""
+
+    def __init__(self, n: int) -> None:
+        self.products = torch.zeros(n, n, dtype=torch.float64)  # <ΔW_s, ΔW_t>
+        self.overlap = torch.zeros(2, n, n, dtype=torch.float64)  # of row and column spaces
+        self.both = torch.zeros(n, n, dtype=torch.float64)  # modules that both have
+        self.kept = torch.zeros(n, dtype=torch.float64)
+        self.merged = 0.0  # ‖ΔW‖²
+
+    def add(self, loras: list[Lora], merged: Lora) -> None:
+        """One module: its updates, and the merged one in its SVD gauge; float64."""
+        present = [t for t, lora in enumerate(loras) if len(lora.A)]
+        bases = {t: (torch.linalg.qr(loras[t].A.T), torch.linalg.qr(loras[t].B)) for t in present}
+        left, right = (_normed(x) for x in (merged.B, merged.A.T))
+        self.merged += float((merged.B.norm(dim=0) * merged.A.norm(dim=1)).square().sum())
+        for s in present:
+            A, B = loras[s]
+            self.kept[s] += ((left.T @ B) @ (A @ right)).square().sum()
+            for t in present:
+                if t < s:
+                    continue
+                rows, columns = (bases[s][x].Q.T @ bases[t][x].Q for x in (0, 1))
+                self.products[s, t] += ((bases[s][1].R.T @ columns @ bases[t][1].R) * (
+                    bases[s][0].R.T @ rows @ bases[t][0].R)).sum()  # fmt: skip
+                least = min(len(A), len(loras[t].A))
+                self.overlap[0, s, t] += rows.square().sum() / least
+                self.overlap[1, s, t] += columns.square().sum() / least
+                self.both[s, t] += 1
+
+    def tables(self) -> dict[str, Any]:
+        """norms (N,), share (N,), kept (N,) and the three N × N tables, as lists."""
+        square = self.products.diagonal()
+        norms = square.sqrt()
+        both = self.both.clamp_min(1)
+        found = {
+            "cosine": self.products / (norms[:, None] * norms).clamp_min(1e-300),
+            "rows": self.overlap[0] / both,
+            "columns": self.overlap[1] / both,
+        }
+        tables: dict[str, Any] = {name: (x.triu() + x.triu(1).T).tolist() for name, x in found.items()}
+        tables["norms"] = norms.tolist()
+        tables["share"] = (square / square.sum().clamp_min(1e-300)).tolist()
+        tables["kept"] = (self.kept / square.clamp_min(1e-300)).tolist()
+        return tables
+
+
+def _normed(columns: Tensor) -> Tensor:
+    """Orthogonal columns at length 1, zero ones left out."""
+    norms = columns.norm(dim=0)
+    return columns[:, norms > 0] / norms[norms > 0]

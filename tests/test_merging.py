@@ -1,0 +1,534 @@
+"""Merging adapters: what comes in, each rule against its formula on dense float64 matrices, what comes out."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, randomize
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from peft_mora.lora_file import Lora, read_lora, write_lora
+from peft_mora.merging import RULES, merge_adapters, rules, scaling, sequential
+from peft_mora.merging.core import canonical, core_space, reduced, to_lora
+from peft_mora.merging.lego import lego, robust
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The plain sum of three", "ignore:rule='robust' adds up")
+LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")
+SIZES = dict(zip(LAYERS, ((20, 16), (16, 24), (20, 16)), strict=True))  # (O, I)
+
+
+def loras(seed: int, rank: int = 3, modules=LAYERS) -> dict[str, Lora]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: Lora(
+            torch.randn(rank, SIZES[name][1], generator=generator) * 0.3,
+            torch.randn(SIZES[name][0], rank, generator=generator) * 0.3,
+        )
+        for name in modules
+    }
+
+
+def folder(path: Path, seed: int, rank: int = 3, modules=LAYERS, **fields) -> Path:
+    write_lora(path / f"task{seed}", loras(seed, rank, modules), **{"base_model_name_or_path": "base", **fields})
+    return path / f"task{seed}"
+
+
+@pytest.fixture
+def three(tmp_path) -> list[Path]:
+    """Unequal ranks; the last one lacks a module."""
+    return [folder(tmp_path, 1), folder(tmp_path, 2, rank=5), folder(tmp_path, 3, rank=2, modules=LAYERS[:2])]
+
+
+def dense(source) -> dict[str, Tensor]:
+    """ΔW (O, I) float64 of a folder, a report or factors; zeros where a module is missing."""
+    if isinstance(source, Path):
+        source = read_lora(source).loras
+    found = getattr(source, "loras", source)
+    zero = {name: torch.zeros(size, dtype=torch.float64) for name, size in SIZES.items()}
+    return zero | {name: B.double() @ A.double() for name, (A, B) in found.items()}
+
+
+def close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    for name, delta in want.items():
+        assert (got[name] - delta).norm() <= tolerance * max(1.0, float(delta.norm())), name
+
+
+# The core space
+
+
+def test_the_core_space_holds_every_update_and_a_shared_A_makes_it_smaller():
+    tasks = [loras(seed, rank)[LAYERS[0]] for seed, rank in ((1, 3), (2, 5))]
+    tasks.append(Lora(tasks[0].A, torch.randn(20, 3)))
+    tasks.append(Lora(torch.zeros(0, 16), torch.zeros(20, 0)))
+    space, cores = core_space(tasks)
+    assert space.V.shape == (16, 8) and space.U.shape == (20, 11) and not cores[3].any()
+    for (A, B), core in zip(tasks, cores, strict=True):
+        torch.testing.assert_close(space.U @ core @ space.V.T, B.double() @ A.double(), rtol=0, atol=1e-6)
+    for basis in space:
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64))
+
+
+def test_truncation_is_the_nearest_of_its_rank_and_shares_the_singular_values_evenly():
+    space, cores = core_space([loras(1)[LAYERS[0]], loras(2)[LAYERS[0]]])
+    delta = space.U @ sum(cores) @ space.V.T
+    U, S, Vh = torch.linalg.svd(delta)
+    A, B = to_lora(space, sum(cores), 4)
+    torch.testing.assert_close(B @ A, (U[:, :4] * S[:4]) @ Vh[:4])
+    torch.testing.assert_close(A.norm(dim=1), S[:4].sqrt())
+    torch.testing.assert_close(B.norm(dim=0), S[:4].sqrt())
+    torch.testing.assert_close(reduced(Lora(torch.eye(16), delta), 4).A.abs(), A.abs())
+
+
+def test_the_svd_gauge_depends_on_the_update_only():
+    A, B = (x.double() for x in loras(1)[LAYERS[0]])
+    G = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    one, other = canonical(Lora(A, B)), canonical(Lora(torch.linalg.inv(G) @ A, B @ G))
+    torch.testing.assert_close(one.A, other.A)
+    torch.testing.assert_close(one.B, other.B)
+    torch.testing.assert_close(one.B @ one.A, B @ A)
+    torch.testing.assert_close(one.A @ one.A.T, one.B.T @ one.B)
+
+
+# What holds for every rule
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r not in ("ties", "dare", "iso-c", "iso-cts", "robust")])
+def test_one_adapter_with_weight_1_is_the_same_function(rule, tmp_path):
+    one = folder(tmp_path, 1)
+    options = {"rank": 3} if rule == "lego" else {}
+    close(dense(merge_adapters([one], rule, **options)), dense(one))
+
+
+@pytest.mark.parametrize("rule", [rule for rule, row in RULES.items() if not row.ordered and rule != "robust"])
+def test_the_order_of_the_adapters_does_not_matter(rule, three):
+    weights = [1.0, 0.5, 2.0]
+    report = merge_adapters(three, rule, weights=weights, rank=4)
+    other = merge_adapters([three[2], three[0], three[1]], rule, weights=[2.0, 1.0, 0.5], rank=4)
+    assert report.rank <= 4 and not report.ordered
+    close(dense(other), dense(report))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("robust", "slao")])
+@pytest.mark.parametrize("rank", [2, "sum", 0.9])
+def test_the_rank_is_at_most_what_was_asked_for_and_plain_peft_opens_the_file(rule, rank, three, tmp_path):
+    report = merge_adapters(three, rule, rank=rank, output=tmp_path / "merged")
+    assert report.rank <= {2: 2, "sum": 10, 0.9: 10}[rank]
+    saved = json.loads((tmp_path / "merged/adapter_config.json").read_text())
+    assert saved["r"] == saved["lora_alpha"] == report.rank and saved["base_model_name_or_path"] == "base"
+    close(dense(tmp_path / "merged"), dense(report), 0)
+
+
+def test_an_energy_takes_the_smallest_one_rank_that_keeps_it(three):
+    full = merge_adapters(three, "sum")
+    energy = sum(torch.linalg.svdvals(delta)[:10].square() for delta in dense(full).values())
+    share = energy.cumsum(0) / energy.sum()
+    rank = merge_adapters(three, "sum", rank=0.8).rank
+    assert share[rank - 1] >= 0.8 > share[rank - 2]
+
+
+def test_merged_adapters_are_the_sum_of_their_functions_in_plain_peft(inputs, tmp_path):
+    """LoRAs with rslora, patterns and other targets; LORI and MORA "dense": outputs add up on a linear model."""
+
+    def base():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(10, 9, bias=False), torch.nn.Linear(9, 7, bias=False))
+
+    configs = [
+        LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["0"]),
+        LoraConfig(r=4, rank_pattern={"0": 2}, alpha_pattern={"0": 9}, target_modules=["0", "1"]),
+        METHODS["mora-dense"](target_modules=["0"]),
+        METHODS["lori"](target_modules=["0"]),
+    ]
+    folders, x, outputs = [], torch.randn(5, 10), []
+    weights = [1.0, -0.5, 0.25, 2.0]
+    for i, config in enumerate(configs):
+        model = get_peft_model(base(), config)
+        randomize(model, ("lora_", "mora_", "lori_"), seed=i)
+        model.save_pretrained(tmp_path / str(i))
+        folders.append(tmp_path / str(i))
+        layer = model.base_model.model[0]
+        outputs.append((layer(x) - layer.base_layer(x)).detach())
+    merge_adapters(folders, "sum", weights=weights, output=tmp_path / "merged")
+    layer = PeftModel.from_pretrained(base(), tmp_path / "merged").base_model.model[0]
+    want = sum(w * y for w, y in zip(weights, outputs, strict=True))
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gauge_of_an_adapter_matters_only_where_that_is_asked_for(three, tmp_path):
+    G = torch.diag(torch.tensor([3.0, 0.5, 1.0]))
+    other = {name: Lora(torch.linalg.inv(G) @ A, B @ G) for name, (A, B) in loras(1).items()}
+    write_lora(tmp_path / "other", other, base_model_name_or_path="base")
+    for rule in ("lego", "ties"):
+        results = [
+            dense(merge_adapters([first, three[1]], rule, rank=4, canonical=gauge))
+            for gauge in (True, False)
+            for first in (three[0], tmp_path / "other")
+        ]
+        close(results[1], results[0])
+        assert any((results[3][name] - results[2][name]).norm() > 1e-2 for name in LAYERS)
+
+
+# What is refused
+
+
+def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    base = folder(elsewhere, 4, base_model_name_or_path="other")
+    with pytest.raises(ValueError, match=r"different base_model_name_or_path: 'base' .*task1.* and 'other'"):
+        merge_adapters([three[0], base], "sum")
+    with pytest.raises(ValueError, match="different task_type"):
+        tasks = [folder(elsewhere / t, 1, task_type=t) for t in ("CAUSAL_LM", "SEQ_CLS")]
+        merge_adapters(tasks, "sum")
+    write_lora(elsewhere / "shape", {LAYERS[0]: Lora(torch.ones(2, 16), torch.ones(21, 2))})
+    with pytest.raises(ValueError, match=r"q_proj' is 20 x 16 in .*task1 and 21 x 16 in .*shape"):
+        merge_adapters([three[0], elsewhere / "shape"], "sum")
+    head = "base_model.model.head.weight"
+    for i in (1, 2):
+        write_lora(elsewhere / f"head{i}", loras(i), saved={head: torch.full((2, 2), i)}, modules_to_save=["head"])
+    with pytest.raises(ValueError, match="modules_to_save of .*head1 and .*head2 differ"):
+        merge_adapters([elsewhere / "head1", elsewhere / "head2"], "sum")
+    merge_adapters([elsewhere / "head1"] * 2, "mean", output=tmp_path / "merged")
+    assert set(read_lora(tmp_path / "merged").saved) == {head}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "soup"}, "`rule` must be 'sum'"),
+        ({"rank": 0}, "`rank` must be 'sum', an integer"),
+        ({"rank": 1.5}, "`rank` must be"),
+        ({"weights": [1.0]}, "3 adapters need 3 weights, got 1"),
+        ({"weights": [1.0, 2.0, float("nan")]}, "finite numbers"),
+        ({"before": ["pca"]}, "`before` must be a list of 'norm' or 'pico'"),
+        ({"after": "match"}, "`after` must be a list"),
+        ({"density": 0.5}, "takes no options, got density"),
+        ({"rule": "ties", "drop": 0.5}, "takes space and density, got drop"),
+        ({"rule": "ties", "density": 0}, r"`density` must be a share in \(0, 1\]"),
+        ({"rule": "mean", "weights": [1, -1, 0]}, "add up to 0"),
+        ({"rule": "least-squares", "weights": [1, -1, 1]}, "weighs squared errors"),
+        ({"rule": "robust"}, r"ranks \[2, 3, 5\]"),
+        ({"rule": "slao"}, r"A is \(5, \d+\) after \(3, \d+\)"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(arguments, message, three):
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(three, **{"rule": "sum", **arguments})
+
+
+def test_a_refused_merge_writes_nothing_and_an_existing_folder_is_left_alone(three, tmp_path):
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(FileExistsError, match="delete it"):
+        merge_adapters(three, "sum", output=three[0])
+    with pytest.raises(ValueError):
+        merge_adapters(three, "robust", output=tmp_path / "merged")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_three_and_more_are_warned_of_the_plain_sum(three):
+    with pytest.warns(UserWarning, match="plain sum of three and more"):
+        report = merge_adapters(three, "sum")
+    assert len(report.warnings) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not merge_adapters(three[:2], "sum").warnings
+
+
+# The report
+
+
+def test_the_report_has_norms_angles_and_what_truncation_kept_of_each(three, tmp_path):
+    report = merge_adapters(three, "mean", rank=3, weights=[1, 2, 0], output=tmp_path / "merged")
+    deltas = [torch.cat([delta.flatten() for delta in dense(path).values()]) for path in three]
+    norms = [float(delta.norm()) for delta in deltas]
+    assert [a.norm for a in report.adapters] == pytest.approx(norms, rel=1e-5)
+    assert [a.share for a in report.adapters] == pytest.approx([n**2 / sum(n**2 for n in norms) for n in norms])
+    cosine = torch.cosine_similarity(deltas[0], deltas[1], dim=0)
+    assert report.cosine[0][1] == report.cosine[1][0] == pytest.approx(float(cosine), abs=1e-5)
+    assert report.cosine[2][2] == pytest.approx(1)
+    merged = dense(report)
+    assert report.norm == pytest.approx(float(torch.stack([m.square().sum() for m in merged.values()]).sum().sqrt()))
+    kept = 0.0
+    for name, delta in dense(three[1]).items():
+        U, _, Vh = torch.linalg.svd(merged[name])
+        kept += float((U[:, :3].T @ delta @ Vh[:3].T).square().sum())
+    assert report.adapters[1].kept == pytest.approx(kept / norms[1] ** 2, rel=1e-4)
+    both = [torch.linalg.qr(read_lora(path).loras[LAYERS[2]].A.double().T).Q for path in three[:2]]
+    alone = [torch.linalg.qr(read_lora(path).loras[name].A.double().T).Q for name in LAYERS[:2] for path in three[:2]]
+    rows = [float((a.T @ b).square().sum() / 3) for a, b in (both, alone[:2], alone[2:])]
+    assert report.rows[0][1] == pytest.approx(sum(rows) / 3, rel=1e-5)
+    text = json.loads((tmp_path / "merged/merge_report.json").read_text())
+    assert text["rule"] == "mean" and text["rank"] == 3 and len(text["adapters"][0]["sha256"]) == 64
+    assert "loras" not in text and "task2" in str(report)
+
+
+# The rules, each by its formula on dense float64 matrices
+
+
+def updates(ranks=(3, 5, 2), size=(20, 16)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    kind = {"dtype": torch.float64, "generator": generator}
+    return [torch.randn(size[0], r, **kind) @ torch.randn(r, size[1], **kind) for r in ranks]
+
+
+def in_core_space(rule, deltas: list[Tensor], *args, **options) -> Tensor:
+    """ΔW (O, I) by a rule on cores."""
+    factors = [reduced(Lora(torch.eye(delta.shape[1], dtype=torch.float64), delta)) for delta in deltas]
+    space, cores = core_space(factors)
+    return space.U @ rule(cores, *args, **options) @ space.V.T
+
+
+def polar(X: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    return U @ Vh
+
+
+def top(X: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    return U[:, :k], S[:k], Vh[:k].T
+
+
+def test_sums_and_means_are_those_of_the_updates():
+    deltas, weights = updates(), [1.0, -2.0, 0.5]
+    want = sum(w * delta for w, delta in zip(weights, deltas, strict=True))
+    torch.testing.assert_close(in_core_space(rules.sum_cores, deltas, weights), want)
+    torch.testing.assert_close(in_core_space(rules.mean_cores, deltas, weights), want / -0.5)
+
+
+def test_tsv_makes_singular_vectors_of_all_orthogonal():
+    deltas = updates()
+    parts = [top(delta, r) for delta, r in zip(deltas, (3, 5, 2), strict=True)]
+    U, S, V = (torch.cat(x, dim=-1) for x in zip(*parts, strict=True))
+    want = 0.5 * polar(U) @ torch.diag(S) @ polar(V).T
+    torch.testing.assert_close(in_core_space(rules.tsv, deltas, [1.0] * 3, factor=0.5), want)
+
+
+def test_iso_replaces_the_values_of_the_sum_by_their_mean_over_the_support():
+    deltas = updates()
+    U, S, V = top(sum(deltas), 10)
+    torch.testing.assert_close(in_core_space(rules.iso_c, deltas, [1.0] * 3), S.mean() * U @ V.T, rtol=0, atol=1e-4)
+    one = rules.iso_c([torch.diag(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64))], [1.0])
+    assert one.diagonal().tolist() == pytest.approx([2, 2, 0], rel=1e-5)
+
+
+def test_a_cut_of_isotropic_values_keeps_what_was_largest():
+    delta = torch.diag(torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64))
+    space, cores = core_space([reduced(Lora(torch.eye(3, dtype=torch.float64), delta))])
+    A, B = to_lora(space, rules.iso_c(cores, [1.0]), 1)
+    torch.testing.assert_close(B @ A, torch.diag(torch.tensor([0.0, 3, 0], dtype=torch.float64)), rtol=0, atol=1e-5)
+
+
+def test_iso_cts_gives_each_adapter_directions_of_its_own():
+    deltas = updates()
+    total = sum(deltas)
+    k = 7  # of 10 directions one goes to each of three adapters at common=.7
+    found = [top(total, k)]
+    for delta in deltas:
+        found.append(top(delta - found[0][0] @ found[0][0].T @ delta, 1))
+    U, S, V = (torch.cat(x, dim=-1) for x in zip(*found, strict=True))
+    want = S.mean() * polar(U) @ polar(V).T
+    got = in_core_space(rules.iso_cts, deltas, [1.0] * 3, common=0.7)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    same = in_core_space(rules.iso_c, deltas, [1.0] * 3)
+    torch.testing.assert_close(in_core_space(rules.iso_cts, deltas, [1.0] * 3, common=1), same, rtol=0, atol=1e-4)
+
+
+def test_least_squares_minimises_what_it_says_it_minimises():
+    deltas, weights = updates(), [1.0, 2.0, 0.5]
+    got = in_core_space(rules.least_squares, deltas, weights, ridge=0.1).requires_grad_()
+    gram = sum(w * delta.T @ delta for w, delta in zip(weights, deltas, strict=True))
+    lam = 0.1 * torch.linalg.eigvalsh(gram)[-5:].mean()
+    mean = sum(w * delta for w, delta in zip(weights, deltas, strict=True)) / 3.5
+    errors = [w * ((got - d) @ d.T).square().sum() for w, d in zip(weights, deltas, strict=True)]
+    (sum(errors) + lam * (got - mean).square().sum()).backward()
+    assert got.grad.norm() < 1e-8 * gram.norm()
+
+
+def test_least_squares_of_nearly_equal_adapters_does_not_blow_up():
+    one, other = updates((4, 4))
+    other = one + 1e-3 * other
+    found = in_core_space(rules.least_squares, [one, -other], [1.0, 1.0])
+    assert found.norm() < one.norm()
+
+
+def test_lore_splits_into_a_common_and_low_rank_rests():
+    deltas = updates()
+    stacked = torch.stack(deltas)
+    mu = 0.3 * max(torch.linalg.svdvals(delta)[0] for delta in deltas)
+    rests = torch.zeros_like(stacked)
+    for _ in range(20):
+        common = (stacked - rests).mean(0)
+        U, S, Vh = torch.linalg.svd(stacked - common, full_matrices=False)
+        rests = U @ torch.diag_embed((S - mu).clamp_min(0)) @ Vh
+    want = (stacked - rests).mean(0) + 2 * rests.mean(0)
+    torch.testing.assert_close(in_core_space(rules.lore, deltas, [1.0] * 3, threshold=0.3, amount=2), want)
+    mean = in_core_space(rules.lore, deltas, [1.0] * 3, threshold=0.3, amount=1)
+    torch.testing.assert_close(mean, stacked.mean(0))
+
+
+def test_opcm_leaves_out_the_diagonal_and_the_leading_block_of_what_comes_later():
+    """Against the full space, where the old update has a direction for every pair of axes."""
+    deltas = updates((6, 6, 6), (6, 6))
+    total, norms = deltas[0], [deltas[0].norm()]
+    for delta in deltas[1:]:
+        U, S, Vh = torch.linalg.svd(total)
+        P = U.T @ delta @ Vh.T
+        P.fill_diagonal_(0)
+        k = int((S.cumsum(0) < 0.5 * S.sum()).sum()) + 1
+        P[:k, :k] = 0
+        total, norms = total + U @ P @ Vh, [*norms, delta.norm()]
+    eye = torch.eye(6, dtype=torch.float64)
+    A, B = sequential.opcm([Lora(eye, delta) for delta in deltas], [1.0] * 3)
+    torch.testing.assert_close(B @ A, total * (sum(norms) / 3 / total.norm()))
+
+
+def test_opcm_needs_no_more_memory_for_more_adapters_and_adds_what_is_orthogonal():
+    merged = sequential.Opcm(rank=4)
+    for seed in range(6):
+        merged.add(loras(seed)[LAYERS[0]])
+        assert merged.total.A.shape == (min(4, 3 * (seed + 1)), 16)
+    one, other = torch.zeros(6, 6).double(), torch.zeros(6, 6).double()
+    one[:2, :2], other[2:4, 2:4] = torch.eye(2), torch.eye(2)
+    eye = torch.eye(6, dtype=torch.float64)
+    A, B = sequential.opcm([Lora(eye, one), Lora(eye, other)], [1.0, 1.0])
+    torch.testing.assert_close(B @ A, (one + other) / 2**0.5)
+
+
+def test_slao_takes_the_newest_A_and_moves_B(tmp_path):
+    tasks = [loras(seed) for seed in (1, 2, 3)]
+    folders = [folder(tmp_path, seed) for seed in (1, 2, 3)]
+    got = dense(merge_adapters(folders, "slao"))
+    for name in LAYERS:
+        B = tasks[0][name].B.double()
+        B = B + (tasks[1][name].B - B) / 2**0.5
+        B = B + (tasks[2][name].B - B) / 3**0.5
+        torch.testing.assert_close(got[name], B @ tasks[2][name].A.double(), rtol=0, atol=1e-5)
+
+
+def test_lego_clusters_pairs_whatever_their_sign():
+    a, b = torch.tensor([[1.0, 0, 0, 0]]).double(), torch.tensor([[2.0], [0], [0]]).double()
+    c, d = torch.tensor([[0, 1.0, 0, 0]]).double(), torch.tensor([[0], [3.0], [0]]).double()
+    A, B = lego([Lora(a, b), Lora(-1.1 * a, -1.1 * b), Lora(c, d)], [1.0] * 3, rank=2)
+    want = 1.05**2 * b @ a + d @ c
+    torch.testing.assert_close(B @ A, want / 2**0.5)  # √(r / k), r = 1
+    A, B = lego([Lora(a, b), Lora(a, b)], [1.0, -1.0], rank=2)
+    torch.testing.assert_close(B @ A, torch.zeros(3, 4).double())
+
+
+def test_robust_adds_up_pruned_factors_with_scaled_rows():
+    tasks = [Lora(*(x.double() for x in loras(seed)[LAYERS[0]])) for seed in (1, 2)]
+    kept, scales = [], []
+    for A, B in tasks:
+        few = [x * (x.abs() >= x.abs().flatten().sort().values[-int(0.2 * x.numel())]) for x in (A, B)]
+        kept.append(few)
+        scales.append(A.abs().sum(1) / few[0].abs().sum(1))
+    total = sum(scales)
+    want = sum(B * s / total for (_, B), s in zip(kept, scales, strict=True)) @ sum(A for A, _ in kept)
+    with pytest.warns(UserWarning, match="do not point the same way"):
+        A, B = robust(tasks, [1.0, 1.0])
+    torch.testing.assert_close(B @ A, want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        robust([tasks[0], Lora(tasks[0].A + 0.1, tasks[1].B)], [1.0, 1.0])
+
+
+def test_ties_keeps_the_largest_entries_over_all_modules(three):
+    report = merge_adapters(three[:2], "ties", density=0.3)
+    cores, spaces = {}, {}
+    for name in LAYERS:
+        spaces[name], cores[name] = core_space([canonical(read_lora(path).loras[name]) for path in three[:2]])
+    entries = [torch.cat([c[t].abs().flatten() for c in cores.values()]) for t in (0, 1)]
+    least = [e.sort().values[-int(0.3 * len(e))] for e in entries]
+    assert report.space == "core"
+    for name, (one, other) in cores.items():
+        kept = torch.stack([one * (one.abs() >= least[0]), other * (other.abs() >= least[1])])
+        sign = torch.where(kept.sum(0) >= 0, 1, -1)
+        agree = kept * (kept.sign() == sign)
+        mean = agree.sum(0) / (agree != 0).sum(0).clamp_min(1)
+        torch.testing.assert_close(dense(report)[name], spaces[name].U @ mean @ spaces[name].V.T, rtol=0, atol=1e-5)
+
+
+def test_dare_draws_by_seed_and_adapter_and_keeps_the_expectation(three, tmp_path):
+    first = dense(merge_adapters(three, "dare", drop=0.4))
+    close(dense(merge_adapters(three, "dare", drop=0.4)), first, 0)
+    assert any((dense(merge_adapters(three, "dare", drop=0.4, seed=1))[n] - first[n]).norm() > 0.1 for n in LAYERS)
+    close(dense(merge_adapters(three, "dare", drop=0.0)), dense(merge_adapters(three, "sum")))
+    mean = {name: torch.zeros(size).double() for name, size in SIZES.items()}
+    state = torch.get_rng_state()
+    for seed in range(60):
+        for name, delta in dense(merge_adapters(three, "dare", drop=0.2, seed=seed)).items():
+            mean[name] += delta / 60
+    assert torch.equal(torch.get_rng_state(), state)
+    close(mean, dense(merge_adapters(three, "sum")), 0.2)
+
+
+def test_rules_that_peft_has_too_give_what_its_classes_give(tmp_path):
+    """`add_weighted_adapter` on a model whose adapters have one rank and scale 1, where PEFT's own are right."""
+
+    def model() -> PeftModel:
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(10, 9, bias=False), torch.nn.Linear(9, 7, bias=False))
+        config = LoraConfig(r=3, lora_alpha=3, target_modules=["0", "1"])
+        model = get_peft_model(base, config, adapter_name="first")
+        model.add_adapter("second", config)
+        for seed, name in enumerate(("first", "second")):
+            model.set_adapter(name)
+            randomize(model, ("lora_",), seed)
+        return model
+
+    model().save_pretrained(tmp_path)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for kind, rule, arguments, own in (
+        ("cat", "sum", {}, {}),
+        ("svd", "sum", {"rank": 2}, {"svd_rank": 2}),
+        ("ties_svd", "ties", {"rank": 3, "density": 0.4, "space": "full"}, {"density": 0.4, "svd_rank": 3}),
+    ):
+        plain = model()
+        plain.add_weighted_adapter(["first", "second"], [0.7, 1.3], "both", combination_type=kind, **own)
+        report = merge_adapters(folders, rule, weights=[0.7, 1.3], **arguments)
+        for name, (A, B) in report.loras.items():
+            want = plain.base_model.model[int(name)].get_delta_weight("both")
+            torch.testing.assert_close(B @ A, want, rtol=1e-4, atol=1e-5)
+
+
+# Before and after
+
+
+def test_norm_brings_the_updates_of_a_module_to_their_mean_length(three):
+    deltas = [dense(path) for path in three]
+    got = dense(merge_adapters(three, "sum", before=["norm"]))
+    for name in LAYERS:
+        here = [delta[name] for delta in deltas if delta[name].norm() > 0]
+        mean = sum(delta.norm() for delta in here) / len(here)
+        torch.testing.assert_close(got[name], sum(d * mean / d.norm() for d in here), rtol=0, atol=1e-5)
+
+
+def test_pico_counts_a_shared_output_direction_once():
+    eye = torch.eye(4, dtype=torch.float64)
+    shared, own = eye[:, :1], [eye[:, 1:2], eye[:, 2:3]]
+    tasks = [Lora(torch.randn(2, 5).double(), torch.cat([shared, mine], dim=1)) for mine in own]
+    for before, after, mine in zip(tasks, scaling.pico(tasks), own, strict=True):
+        torch.testing.assert_close(shared.T @ after.B, shared.T @ before.B / 2)
+        torch.testing.assert_close(mine.T @ after.B, mine.T @ before.B)
+
+
+def test_match_brings_each_module_to_the_mean_length_of_the_updates(three):
+    report = merge_adapters(three, "mean", after=["match"])
+    for name, delta in dense(report).items():
+        norms = [dense(path)[name].norm() for path in three if dense(path)[name].norm() > 0]
+        assert float(delta.norm()) == pytest.approx(float(sum(norms) / len(norms)), rel=1e-4)
+
+
+def test_lines_weighs_blocks_by_their_depth(three):
+    plain, got = (dense(merge_adapters(three, "mean", after=after)) for after in ((), ["lines"]))
+    total = {name: sum(dense(path)[name] for path in three) for name in LAYERS}
+    alpha = sum(t.abs().sum() for t in total.values()) / (3 * sum(m.abs().sum() for m in plain.values()))
+    assert float(alpha) == pytest.approx(1, rel=1e-5)
+    for name in LAYERS:
+        close({name: got[name]}, {name: plain[name] * (alpha + 1.0 * (name == LAYERS[2]))})
+    half = dense(merge_adapters(three, "mean", after=["lines"], beta=0.5))
+    close({LAYERS[2]: half[LAYERS[2]]}, {LAYERS[2]: plain[LAYERS[2]] * 1.5})
