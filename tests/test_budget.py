@@ -1,5 +1,6 @@
 """ActivationBudgetCallback in SFTTrainer runs: the total is held, trackers get metrics, a resume repeats the run."""
 
+import base64
 import csv
 import json
 import math
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from test_trl import losses, sft, texts
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -137,10 +140,18 @@ def test_a_run_anneals_from_dense_to_a_fractional_target_with_the_total_held(kin
     assert torch.equal(again.eval()(x).logits, run.model.eval()(x).logits)
 
 
-@pytest.mark.parametrize("kind", ["task", "flylora"])
-@pytest.mark.parametrize("step", [2, 5])
-@pytest.mark.parametrize("restore", [False, True])
-def test_a_resumed_run_repeats_the_unbroken_one(kind, step, restore, llama_folder, tmp_path):
+@pytest.mark.parametrize(
+    "kind, step, restore, place",
+    [
+        ("task", 2, False, "file"),
+        ("task", 5, True, "file"),
+        ("flylora", 2, True, "file"),
+        ("flylora", 5, False, "file"),
+        ("task", 2, False, "trainer_state.json"),
+        ("flylora", 5, True, "trainer_state.json"),
+    ],
+)
+def test_a_resumed_run_repeats_the_unbroken_one(kind, step, restore, place, llama_folder, tmp_path):
     def run(output):
         callback = ActivationBudgetCallback(2.5, start=5, interval=3, rebalance=True, until=0.75)
         options = {"save_steps": step, "restore_callback_states_from_checkpoint": restore}
@@ -150,6 +161,8 @@ def test_a_resumed_run_repeats_the_unbroken_one(kind, step, restore, llama_folde
     whole.train()
     resumed = run(tmp_path / "resumed")
     checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    if place != "file":
+        put_into_trainer_state(checkpoint / "activation_budget-default.safetensors")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed) == losses(whole)
     keys = ("active_experts", "usage_entropy", "dead_experts")
@@ -160,6 +173,40 @@ def test_a_resumed_run_repeats_the_unbroken_one(kind, step, restore, llama_folde
     assert all(torch.equal(got[name], want[name]) for name in want)
     saved = json.loads((checkpoint / "adapter_config.json").read_text())["top_k_pattern"]
     assert set(saved.values()) <= set(range(1, 7)) and len(set(saved.values())) > 1
+
+
+def put_into_trainer_state(sidecar: Path) -> None:
+    """Make the checkpoint one of those that have the counts in trainer_state.json and no file for them."""
+
+    def packed(tensor):
+        return base64.b64encode(zlib.compress(tensor.contiguous().numpy().tobytes())).decode()
+
+    kept = load_file(sidecar)
+    sidecar.unlink()
+    counts = {name.removeprefix("counts."): t for name, t in kept.items() if name.startswith("counts.")}
+    place = sidecar.with_name("trainer_state.json")
+    state = json.loads(place.read_text())
+    state["stateful_callbacks"]["ActivationBudgetCallback"]["attributes"]["_saved"] = {
+        "modules": {name: t.shape[1] - 1 for name, t in counts.items()},
+        "begin_mean": kept["begin_mean"].item(),
+        "needs": kept["needs"].tolist(),
+        "counts": packed(torch.cat(list(counts.values()), dim=1)),
+        "entropy": packed(kept["entropy"]),
+    }
+    place.write_text(json.dumps(state))
+
+
+def test_a_budget_of_another_run_with_a_checkpoint_of_that_step_is_not_taken(llama_folder, tmp_path):
+    def run(output, start):
+        return trainer(llama_folder, output, ActivationBudgetCallback(2, start=start), config(), save_steps=2)
+
+    run(tmp_path / "a", 6).train()
+    run(tmp_path / "b", 3).train()
+    (tmp_path / "a" / "checkpoint-2" / "activation_budget-default.safetensors").unlink()
+    resumed, watch = run(tmp_path / "b", 6), Watch()
+    resumed.add_callback(watch)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert sum(watch.seen[0]) == math.floor(annealed(6, 2, 2 / 4, "cosine") * MODULES + 0.5)
 
 
 def test_two_runs_of_one_seed_divide_alike(llama_folder, tmp_path):
@@ -279,7 +326,9 @@ def test_prune_below_deletes_the_unused_at_the_end(llama_folder, tmp_path, capsy
     start_task(again, "b")
     second = trainer(llama_folder, tmp_path / "second", ActivationBudgetCallback(3), model=again.train())
     second.train()
-    assert losses(second)[-1] != losses(second)[0]
+    layers = routed_layers(again).values()
+    assert sum(layer.fixed_experts("default") + layer.top_k("default") for layer in layers) == 3 * MODULES
+    assert all(layer.mora_B["default"].weight.any() for layer in layers)  # the second task has moved all of them
 
 
 def test_frozen_tasks_keep_their_k_and_count_towards_the_budget(llama_folder, tmp_path):

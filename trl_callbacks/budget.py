@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from peft_mora import expert_usage, prune_experts
@@ -20,7 +19,7 @@ from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.routed import routed_layers, set_top_k
 from peft_mora.usage import UsageMeter
 
-from .logs import add_to_logs, ahead_of_reporters
+from .host import HostCallback
 from .usage_report import print_table, write_csv, write_heat_map
 
 
@@ -64,7 +63,7 @@ def divide(total: int, limits: Sequence[int], needs: Sequence[float]) -> list[in
     return ks
 
 
-class ActivationBudgetCallback(TrainerCallback, ExportableState):
+class ActivationBudgetCallback(HostCallback, ExportableState):
     """Hold a MORA ("task" or "bank") or FLYLORA adapter to a mean number of active experts a token and a layer.
 
     *Active experts a token* of one layer is how many of its experts have a weight other than 0: `top_k` for FLYLORA
@@ -85,7 +84,8 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
     end, `expert_usage.csv` and `expert_usage.png` (needs matplotlib) appear in `output_dir`, over the tokens since the
     target was reached, and `peft_mora.expert_usage(model)` returns the same numbers.
 
-    A run that resumes from a checkpoint repeats the unbroken one: K, needs and counts are in its trainer_state.json.
+    A run that resumes from a checkpoint repeats the unbroken one: needs and counts are in a file of its folder,
+    `activation_budget-ADAPTER.safetensors`.
 
     Args:
         target: mean active experts a token and a layer; may be a fraction.
@@ -136,49 +136,61 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
         self.target, self.start, self.schedule, self.interval = target, start, schedule, interval
         self.rebalance, self.prune_below, self.until = rebalance, prune_below, until
         self.adapter_name = adapter_name
+        self.sidecar = f"activation_budget-{adapter_name.replace('/', '_')}.safetensors"
         self._meter: UsageMeter | None = None
-        self._saved: dict[str, Any] | None = None
+        self._saved: dict[str, Any] | None = None  # what an older checkpoint's trainer_state.json has
 
-    # What a checkpoint keeps
+    def refusals(self) -> dict[str, str]:
+        found = {
+            "data_parallel": "Experts cannot be counted under DataParallel, whose threads share one model. Start the "
+            "script with `accelerate launch` or `torchrun`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+        }
+        if self.prune_below is not None:
+            pieces = (
+                "`prune_below` replaces parameters, which DeepSpeed and FSDP hold in pieces. Leave it out, and call "
+                "peft_mora.prune_experts on the saved adapter."
+            )
+            found |= {"deepspeed": pieces, "fsdp": pieces}
+        return found
 
     def state(self) -> dict[str, Any]:
+        """The arguments, for a trainer with `restore_callback_states_from_checkpoint`."""
         arguments = ("target", "start", "schedule", "interval", "rebalance", "prune_below", "until", "adapter_name")
-        saved = None
-        if self._meter is not None:
-            counts = (self._meter.hits, self._meter.begin, self._logged)
-            saved = {
-                "modules": {name: place.stop - place.start - 1 for name, place in self._meter.places.items()},
-                "begin_mean": self._begin_mean,
-                "needs": self._needs,
-                "counts": _pack(torch.stack(counts).cpu().numpy()),
-                "entropy": _pack(self._meter.entropy.cpu().numpy()),
-            }
-        return {"args": {name: getattr(self, name) for name in arguments}, "attributes": {"_saved": saved}}
+        return {"args": {name: getattr(self, name) for name in arguments}, "attributes": {}}
 
-    def _restore(self, saved: dict[str, Any], meter: UsageMeter) -> None:
-        modules = {name: place.stop - place.start - 1 for name, place in meter.places.items()}
-        if modules != saved["modules"]:
+    def kept(self) -> dict[str, Tensor]:
+        meter = self._meter
+        if meter is None:
+            return {}
+        counts = torch.stack([meter.hits, meter.begin, self._logged])
+        return {
+            **{f"counts.{name}": counts[:, place] for name, place in meter.places.items()},  # (3, R + 1) int64
+            "entropy": meter.entropy,
+            "needs": torch.tensor(self._needs, dtype=torch.float64),
+            "begin_mean": torch.tensor(self._begin_mean, dtype=torch.float64),
+        }
+
+    def _restore(self, kept: dict[str, Tensor], meter: UsageMeter) -> None:
+        counts = {name.removeprefix("counts."): t for name, t in kept.items() if name.startswith("counts.")}
+        sizes = {name: place.stop - place.start for name, place in meter.places.items()}
+        if sizes != {name: t.shape[1] for name, t in counts.items()}:
             raise ValueError(
                 "The checkpoint's expert counts are of an adapter with other modules or other numbers of experts. "
                 "Resume with the adapter that the run began with."
             )
-        self._begin_mean, self._needs = saved["begin_mean"], saved["needs"]
-        counts = torch.from_numpy(_unpack(saved["counts"], np.int64)).view(3, -1).to(meter.hits.device)
-        meter.hits, meter.begin, self._logged = (row.clone() for row in counts)
-        meter.entropy.view(-1).copy_(torch.from_numpy(_unpack(saved["entropy"], np.float32)))
-
-    # The trainer's events
+        self._begin_mean, self._needs = kept["begin_mean"].item(), kept["needs"].tolist()
+        rows = torch.cat([counts[name] for name in meter.places], dim=1).to(meter.hits.device)
+        meter.hits, meter.begin, self._logged = (row.clone() for row in rows)
+        meter.entropy.copy_(kept["entropy"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control)
         layers = routed_layers(model, self.adapter_name)
-        if args.n_gpu > 1:
-            raise ValueError(
-                "Experts cannot be counted under DataParallel, whose threads share one model. Start the script with "
-                "`accelerate launch` or `torchrun`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
-            )
-        self._check_pruning(args, layers)
+        refusal = next((layer.prune_refusal for layer in layers.values() if layer.prune_refusal), "")
+        if self.prune_below is not None and refusal:
+            raise ValueError(f"`prune_below` cannot be had here: {refusal} Leave it out.")
         self._fixed = sum(layer.fixed_experts(self.adapter_name) for layer in layers.values())
         limits = {name: layer.choices(self.adapter_name) for name, layer in layers.items()}
         self._limits = {name: limit for name, limit in limits.items() if limit > 0}
@@ -188,10 +200,9 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
         self._begin_mean = self.start or (self._fixed + sum(current.values())) / self._layers
         meter = UsageMeter(model, self.adapter_name, training_only=True)
         self._logged = meter.hits.clone()
-        saved = self._find_saved(state)
         try:
-            if state.global_step > 0 and saved is not None:
-                self._restore(saved, meter)
+            if state.global_step > 0 and (kept := self.saved(args, state)) is not None:
+                self._restore(kept, meter)
             for name, mean in (("target", self.target), ("start", self._begin_mean)):
                 self._check_mean(name, mean)
         except ValueError:
@@ -199,7 +210,6 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
             raise
         self._meter = meter
         self._set(model, state)
-        ahead_of_reporters(self)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -213,21 +223,13 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
             self._measure_needs(meter)
         self._set(model, state)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._meter is None or logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
-            return
+    def metrics(self) -> dict[str, float]:
+        if self._meter is None:
+            return {}
         window = self._meter.hits - self._logged
         self._logged = self._meter.hits.clone()
         shares = [share for share in self._meter.shares(window).values() if len(share) and not share.isnan().any()]
-        if shares:
-            add_to_logs(usage_metrics(shares, self.prune_below or DEAD), logs, state)
+        return usage_metrics(shares, self.prune_below or DEAD) if shares else {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -255,28 +257,17 @@ class ActivationBudgetCallback(TrainerCallback, ExportableState):
             if state.is_world_process_zero:
                 print(f"{summary} (the inputs: a sequence of the last batch)")
 
-    # Helpers
-
-    def _check_pruning(self, args: TrainingArguments, layers: dict[str, Any]) -> None:
-        if self.prune_below is None:
-            return
-        if refusal := next((layer.prune_refusal for layer in layers.values() if layer.prune_refusal), ""):
-            raise ValueError(f"`prune_below` cannot be had here: {refusal} Leave it out.")
-        if args.deepspeed or args.fsdp:
-            raise ValueError(
-                "`prune_below` replaces parameters, which DeepSpeed and FSDP hold in pieces. Leave it out, and call "
-                "peft_mora.prune_experts on the saved adapter."
-            )
-
-    def _find_saved(self, state: TrainerState) -> dict[str, Any] | None:
-        """What this callback's `state` put into the checkpoint; the trainer only hands it over if asked to."""
-        if self._saved is not None:
-            return self._saved
-        found: Any = (state.stateful_callbacks or {}).get(type(self).__name__, [])
-        for entry in found if isinstance(found, list) else [found]:
-            if isinstance(entry, dict) and entry["args"]["adapter_name"] == self.adapter_name:
-                return entry["attributes"]["_saved"]
-        return None
+    def saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Tensor] | None:
+        """`kept` of the checkpoint's file; an older checkpoint has it in its trainer_state.json."""
+        kept = super().saved(args, state)
+        if kept is not None:
+            return kept
+        entries: Any = (state.stateful_callbacks or {}).get(type(self).__name__, [])
+        old = self._saved
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if entry["args"]["adapter_name"] == self.adapter_name:
+                old = entry["attributes"].get("_saved")  # of several the last: the trainer appends
+        return _unpacked(old) if old is not None else None
 
     def _check_mean(self, name: str, mean: float) -> None:
         least, most = self._fixed + len(self._limits), self._fixed + sum(self._limits.values())
@@ -328,10 +319,17 @@ def _total(mean: float, layers: int) -> int:
     return math.floor(mean * layers + 0.5)
 
 
-def _pack(values: np.ndarray) -> str:
-    """One short line of JSON instead of thousands."""
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes())).decode()
+def _unpacked(old: dict[str, Any]) -> dict[str, Tensor]:
+    """What older checkpoints have in trainer_state.json, as `ActivationBudgetCallback.kept` has it."""
 
+    def array(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(old[name]))), dtype=dtype)
 
-def _unpack(text: str, dtype: Any) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=dtype).copy()
+    sizes = [experts + 1 for experts in old["modules"].values()]
+    counts = array("counts", torch.int64).view(3, -1).split(sizes, dim=1)
+    return {
+        **{f"counts.{name}": rows for name, rows in zip(old["modules"], counts, strict=True)},
+        "entropy": array("entropy", torch.float32).view(-1, 2),
+        "needs": torch.tensor(old["needs"], dtype=torch.float64),
+        "begin_mean": torch.tensor(old["begin_mean"], dtype=torch.float64),
+    }

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import sparsify
 from peft_mora.base import adapter_layers
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.lori import LoriLinear
 
+from .host import HostCallback
 
-class LoriCalibrationCallback(TrainerCallback):
+
+class LoriCalibrationCallback(HostCallback):
     """Train a LORI adapter densely for `calibration_steps`, call `sparsify`, and go on with the packed one.
 
     The optimizer keeps its hyperparameters and the schedule goes on; its state (moments) starts fresh, since the
@@ -54,14 +56,23 @@ class LoriCalibrationCallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.onto = onto
 
+    def refusals(self) -> dict[str, str]:
+        replaces = (
+            "LoriCalibrationCallback replaces parameters in the middle of a run, which DDP, FSDP and DeepSpeed do not "
+            "allow. Calibrate in a run of its own, then call peft_mora.sparsify(model) and train again."
+        )
+        return {
+            "processes": replaces,
+            "deepspeed": replaces,
+            "fsdp": replaces,
+            "best_model": "load_best_model_at_end could bring back the dense adapter from before the switch. Leave it "
+            "out, or calibrate in a run of its own, call peft_mora.sparsify(model) and train again.",
+        }
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if args.world_size > 1 or args.deepspeed or args.fsdp:
-            raise ValueError(
-                "LoriCalibrationCallback replaces parameters in the middle of a run, which DDP, FSDP and DeepSpeed do "
-                "not allow. Calibrate in a run of its own, then call peft_mora.sparsify(model) and train again."
-            )
+        super().on_train_begin(args, state, control)
         layers = adapter_layers(model, self.adapter_name, LoriLinear).values()
         packed = any(layer.is_packed(self.adapter_name) for layer in layers)
         if not packed and state.global_step >= self.calibration_steps:
@@ -69,11 +80,6 @@ class LoriCalibrationCallback(TrainerCallback):
                 f"The run resumes at step {state.global_step}, after the switch at {self.calibration_steps}, with an "
                 "adapter that is still dense: its checkpoint is of a run without this callback. Call "
                 "peft_mora.sparsify(model) and train without the callback, or raise calibration_steps."
-            )
-        if args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end could bring back the dense adapter from before the switch. Leave it out, or "
-                "calibrate in a run of its own, call peft_mora.sparsify(model) and train again."
             )
         if packed and state.global_step < self.calibration_steps:
             raise ValueError(

@@ -11,19 +11,15 @@ projected. The gradient is projected as well, before the step, which keeps the m
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
@@ -31,17 +27,16 @@ from peft_mora.linalg import contrast_directions, leading_directions, project_ou
 
 from .constraint import Constraint, check_held, constraints, sharing
 from .factors import Factors, trainable_factors
-from .logs import add_to_logs, ahead_of_reporters, caller_local
+from .host import HostCallback, calibration_batches
 from .sources import SOURCES, Run
 from .subspace import Subspace, fingerprint
 
 
 Start = Literal["random", "inputs", "contrast"]
-CHECKPOINT_FILE = "orthogonal_projection.safetensors"
 SHORT = 0.1  # less than this share of a module's input space left: say so
 
 
-class OrthogonalProjectionCallback(TrainerCallback):
+class OrthogonalProjectionCallback(HostCallback):
     """Keep what earlier tasks taught: train a fresh adapter only in directions that their inputs do not use.
 
     Works for MORA (any routing) after `start_task`, and for a fresh PEFT LoRA adapter beside frozen older ones. At the
@@ -123,12 +118,20 @@ class OrthogonalProjectionCallback(TrainerCallback):
         self._constraints: list[Constraint] = []
         self._room: dict[str, Tensor] = {}  # group -> (I, m) the directions that A may move in, if not all
 
-    # The trainer's events
+    sidecar = "orthogonal_projection.safetensors"
+
+    def refusals(self) -> dict[str, str]:
+        return {
+            "deepspeed": "DeepSpeed steps inside backward, before a callback can project the gradient or the step. "
+            "Use DDP or one GPU, or LoriConfig, whose frozen projection needs no callback.",
+            "fsdp": "FSDP holds A in pieces, which cannot be projected one by one. Use DDP or one GPU: the trainable "
+            "part is small and the 4-bit base is not sharded anyway.",
+        }
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        _refuse_trainer(args)
+        self.refuse(args)
         _, factors = trainable_factors(model, self.adapter_name)
         if self._constrains:
             for pair in factors.values():
@@ -144,7 +147,7 @@ class OrthogonalProjectionCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        _refuse_trainer(args)
+        super().on_train_begin(args, state, control)
         adapter_name, factors = trainable_factors(model, self.adapter_name)
         output = Path(args.output_dir) / "subspace"
         if self.memory is not None and self.memory.resolve() == output.resolve():
@@ -153,7 +156,9 @@ class OrthogonalProjectionCallback(TrainerCallback):
                 "lose it. Give each task an output_dir of its own."
             )
         use_exact_4bit_kernels(model)  # forwards in eval mode follow, which would repack 4-bit weights on a CPU
-        batches = _batches(train_dataloader, args, self.calibration_batches)
+        batches = calibration_batches(
+            train_dataloader, args, self.calibration_batches, "Use source='gradients' or 'past_adapters'."
+        )
         run = Run(model, adapter_name, factors, batches)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if self.memory is not None:
@@ -179,7 +184,6 @@ class OrthogonalProjectionCallback(TrainerCallback):
                 check_held(self._constraints)
             _report_room(subspace, "left to this task")
         self._removed = self._total = torch.zeros((), device=next(iter(factors.values())).A.device)
-        ahead_of_reporters(self)
 
     @torch.no_grad()
     def on_pre_optimizer_step(
@@ -204,35 +208,24 @@ class OrthogonalProjectionCallback(TrainerCallback):
         for constraint in self._constraints:
             constraint.apply([p.data for p in constraint.parameters])
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._run is None or not self._constraints or logs is None or "loss" not in logs:
-            return
+    def metrics(self) -> dict[str, float]:
+        if self._run is None or not self._constraints:
+            return {}
         ranks = [V.shape[1] for V in self._subspace.right.values()]
-        metrics = {
+        found = {
             "protected_rank_mean": sum(ranks) / len(ranks),
             "protected_rank_max": float(max(ranks)),
             "leakage": self.leakage(),
         }
         removed, total = float(self._removed), float(self._total)
         if math.isfinite(total) and total > 0:  # a skipped fp16 step has gradients that are not finite
-            metrics["gradient_removed"] = math.sqrt(max(0.0, removed) / total)
+            found["gradient_removed"] = math.sqrt(max(0.0, removed) / total)
         self._removed, self._total = torch.zeros_like(self._removed), torch.zeros_like(self._total)
-        add_to_logs(metrics, logs, state)
+        return found
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            tensors = {f"source.{name}": t for name, t in self.source.state().items()}
-            tensors |= {f"room.{group}": U for group, U in self._room.items()}
-            if folder.is_dir() and tensors:
-                save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / CHECKPOINT_FILE)
+    def kept(self) -> dict[str, Tensor]:
+        source = {f"source.{name}": t for name, t in self.source.state().items()}
+        return source | {f"room.{group}": U for group, U in self._room.items()}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -304,16 +297,14 @@ class OrthogonalProjectionCallback(TrainerCallback):
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         needed = self.source.keeps_state or (self.memory is not None and self.start != "random")
-        folders = [caller_local("resume_from_checkpoint"), Path(args.output_dir) / f"checkpoint-{state.global_step}"]
-        paths = [Path(folder) / CHECKPOINT_FILE for folder in folders if isinstance(folder, (str, Path))]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None and needed:
+        tensors = self.saved(args, state)
+        if tensors is None and needed:
             raise ValueError(
-                f"The run resumes at step {state.global_step}, but the checkpoint has no {CHECKPOINT_FILE}, in which "
-                f"this callback keeps the directions of the run ({' and '.join(map(str, paths))} would be it). Resume "
-                "from a checkpoint that was trained with this callback, or start the task again."
+                f"The run resumes at step {state.global_step}, but the checkpoint has no {self.sidecar}, in which "
+                f"this callback keeps the directions of the run ({self.sidecar_path(args, state)} would be it). "
+                "Resume from a checkpoint that was trained with this callback, or start the task again."
             )
-        tensors = load_file(path) if path is not None else {}
+        tensors = tensors or {}
         self.source.restore({n.removeprefix("source."): t for n, t in tensors.items() if n.startswith("source.")})
         self._room = {n.removeprefix("room."): t for n, t in tensors.items() if n.startswith("room.")}
 
@@ -380,48 +371,3 @@ def _report_room(subspace: Subspace, when: str) -> None:
             "run of an earlier task, fewer target_modules, or a larger base model.",
             stacklevel=2,
         )
-
-
-def _refuse_trainer(args: TrainingArguments) -> None:
-    def used(name: str) -> bool:
-        return bool(getattr(args, name, None)) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "") in ("true", "1")
-
-    if used("deepspeed"):
-        raise ValueError(
-            "DeepSpeed steps inside backward, before a callback can project the gradient or the step. Use DDP or one "
-            "GPU, or LoriConfig, whose frozen projection needs no callback."
-        )
-    if used("fsdp"):
-        raise ValueError(
-            "FSDP holds A in pieces, which cannot be projected one by one. Use DDP or one GPU: the trainable part is "
-            "small and the 4-bit base is not sharded anyway."
-        )
-
-
-def _batches(loader: DataLoader, args: TrainingArguments, count: int) -> Callable[[], list[dict[str, Any]]]:
-    """A function that returns the same `count` batches at each call, and leaves the trainer's own order alone."""
-    kept: list[dict[str, Any]] = []
-
-    def batches() -> list[dict[str, Any]]:
-        if kept:
-            return kept
-        rank = args.process_index
-        options: dict[str, Any] = {"batch_size": args.per_device_train_batch_size, "collate_fn": loader.collate_fn}
-        skipped = 0
-        if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-            skipped = rank * count
-        else:
-            generator = torch.Generator().manual_seed(args.seed + rank)
-            options["sampler"] = RandomSampler(loader.dataset, generator=generator)
-        for batch in islice(DataLoader(loader.dataset, **options), skipped, skipped + count):
-            if not isinstance(batch, Mapping) or "input_ids" not in batch:
-                raise ValueError(
-                    "The trainer's batches have no input_ids (GRPO and the like make them from prompts), so the "
-                    "inputs of this task cannot be seen in advance. Use source='gradients' or 'past_adapters'."
-                )
-            kept.append(dict(batch))
-        if not kept:
-            raise ValueError("The training data gave no batch to find directions with.")
-        return kept
-
-    return batches

@@ -1,0 +1,180 @@
+"""What our callbacks stand on: what no event of the trainer's tells or does.
+
+refusals     kinds of run that a callback cannot work in, as one table
+metrics      into the logs before a tracker gets them
+sidecar      a callback's tensors in a file of its own in the folder of each checkpoint
+frames       what the trainer knows and passes to no event, read from its variables
+batches      a few of the training data's, without moving the trainer's own order
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+
+def _through(backend: str) -> Callable[[TrainingArguments], bool]:
+    """Whether a run uses a backend, by its arguments or by `accelerate launch`."""
+    variable = f"ACCELERATE_USE_{backend.upper()}"
+    return lambda args: bool(getattr(args, backend, None)) or os.environ.get(variable, "") in ("true", "1")
+
+
+KINDS: dict[str, Callable[[TrainingArguments], bool]] = {
+    "deepspeed": _through("deepspeed"),
+    "fsdp": _through("fsdp"),
+    "processes": lambda args: args.world_size > 1,
+    "data_parallel": lambda args: args.n_gpu > 1,
+    "best_model": lambda args: bool(args.load_best_model_at_end),
+}
+
+
+class HostCallback(TrainerCallback):
+    """The base of our callbacks; each says what it refuses, logs and keeps."""
+
+    sidecar: str  # the name of the file in a checkpoint's folder that has `kept`
+
+    def refusals(self) -> dict[str, str]:
+        """Kind of run (of `KINDS`) -> why it cannot be and what to do instead."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the logs of a training step; {} for none. Called once for each."""
+        return {}
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of this callback, for `saved` to find; {} writes no file."""
+        return {}
+
+    def refuse(self, args: TrainingArguments) -> None:
+        """Refuse a run of a kind that the callback cannot work in.
+
+        Raises:
+            ValueError: with the refusal.
+        """
+        for kind, message in self.refusals().items():
+            if KINDS[kind](args):
+                raise ValueError(message)
+
+    def saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Tensor] | None:
+        """`kept` of the checkpoint that the run resumes from, or None."""
+        path = self.sidecar_path(args, state)
+        return load_file(path) if path.is_file() else None
+
+    def sidecar_path(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """Of the checkpoint that the run resumes from."""
+        folder = caller_local("resume_from_checkpoint")
+        if not isinstance(folder, (str, Path)):
+            folder = checkpoint_folder(args, state)
+        return Path(folder) / self.sidecar
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.refuse(args)
+        if type(self).metrics is not HostCallback.metrics:
+            ahead_of_reporters(self)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
+            return
+        metrics = self.metrics()
+        logs.update(metrics)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = checkpoint_folder(args, state)
+        if args.should_save and folder.is_dir() and (kept := self.kept()):
+            save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, folder / self.sidecar)
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the checkpoint of this step is."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def ahead_of_reporters(callback: TrainerCallback) -> None:
+    """Move `callback` to the front of the trainer's callbacks; call it from one of its own events.
+
+    The reporters (TensorBoard, W&B, …) stand before every callback of the user, so what a user's `on_log` writes into
+    `logs` comes too late for them. No event gets the handler that holds the list: it is the caller.
+    """
+    for frame in _callers():
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and any(other is callback for other in handler.callbacks):
+            # The handler is iterating over this very list: what stands behind `callback` keeps its place.
+            handler.callbacks[:] = [callback, *(other for other in handler.callbacks if other is not callback)]
+            return
+
+
+def caller_local(name: str) -> Any:
+    """The innermost caller's local variable of that name, or None. The trainer tells no event which checkpoint it
+    resumes from, which may be in any folder; `resume_from_checkpoint` is a variable of its training loop."""
+    return next((frame.f_locals[name] for frame in _callers() if name in frame.f_locals), None)
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames of the function that asks and of all that have called it, from the inside out."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def calibration_batches(
+    loader: DataLoader, args: TrainingArguments, count: int, otherwise: str
+) -> Callable[[], list[dict[str, Any]]]:
+    """A function that returns the same `count` batches at each call, and leaves the trainer's own order alone.
+
+    Args:
+        loader: the trainer's; its data set and collator are used, each process draws its own share.
+        count: most batches; fewer where the data ends.
+        otherwise: what to do where batches are not what the model gets, as a sentence.
+
+    Raises:
+        ValueError: by that function: the batches have no `input_ids`, or there are none.
+    """
+    drawn: list[dict[str, Any]] = []
+
+    def batches() -> list[dict[str, Any]]:
+        if drawn:
+            return drawn
+        rank = args.process_index
+        options: dict[str, Any] = {"batch_size": args.per_device_train_batch_size, "collate_fn": loader.collate_fn}
+        skipped = 0
+        if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+            skipped = rank * count
+        else:
+            generator = torch.Generator().manual_seed(args.seed + rank)
+            options["sampler"] = RandomSampler(loader.dataset, generator=generator)
+        for batch in islice(DataLoader(loader.dataset, **options), skipped, skipped + count):
+            if not isinstance(batch, Mapping) or "input_ids" not in batch:
+                raise ValueError(
+                    "The trainer's batches have no input_ids (GRPO and the like make them from prompts), so the "
+                    f"inputs of this task cannot be seen in advance. {otherwise}"
+                )
+            drawn.append(dict(batch))
+        if not drawn:
+            raise ValueError("The training data gave no batch to find directions with.")
+        return drawn
+
+    return batches
