@@ -5,6 +5,8 @@ d_i += rate · sign(mean(c) - c_i)        c_i how often expert i was chosen     
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,46 +14,73 @@ import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from .base import AdapterModel
+from .inputs import LatestMask, rows_of, watched
 from .routed import RoutedLinear
 from .routing import balance_step
 
 
+Masks = Mapping[torch.device, Tensor | None]  # LatestMask.by_device
+
+
 class Balance:
-    """Steps of the load-balance offset that wait for their moment.
+    """Steps of one adapter's offset on one layer that wait for their moment.
 
     Under gradient checkpointing a forward is computed again in the backward, and must find the offset that it had. So
-    the offset moves once the last of the forwards that are still to be differentiated has had its backward; where
-    that cannot be known (a forward without a backward), at the next forward.
+    the offset moves once the last of the forwards that are still to be differentiated has had its backward. Gradient
+    caching first runs all forwards without gradients, then each again with its backward: they must find one offset
+    too. Where the last backward cannot be known, the offset moves at the first forward after the optimizer's step.
+
+    Args:
+        doubts: an adapter that was opened for inference may get gradients from a trainer whose optimizer does not hold
+            it. Then the offset moves no earlier than its weight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doubts: bool) -> None:
+        self.doubts = doubts
         # Training forwards still to be differentiated: with gradients, and without. The latter are the first passes of
-        # reentrant checkpointing, or forwards that nobody will differentiate.
+        # reentrant checkpointing and of gradient caching, or forwards that nobody will differentiate.
         self.forwards = {True: 0, False: 0}
-        self.counts: list[Tensor] = []
+        self.masks: deque[Masks] = deque(maxlen=64)  # of those without, the latest of which is recomputed first
+        self.steps: list[list[Tensor]] = []  # the counts of each; of several where replicas share a batch
+        self.version = -1  # of the weight in the latest forward
+        self.sample: Tensor | None = None  # of the weight before them: fused optimizers leave its version as it is
 
-    def enter(self, offset: Tensor, rate: float) -> bool:
-        """A training forward begins. Returns whether it is a recomputation, which moves nothing."""
-        if torch._C._current_graph_task_id() != -1:
-            return True
-        self.settle(offset, rate)
-        self.forwards[torch.is_grad_enabled()] += 1
-        return False
+    def begin(self, weight: nn.Parameter) -> None:
+        """A training forward begins that is no recomputation."""
+        self.version = weight._version
+        if self.doubts and not any(self.steps):
+            self.sample = _sample(weight).clone()
 
     def add(self, counts: Tensor, offset: Tensor, rate: float, recomputed: bool) -> None:
         """A backward has come through; `recomputed` if its forward was a recomputation (reentrant checkpointing)."""
-        self.counts.append(counts)
-        self.forwards[not recomputed] -= 1
-        if self.forwards[not recomputed] <= 0:
+        self.steps.append([counts])
+        self.forwards[True] -= not recomputed
+        self.forwards[False] = max(0, self.forwards[False] - 1)
+        if max(self.forwards.values()) <= 0 and not self.doubts:
             self.settle(offset, rate)
 
-    def settle(self, offset: Tensor, rate: float) -> None:
-        """Take the steps that wait."""
-        if self.counts:
-            for counts in self.counts:
-                offset.copy_(balance_step(offset, counts, rate))
-            self.forwards = {True: 0, False: 0}
-            self.counts = []
+    def is_due(self, weight: nn.Parameter) -> bool:
+        """Whether steps wait, and the optimizer has made its own or has dropped the gradient."""
+        return any(self.steps) and (weight.grad is None or weight._version != self.version)
+
+    def settle(self, offset: Tensor, rate: float, weight: Tensor | None = None) -> None:
+        """Take the steps that wait; where there is doubt, if the weight has changed."""
+        before = offset.clone() if self.doubts else None
+        for step in filter(None, self.steps):
+            counts = step[0] if len(step) == 1 else torch.stack([part.to(offset.device) for part in step]).sum(0)
+            offset.copy_(balance_step(offset, counts, rate))
+        if before is not None and self.sample is not None and weight is not None:  # decided on the device
+            changed = (_sample(weight) != self.sample.to(weight.device)).any()
+            offset.copy_(torch.where(changed, offset, before))
+        self.forwards = {True: 0, False: 0}
+        self.steps = []
+        self.masks.clear()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A thousand entries of B (O, r), of all experts."""
+    return weight.detach()[: 1 + 1024 // weight.shape[1]]
 
 
 class Step(NamedTuple):
@@ -61,16 +90,24 @@ class Step(NamedTuple):
     rate: float
     balance: Balance | None  # None under torch.compile: a backward is traced once and keeps no Python state
     recomputed: bool
+    shared: list[Tensor] | None  # where a replica puts its counts
+    masks: Masks
+
+    def real_rows(self, chosen: Tensor, shape: torch.Size) -> Tensor | None:
+        """(T, 1) bool, which of the layer's tokens, in the shape that they came in, are no padding; None: all."""
+        return rows_of(self.masks, chosen.device, shape)
 
     def take(self, counts: Tensor) -> None:
         """Hand over how often each expert was chosen, (R,), once per micro-batch."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             counts = counts.clone()
             dist.all_reduce(counts)
-        if self.balance is None:
-            self.offset.copy_(balance_step(self.offset, counts, self.rate))
-        else:
+        if self.shared is not None:
+            self.shared.append(counts)
+        elif self.balance is not None:
             self.balance.add(counts, self.offset, self.rate, self.recomputed)
+        else:
+            self.offset.copy_(balance_step(self.offset, counts, self.rate))
 
     def taken_in_backward_of(self, update: Tensor, counts: Tensor) -> Tensor:
         """`update`, whose backward takes this step: for paths whose backward is autograd's."""
@@ -86,64 +123,93 @@ class _CountOnBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        update: Tensor,
-        counts: Tensor,
-        offset: Tensor,
-        rate: float,
-        balance: Balance | None,
-        recomputed: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, update: Tensor, counts: Tensor, offset: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(counts)
-        ctx.step = Step(offset, rate, balance, recomputed)
+        ctx.step = Step(offset, *rest)
         return update.view_as(update)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (counts,) = ctx.saved_tensors
+        if ctx.step.balance is None:
+            # torch.compile does in the forward all that needs no gradient, and of two forwards before their backwards
+            # both would start from one offset. A sum of no element needs the gradient.
+            counts = counts + grad.flatten()[:0].sum()
         ctx.step.take(counts)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
 
 class BalancedLinear(RoutedLinear):
-    """A layer whose choice of experts is evened out by `<prefix>offset` (R,), a float32 buffer of each adapter."""
+    """A layer whose choice of experts is evened out by `<prefix>offset` (R,), a float32 buffer of each adapter.
+
+    A replica of `nn.DataParallel` chooses by a copy of the offset; the layer itself takes the step, by the counts of
+    all replicas.
+    """
+
+    shared: dict[str, list[Tensor]] | None = None  # adapter name -> where a replica puts its counts
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         setattr(self, f"{self.prefix}offset", BufferDict(persistent=True))
         self.balance: dict[str, Balance] = {}
+        self.latest_mask = LatestMask()  # the model's, where it is part of one
         self.register_state_dict_pre_hook(_settle_all)
 
     def balance_rate(self, adapter_name: str) -> float:
         """Step of the offset; 0 is off."""
         raise NotImplementedError
 
+    def balanced_weight(self, adapter_name: str) -> nn.Parameter:
+        """What the experts learn: while it is in training, the offset moves."""
+        return getattr(self, f"{self.prefix}B")[adapter_name].weight
+
     @property
     def offset(self) -> BufferDict:
         """adapter name -> (R,) offset."""
         return getattr(self, f"{self.prefix}offset")
 
-    def create_offset(self, adapter_name: str, original: str | None) -> None:
-        """0 for a new adapter, or what the original has."""
+    def create_offset(self, adapter_name: str, original: str | None, inference_mode: bool) -> None:
+        """0 for a new adapter, or what the original has; opened for inference, it waits for the weight."""
         fresh = torch.zeros(self.r[adapter_name])
         offset = self.offset[original].clone() if original in self.offset else fresh
         self.offset[adapter_name] = offset.to(self._weight_placement()[0])
-        self.balance[adapter_name] = Balance()
+        self.balance[adapter_name] = Balance(doubts=inference_mode)
 
-    def step(self, adapter_name: str, trains: bool) -> Step | None:
-        """A forward begins: the step that its backward will take, if it takes one.
-
-        Args:
-            adapter_name: whose offset.
-            trains: whether what the experts do is in training.
-        """
+    def step(self, adapter_name: str) -> Step | None:
+        """A forward begins: the step that its backward will take, if it takes one."""
         offset, rate = self.offset[adapter_name], self.balance_rate(adapter_name)
-        if not (self.training and trains and rate > 0):
-            return None
-        balance = None if torch.compiler.is_compiling() else self.balance[adapter_name]
-        recomputed = balance.enter(offset, rate) if balance is not None else False
-        return Step(offset, rate, balance, recomputed) if torch.is_grad_enabled() else None
+        weight = self.balanced_weight(adapter_name)
+        trains, differentiated = self.training and weight.requires_grad and rate > 0, torch.is_grad_enabled()
+        masks: Masks = self.latest_mask.by_device
+        if torch.compiler.is_compiling() or self.shared is not None:
+            shared = None if self.shared is None else self.shared[adapter_name]
+            return Step(offset, rate, None, False, shared, masks) if trains and differentiated else None
+        balance = self.balance[adapter_name]
+        recomputed = torch._C._current_graph_task_id() != -1
+        if recomputed and balance.masks:
+            masks = balance.masks.pop()
+        elif not recomputed:
+            if balance.is_due(weight):
+                balance.settle(offset, rate, weight)
+            if trains:
+                balance.begin(weight)
+                balance.forwards[differentiated] += 1
+                if not differentiated:
+                    balance.masks.append(dict(masks))
+        return Step(offset, rate, balance, recomputed, None, masks) if trains and differentiated else None
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.shared = {}
+        for name, balance in self.balance.items():
+            weight = self.balanced_weight(name)
+            if balance.is_due(weight):
+                balance.settle(self.offset[name], self.balance_rate(name), weight)
+            balance.begin(weight)
+            if not balance.steps or balance.steps[-1]:
+                balance.steps.append([])  # of all replicas of this forward
+            replica.shared[name] = balance.steps[-1]
+        return replica
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves go through, casts stop at the offset: its steps of 1e-3 are nothing to a 16-bit number."""
@@ -158,4 +224,21 @@ class BalancedLinear(RoutedLinear):
 def _settle_all(layer: BalancedLinear, *_: Any) -> None:
     """Before saving: no step may be left waiting."""
     for name, balance in layer.balance.items():
-        balance.settle(layer.offset[name], layer.balance_rate(name))
+        balance.settle(layer.offset[name], layer.balance_rate(name), layer.balanced_weight(name))
+
+
+class BalancedModel(AdapterModel):
+    """Lets its layers see the attention mask, so that padding does not count."""
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        layers = [module for module in model.modules() if isinstance(module, BalancedLinear)]
+        latest = next((layer.latest_mask for layer in layers if layer.latest_mask.handles), None) or watched(model)
+        for layer in layers:
+            layer.latest_mask = latest
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in self.model.modules():
+            if isinstance(layer, BalancedLinear):
+                layer.latest_mask.remove()
+        return super()._unload_and_optionally_merge(*args, **kwargs)

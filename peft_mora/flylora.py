@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .balance import BalancedLinear, Step
+from .balance import BalancedLinear, BalancedModel, Step
 from .checks import check_field, is_int, is_number
 from .lean import Gate, Parts, Wanted, Weight, index_dtype
 from .routed import Counter, RoutedConfig, module_top_k
@@ -116,6 +116,7 @@ class SelectionGate(Gate):
     def __init__(self, selection: Selection, k: int, offset: Tensor, step: Step | None, usage: Counter | None) -> None:
         self.selection, self.k, self.offset, self.step, self.usage = selection, k, offset, step, usage
         self.chosen: Tensor | None = None
+        self.real: Tensor | None = None  # (T, 1) the tokens that are no padding
 
     def _select(self, h: Tensor, offset: Tensor) -> Tensor:
         return (select_by_magnitude if self.selection == "magnitude" else select_by_sign)(h, offset, self.k)
@@ -129,7 +130,9 @@ class SelectionGate(Gate):
     def done(self, update: Tensor) -> Tensor:
         if self.step is None or self.chosen is None:
             return update
-        counts = (self.chosen != 0).flatten(0, -2).sum(0)  # bincount would wait for the GPU
+        counts = (self.chosen != 0).flatten(0, -2)  # bincount would wait for the GPU
+        real = self.step.real_rows(self.chosen, self.chosen.shape[:-1])
+        counts = (counts if real is None else counts & real).sum(0)
         return self.step.taken_in_backward_of(update, counts)
 
     def forward(
@@ -144,6 +147,8 @@ class SelectionGate(Gate):
             self._count(h.view(*shape, -1), chosen.view(*shape, -1))
         if not (any(wanted.dh) or any(wanted.ups)):
             return [gated], []
+        if self.step is not None:
+            self.real = self.step.real_rows(h, shape)
         dtype = index_dtype(h.shape[-1])
         if self.k * (h.element_size() + dtype.itemsize) < h.shape[-1] * h.element_size():
             return [gated], [values, index.to(dtype)]
@@ -165,7 +170,8 @@ class SelectionGate(Gate):
         zeros = values.new_zeros(len(values), len(self.offset))
         chosen = zeros.scatter(-1, index, 1)
         if self.step is not None:
-            self.step.take(chosen.sum(0, dtype=torch.float32))  # counts to 16 M exactly
+            real = chosen if self.real is None else chosen * self.real
+            self.step.take(real.sum(0, dtype=torch.float32))  # counts to 16 M exactly
         (grad,) = grads
         return [zeros.scatter_(-1, index, values)], [None if grad is None else grad.mul_(chosen)], ()
 
@@ -214,7 +220,7 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
         self.flylora_rule[adapter_name] = (config.selection, top_k, config.balance_rate)
         self.create_projection(adapter_name, config, module_name, original)
         self.flylora_B[adapter_name] = self.new_linear(r, self.out_features, zero=config.init_weights)
-        self.create_offset(adapter_name, original)
+        self.create_offset(adapter_name, original, config.inference_mode)
 
     def draw_projection(self, adapter_name: str, config: FlyLoraConfig, module_name: str) -> tuple[Tensor, ...]:
         r = self.r[adapter_name]
@@ -225,6 +231,11 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
         random = generator(config.seed, module_name)
         columns = np.stack([np.sort(random.permutation(self.in_features)[:p]) for _ in range(r)])
         return as_projection(random.standard_normal((r, p)) / r), torch.from_numpy(columns.astype(np.int32))
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.flylora_made = {}  # made of the copy that only this replica has
+        return replica
 
     def top_k(self, adapter_name: str) -> int:
         return self.flylora_rule[adapter_name][1]
@@ -253,7 +264,7 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
     def parts(self, adapter_name: str) -> Parts:
         selection, k, _ = self.flylora_rule[adapter_name]
         B = self.flylora_B[adapter_name].weight
-        step = self.step(adapter_name, trains=B.requires_grad)
+        step = self.step(adapter_name)
         gate = SelectionGate(selection, k, self.offset[adapter_name], step, self.counting(adapter_name))
         return Parts([Weight(self.flylora_A[adapter_name], LayersA(self, adapter_name))], [Weight(B)], gate)
 
@@ -261,7 +272,7 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
         return self.matrix_A(adapter_name, torch.float32), self.flylora_B[adapter_name].weight.detach().float()
 
 
-class FlyLoraModel(SeededModel):
+class FlyLoraModel(SeededModel, BalancedModel):
     """A model with FLYLORA layers; made by `get_peft_model(model, FlyLoraConfig(...))`."""
 
     prefix = "flylora_"

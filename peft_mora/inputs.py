@@ -51,6 +51,72 @@ def real_rows(x: Tensor, mask: Tensor | None, name: str) -> Tensor:
     return x[fit_mask(mask, x.shape[:-1], repr(name)).to(x.device)]
 
 
+class LatestMask:
+    """The attention mask of a model's latest forward: for layers that count tokens, while it runs and, where reentrant
+    checkpointing computes them again, in its backward.
+
+    Attributes:
+        by_device: (B, S) bool, None for no mask. Replicas of `nn.DataParallel`, each on its device, run at once.
+    """
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, Tensor | None] = {}
+        self.handles: list[RemovableHandle] = []
+
+    def watch(self, module: nn.Module) -> None:
+        """Look at the mask of each call of the module, if it takes one.
+
+        A mask that is not (B, S), such as (B, 1, S, S), changes nothing: a module further out has had the other one.
+        """
+        names = list(inspect.signature(module.forward).parameters)
+        if "attention_mask" in names:
+            hook = partial(self._see, names.index("attention_mask"))
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _see(self, place: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask", args[place] if place < len(args) else None)
+        if mask is None:
+            tensor = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+            if tensor is not None:
+                self.by_device[tensor.device] = None
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
+            self.by_device[mask.device] = mask.bool()
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "by_device": {}}
+
+
+def watched(model: Any) -> LatestMask:
+    """A `LatestMask` of the model and of what a trainer may call in its place: its stack of layers, its two halves."""
+    latest = LatestMask()
+    halves = [getattr(model, name)() for name in ("get_encoder", "get_decoder") if hasattr(model, name)]
+    stack = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    for module in {id(m): m for m in (model, stack, *halves) if isinstance(m, nn.Module)}.values():
+        latest.watch(module)
+    return latest
+
+
+def rows_of(masks: Mapping[torch.device, Tensor | None], device: torch.device, shape: Sequence[int]) -> Tensor | None:
+    """(T, 1) bool, which rows of a layer's input are real tokens, by a `LatestMask.by_device`.
+
+    None if all are, or if they are not the mask's tokens: those that a mixture sends to an expert, a vision tower's.
+
+    Args:
+        device: the input's.
+        shape: the input's without its last axis.
+    """
+    mask = masks.get(device, next(iter(masks.values()), None))
+    if mask is None or tuple(shape) not in (tuple(mask.shape), (mask.numel(),)):
+        return None
+    return mask.reshape(-1, 1).to(device)
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode for the length of a block; every module then as it was, for a part may not have been in

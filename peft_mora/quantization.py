@@ -100,10 +100,10 @@ def is_bare(layer: nn.Module) -> bool:
 
 def frozen_base(layer: Any, x: Tensor) -> Base | None:
     """The weight of a bare base layer that computes in the dtype of x and is not trained."""
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    weight, bias = layer.weight, layer.bias  # no parameters in a replica of nn.DataParallel
     if bias is not None and bias.requires_grad:
         return None
     if type(layer) is nn.Linear:
         return Base(weight) if not weight.requires_grad and weight.dtype == compute_dtype(x) else None
-    state = weight.quant_state  # attributes of tensors proper take 5 µs each on bitsandbytes' class
+    state = getattr(weight, "quant_state", None)  # attributes of tensors proper take 5 µs each on bitsandbytes' class
     return Base(None, FourBit(weight, state)) if state and layer.compute_dtype == x.dtype == compute_dtype(x) else None

@@ -107,9 +107,21 @@ class RoutedLinear(AdapterLinear):
         return {}
 
     def counting(self, adapter_name: str) -> Counter | None:
-        """The counter, if this very forward is to be counted."""
+        """The counter, if this very forward is to be counted.
+
+        Raises:
+            RuntimeError: this is a replica of `nn.DataParallel`; several threads would count in one place.
+        """
         counter = self.usage.get(adapter_name)
-        return counter if counter is not None and counter.is_open else None
+        if counter is None or not counter.is_open:
+            return None
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "Expert usage (record_usage, ActivationBudgetCallback) cannot be counted under nn.DataParallel, whose "
+                "replicas run at once in one process. Use one GPU (CUDA_VISIBLE_DEVICES=0), or a process for each: "
+                "`accelerate launch` or `torchrun`."
+            )
+        return counter
 
 
 def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, RoutedLinear]:

@@ -288,3 +288,117 @@ def test_without_the_projection_it_is_drawn_again(tmp_path, inputs):
 def test_a_wrong_value_is_refused_by_name_at_construction(field, value):
     with pytest.raises(ValueError, match=f"`{field}"):
         FlyLoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_does_not_count(left, lean, inputs, monkeypatch):
+    monkeypatch.setattr(FlyLoraLinear, "lean", lean)
+
+    def moved(pads: int) -> list[torch.Tensor]:
+        model = flylora(balance_rate=0.1).train()
+        ids, mask = inputs.repeat(1, 2), torch.ones(3, 22, dtype=torch.long)
+        ids, mask = (torch.cat([t, t.new_zeros(3, pads)][:: -1 if left else 1], dim=1) for t in (ids, mask))
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        labels = ids.masked_fill(mask == 0, -100)
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels).loss.backward()
+        return offsets(model)
+
+    for got, want in zip(moved(40), moved(0), strict=True):
+        assert torch.equal(got, want) and want.any()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_each_forward_s_padding_is_its_own(use_reentrant, inputs):
+    """Two forwards share a backward: what checkpointing computes again is not counted by the latest mask."""
+
+    def moved(checkpointing: bool) -> list[torch.Tensor]:
+        model = flylora(balance_rate=0.1).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        masks = torch.ones(2, 3, 11, dtype=torch.long)
+        masks[0, :, 2:], masks[1, :, 8:] = 0, 0
+        sum(model(input_ids=inputs, attention_mask=mask, labels=inputs).loss for mask in masks).backward()
+        return offsets(model)
+
+    assert all(torch.equal(got, want) for got, want in zip(moved(True), moved(False), strict=True))
+
+
+def test_a_forward_without_a_mask_counts_all_tokens_also_after_one_with(inputs):
+    def moved(masked_before: bool) -> list[torch.Tensor]:
+        model = flylora(balance_rate=0.1).train()
+        if masked_before:
+            with torch.no_grad():
+                model.eval()(input_ids=inputs, attention_mask=torch.ones_like(inputs).tril())
+        model.train()(input_ids=inputs, labels=inputs).loss.backward()
+        return offsets(model)
+
+    assert all(torch.equal(got, want) for got, want in zip(moved(True), moved(False), strict=True))
+
+
+def test_unloading_takes_the_hooks_that_see_the_mask_away(inputs):
+    model = flylora()
+    assert any(m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_pre_hooks for m in model.unload().modules())
+
+
+def test_gradient_caching_gives_the_gradients_of_the_whole_batch(inputs):
+    """All chunks without gradients first, then each again: they must select by one offset (rate .5 moves it far)."""
+
+    def embed(model, ids):
+        return model.base_model.model.model(input_ids=ids).last_hidden_state.mean(1)
+
+    def contrast(e):
+        return (e @ e.T).logsumexp(-1).sum()
+
+    whole = flylora(balance_rate=0.5, alpha=60).train()
+    contrast(embed(whole, inputs)).backward()
+    model = flylora(balance_rate=0.5, alpha=60).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    chunks = inputs.split(1)
+    with torch.no_grad():
+        cached = torch.cat([embed(model, chunk) for chunk in chunks]).requires_grad_()
+    contrast(cached).backward()
+    for chunk, grad in zip(chunks, cached.grad.split(1), strict=True):
+        assert not any(offset.any() for offset in offsets(model))
+        embed(model, chunk).backward(grad)
+    got = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in whole.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    optimizer.step()
+    assert all(offset.abs().max() == pytest.approx(1.5) for offset in offsets(model))  # three backwards of .5
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_an_adapter_opened_for_inference_moves_its_offset_only_with_its_weights(held, inputs, tmp_path):
+    """A trainer that switches to a reference adapter and back makes it trainable, after its optimizer was made."""
+    flylora().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).train()
+    model.set_adapter("default")
+    weights = [p for p in model.parameters() if p.requires_grad] if held else [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
+    for _ in range(3):
+        model(input_ids=inputs, labels=inputs).loss.backward()
+        optimizer.step()
+        model.zero_grad()
+    model.state_dict()  # as saving does
+    largest = max(offset.abs().max().item() for offset in offsets(model))
+    assert largest == (pytest.approx(0.003) if held else 0)
+
+
+def test_compiled_forwards_before_their_backwards_each_take_their_step():
+    def moved(compiled: bool) -> torch.Tensor:
+        torch._dynamo.reset()
+        model = flylora(nn.Sequential(nn.Linear(13, 9)), target_modules=["0"], balance_rate=0.1).train()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        x = torch.randn(2, 30, 13, generator=torch.Generator().manual_seed(0)) + 1
+        for loss in [run(part).sum() for part in x]:
+            loss.backward()
+        return offsets(model)[0]
+
+    torch.manual_seed(0)
+    want = moved(False)
+    torch.manual_seed(0)
+    assert torch.equal(moved(True), want) and want.abs().max() == pytest.approx(0.2)

@@ -3,6 +3,7 @@ a check that LoRA fails would be a wrong check, and one that only ours fail woul
 
 import copy
 import re
+import sys
 import warnings
 
 import pytest
@@ -19,6 +20,8 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from peft_mora import record_usage
 
 
 def lora(init_weights=True, dropout=0.0, **kwargs) -> LoraConfig:
@@ -498,3 +501,49 @@ def test_an_adapter_wraps_only_what_it_names(make_config):
         adapted(make_config, ["conv"])
     with pytest.raises(ValueError, match="All modules were excluded"):
         adapted(make_config, ["lin0"], exclude_modules=r".*|^$")
+
+
+def replicas(model: nn.Module, monkeypatch) -> list[nn.Module]:
+    """Two, as nn.DataParallel makes them, on one device: only the copy to other devices is replaced."""
+    module = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(
+        module,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [
+            [t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices
+        ],
+    )
+    return module.replicate(model, [0, 1])
+
+
+def test_replicas_of_data_parallel_train_as_the_model_itself(make_config, monkeypatch):
+    """Two steps of 5 and 4 rows; what selection is balanced by moves by the counts of both halves."""
+
+    def trained(parallel: bool) -> dict[str, torch.Tensor]:
+        model = adapted(make_config).train()
+        model.base_model.model.drop.p = 0.0
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            if parallel:
+                rows = zip(replicas(model, monkeypatch), X.split(5), strict=True)
+                output = torch.cat([replica(part) for replica, part in rows])
+            else:
+                output = model(X)
+            nn.functional.nll_loss(output, torch.arange(9) % 6).backward()
+            optimizer.step()
+        return get_peft_model_state_dict(model)
+
+    want, got = trained(False), trained(True)
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
+    assert all(value.any() for name, value in want.items() if "offset" in name)
+
+
+@pytest.mark.parametrize("method", ["mora", "flylora"], indirect=True)
+def test_usage_is_not_counted_in_replicas(make_config, monkeypatch):
+    model = adapted(make_config)
+    with record_usage(model), pytest.raises(RuntimeError, match="under nn.DataParallel.*CUDA_VISIBLE_DEVICES=0"):
+        replicas(model, monkeypatch)[0](X)
