@@ -158,7 +158,7 @@ def visit(
             no logits but the last token's are computed where the model can do so and `modules` does not ask for them.
         look: called without gradients.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     accepted = inspect.signature(base.forward).parameters
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -169,7 +169,7 @@ def visit(
     mask: Tensor | None = None
 
     def hook(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         look(name, x, output[0] if isinstance(output, tuple) else output, mask)
 
     hooks = (module.register_forward_hook(partial(hook, n), with_kwargs=True) for n, module in modules.items())

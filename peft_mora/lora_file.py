@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -223,7 +224,7 @@ def _lora_factors(
 def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, Lora], dict[str, Tensor]]:
     """The layer that PEFT would make, over an empty base of the file's sizes, filled from the file."""
     config: Any = PeftConfig.from_pretrained(str(folder))
-    layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls
+    layer_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(method)].tuner_layer_cls
     files: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

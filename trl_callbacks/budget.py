@@ -6,7 +6,6 @@ import base64
 import math
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +18,7 @@ from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.routed import routed_layers, set_top_k
 from peft_mora.usage import UsageMeter
 
-from .host import HostCallback
+from .host import HostCallback, output_folder
 from .usage_report import print_table, write_csv, write_heat_map
 
 
@@ -244,7 +243,7 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         usage = expert_usage(model, self.adapter_name)
         top_k = {name: layer.top_k(self.adapter_name) for name, layer in meter.layers.items()}
         if state.is_world_process_zero:
-            folder = Path(args.output_dir)
+            folder = output_folder(args)
             folder.mkdir(parents=True, exist_ok=True)
             written = [write_csv(folder / "expert_usage.csv", usage, top_k)]
             written += write_heat_map(folder / "expert_usage.png", usage)
@@ -262,7 +261,8 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         kept = super().saved(args, state)
         if kept is not None:
             return kept
-        entries: Any = (state.stateful_callbacks or {}).get(type(self).__name__, [])
+        stored: Any = state.stateful_callbacks or {}
+        entries = stored.get(type(self).__name__, [])
         old = self._saved
         for entry in entries if isinstance(entries, list) else [entries]:
             if entry["args"]["adapter_name"] == self.adapter_name:

@@ -68,8 +68,10 @@ def trained_factors(layer: nn.Module, adapter_name: str) -> Trained | None:
         return layer.trained(adapter_name) if adapter_name in layer.r else None
     if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
         return None
-    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    past = [layer.lora_A[n].weight for n in layer.active_adapters if n != adapter_name and n in layer.lora_A]
+    downs: Any = layer.lora_A
+    ups: Any = layer.lora_B
+    A, B = downs[adapter_name].weight, ups[adapter_name].weight
+    past = [downs[name].weight for name in layer.active_adapters if name != adapter_name and name in downs]
     return Trained(A, B, tuple(past)) if A.requires_grad or B.requires_grad else None
 
 

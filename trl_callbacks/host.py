@@ -109,7 +109,12 @@ class HostCallback(TrainerCallback):
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """Where the checkpoint of this step is."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return output_folder(args) / f"checkpoint-{state.global_step}"
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # transformers fills it in
+    return Path(args.output_dir)
 
 
 def ahead_of_reporters(callback: TrainerCallback) -> None:

@@ -27,7 +27,7 @@ from peft_mora.linalg import contrast_directions, leading_directions, project_ou
 
 from .constraint import Constraint, check_held, constraints, sharing
 from .factors import Factors, trainable_factors
-from .host import HostCallback, calibration_batches
+from .host import HostCallback, calibration_batches, output_folder
 from .sources import SOURCES, Run
 from .subspace import Subspace, fingerprint
 
@@ -149,7 +149,7 @@ class OrthogonalProjectionCallback(HostCallback):
     ) -> None:
         super().on_train_begin(args, state, control)
         adapter_name, factors = trainable_factors(model, self.adapter_name)
-        output = Path(args.output_dir) / "subspace"
+        output = output_folder(args) / "subspace"
         if self.memory is not None and self.memory.resolve() == output.resolve():
             raise ValueError(
                 f"`memory` is {self.memory}, where this run will write its own subspace: an interrupted run would "
@@ -240,7 +240,7 @@ class OrthogonalProjectionCallback(HostCallback):
         name = config.tasks[-1] if hasattr(config, "tasks") else run.adapter_name
         subspace.tasks.append({"name": name, "energy": self.source.energy, "max_rank": self.source.max_rank})
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / "subspace"
+            folder = output_folder(args) / "subspace"
             subspace.save(folder)
             ranks = [V.shape[1] for V in subspace.right.values()]
             mean = sum(ranks) / max(1, len(ranks))

@@ -19,21 +19,22 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from peft_mora.files import whole_folder
 from peft_mora.inputs import InputStatistics
 from peft_mora.linalg import leading_directions
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What tells one base model from another, whatever it is quantised to: its type, sizes and a hash of weights.
 
     The hash is over 64 rows of the input embeddings and all norms' weights, in bfloat16: those stay as they are when
     a model is quantised or loaded in another float dtype.
     """
     config = getattr(model, "config", None)
-    table = model.get_input_embeddings()
+    table: Any = model.get_input_embeddings()
     while not hasattr(table, "weight") or isinstance(table, BaseTunerLayer):  # PEFT's wrappers
         table = table.get_base_layer() if isinstance(table, BaseTunerLayer) else table.original_module
     weights = [table.weight[:: max(1, len(table.weight) // 64)]]
