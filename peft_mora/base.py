@@ -269,7 +269,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         return linear if linear.weight.is_meta else linear.to(device, dtype)
 
     def _weight_placement(self) -> tuple[torch.device | None, torch.dtype | None]:
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        base = self.get_base_layer()
+        device, dtype = self._get_base_layer_device_and_dtype(base)
+        if device is None:  # HQQ and others keep no `weight`
+            device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), None)
         if device is not None and device.type == "meta":
             device = None
         return device, dtype if dtype is not None and dtype.is_floating_point else None
@@ -359,6 +362,21 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         delta = self.scaling[adapter_name] * (B @ A)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Refuse what `merge` cannot do.
+
+        Raises:
+            ValueError: an adapter has no static ΔW, or the base's quantisation cannot be written to.
+        """
+        if any(name in self.r and not self.is_static(name) for name in adapter_names):
+            raise ValueError(self.merge_refusal)
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"Cannot merge into a base quantised with {backend.backend_name}: its weight cannot be written back. "
+                "Keep the adapter unmerged, or reload the base in 16 bits and merge there."
+            )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given (default: the active) adapters to the base's weight.
 
@@ -372,18 +390,15 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
-        # ΔW first: reading a quantised weight is only worth it once the merge is known to be possible.
+        self.check_merge(names)
         delta = reduce(torch.add, map(self.get_delta_weight, names))
         backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise ValueError(
-                f"Cannot merge into a base quantised with {backend.backend_name}: its weight cannot be written back. "
-                "Keep the adapter unmerged, or reload the base in 16 bits and merge there."
-            )
         weight = self.get_base_weight()
         merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
+            broken = [name for name in names if not torch.isfinite(self.get_delta_weight(name)).all()]
+            which = broken or names  # each is finite, and their sum with the base is too large for its dtype
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {which} seems to be broken")
         if not self.merged:
             self._before_merge = [weight if backend is None else self.base_layer]
             if backend is not None:
@@ -406,13 +421,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         if not self.merged:
             return
         (before,) = self._before_merge
-        weight = self.get_base_layer().weight
+        base = self.get_base_layer()
         if isinstance(before, nn.Parameter):
-            self.get_base_layer().weight = before  # shared again
+            base.weight = before  # shared again
         elif self.quantization_backend is None:
-            weight.data = before.to(weight.device, weight.dtype)
+            base.weight.data = before.to(base.weight.device, base.weight.dtype)
         else:
-            self.base_layer = before.to(weight.device)
+            self.base_layer = before.to(self._weight_placement()[0])
         self._before_merge = []
         self.merged_adapters.clear()
 
@@ -476,6 +491,11 @@ class AdapterModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter is not trainable until it is set active
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own also copies `weight`, which trained tokens and some quantised layers do not have, and moves the
+        adapter to the base's device, where it has been made."""
+        setattr(parent, child_name, new_module)
+
     def _wrap(self, target: nn.Module, config: AdapterConfig, module_name: str) -> AdapterLinear:
         kwargs = get_quantization_kwargs(self)
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -536,9 +556,7 @@ class AdapterModel(BaseTuner):
         super()._check_merge_allowed()
         for layer in self.model.modules():
             if isinstance(layer, AdapterLinear):
-                for name in layer.active_adapters:
-                    if name in layer.r and not layer.is_static(name):
-                        raise ValueError(layer.merge_refusal)
+                layer.check_merge(layer.active_adapters)
         owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for layer in self.model.modules():
             if isinstance(layer, AdapterLinear):

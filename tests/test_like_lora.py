@@ -19,6 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_mora import record_usage
@@ -547,3 +548,35 @@ def test_usage_is_not_counted_in_replicas(make_config, monkeypatch):
     model = adapted(make_config)
     with record_usage(model), pytest.raises(RuntimeError, match="under nn.DataParallel.*CUDA_VISIBLE_DEVICES=0"):
         replicas(model, monkeypatch)[0](X)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"modules_to_save": ["lm_head"]}], ids=["tokens", "tokens and a module"])
+def test_unloading_gives_the_base_back_with_or_without_trained_tokens(method, make_config, inputs, merge, extra):
+    model = adapted(make_config, ["q_proj"], base=tiny_llama(), trainable_token_indices=[5, 6], **extra)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * parameter.requires_grad)
+    want = model(inputs).logits
+    if merge and method not in MERGES:
+        with pytest.raises(ValueError, match="Cannot merge"):
+            model.merge_and_unload()
+        assert torch.equal(model(inputs).logits, want)
+        return
+    plain = model.merge_and_unload() if merge else model.unload()
+    assert not any(isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in plain.modules())
+    got = plain(inputs).logits
+    if merge:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    elif not extra:  # a module that was trained as a whole stays, as with LoRA
+        assert torch.equal(got, tiny_llama()(inputs).logits)
+
+
+@pytest.mark.parametrize("method", MERGES, indirect=True)
+def test_safe_merge_names_the_broken_adapter_and_no_other(method, make_config):
+    model = two_adapters(make_config, second=("lin0", "lin1"))
+    for name, parameter in model.named_parameters():
+        if ours(name, method) and ".other." in name:
+            parameter.data[0] = float("nan")
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"The adapter (other|\['other'\]) seems to be broken"):
+        model.merge_and_unload(safe_merge=True)

@@ -4,10 +4,12 @@ import warnings
 
 import pytest
 import torch
-from conftest import METHODS, gradients, quantized, randomize
+from conftest import METHODS, STATIC, gradients, quantized, randomize
 from peft import get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import nn
 
-from peft_mora import use_exact_4bit_kernels
+from peft_mora import base, use_exact_4bit_kernels
 
 
 bnb_functional = pytest.importorskip("bitsandbytes.functional")
@@ -77,3 +79,74 @@ def test_a_base_prepared_by_hand_stays_exact(llama_folder, inputs):
 
 def test_a_model_without_4bit_layers_is_left_alone():
     assert use_exact_4bit_kernels(torch.nn.Linear(2, 2)) == 0
+
+
+class Packed(nn.Module):
+    """A quantised linear layer without a `weight`, as GPTQ's (qweight) and HQQ's (W_q)."""
+
+    def __init__(self, name: str, linear: nn.Linear) -> None:
+        super().__init__()
+        self.name, self.in_features, self.out_features = name, linear.in_features, linear.out_features
+        setattr(self, name, nn.Parameter((linear.weight.detach() * 64).round().to(torch.int8), requires_grad=False))
+
+    def dequantize(self) -> torch.Tensor:
+        return getattr(self, self.name).float() / 64
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.dequantize().to(x.dtype).T
+
+
+class Requantizes(ForwardOnlyQuantizationBackend):
+    """Puts another layer in the place of the old one, as HQQ does."""
+
+    supports_merge = True
+
+    def get_base_weight(self, base_layer):
+        return base_layer.dequantize()
+
+    def set_base_weight(self, peft_layer, weight_data):
+        linear = nn.Linear(weight_data.shape[1], weight_data.shape[0])
+        linear.weight.data = weight_data
+        peft_layer.base_layer = Packed(peft_layer.get_base_layer().name, linear)
+
+
+def packed_model(method: str, name: str, monkeypatch) -> nn.Module:
+    """A plain layer in front of the packed one."""
+    backend = {"qweight": ForwardOnlyQuantizationBackend("gptq"), "W_q": Requantizes("hqq")}[name]
+    monkeypatch.setattr(
+        base, "resolve_quantization_backend", lambda layer, **_: backend if isinstance(layer, Packed) else None
+    )
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 12, bias=False), Packed(name, nn.Linear(12, 8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT does not know the class
+        model = get_peft_model(net, METHODS[method](target_modules=["0", "1"]))
+    randomize(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["qweight", "W_q"])
+@pytest.mark.parametrize("method", METHODS)
+def test_bases_without_a_weight_attribute_train_merge_and_unload(method, name, monkeypatch):
+    model = packed_model(method, name, monkeypatch)
+    layers = model.base_model.model
+    assert layers[1]._weight_placement()[0] == torch.device("cpu")  # where new weights of the adapter go
+    x = torch.randn(5, 10)
+    want = model(x)
+    model.train()(x).sum().backward()
+    model.eval()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    first = layers[0].weight.clone()
+    if method not in STATIC or name == "qweight":
+        with pytest.raises(ValueError, match="Cannot merge (a|into a base quantised with gptq)"):
+            model.merge_adapter()
+        assert torch.equal(layers[0].weight, first)  # refused before the plain layer was touched
+    else:
+        with pytest.warns(UserWarning, match="quantised with hqq rounds"):
+            model.merge_adapter()
+        assert (model(x) - want).abs().max() < 0.3 < want.abs().max()
+        model.unmerge_adapter()
+    torch.testing.assert_close(model(x), want)
+    plain = model.unload()
+    assert type(plain[1]) is Packed
+    torch.testing.assert_close(plain(x), plain[1](x @ first.T))
