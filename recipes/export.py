@@ -16,24 +16,27 @@ import re
 from pathlib import Path
 from typing import Any
 
-import data
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+from shared import runs, scores
+from shared.base_model import find_base
+from shared.data import find_task
+
+from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__, model=None, data=None, batch_size=16)
     parser.add_argument("adapter", type=Path, help="folder of a saved MORA, LORI or FLYLORA adapter")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the LoRA; must not exist yet")
-    parser.add_argument("--model", metavar="NAME_OR_DIR", help="base (the one that the adapter names)")
-    parser.add_argument("--task", default="helpdesk", help="embedded task, or a folder in --data (%(default)s)")
-    parser.add_argument("--data", metavar="DIR", help="take the texts from DIR/TASK/{train,test}.jsonl")
+    parser.add_argument("--task", default="helpdesk", help="whose texts: embedded, or in --data (%(default)s)")
     parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
     parser.add_argument(
         "--max-error", type=float, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="write it whatever the error")
-    parser.add_argument("--batch-size", type=int, default=16, help="texts at once (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
     args = parser.parse_args()
     if args.output.exists():
         parser.error(f"{args.output} exists: delete it or choose another --output")
@@ -49,8 +52,6 @@ def batches(tokenizer: Any, records: list[dict[str, str]], size: int, device: st
 
 def error_table(errors: dict[str, float]) -> Any:
     """A row a layer and a column a kind of module, in percent."""
-    from rich.table import Table
-
     rows: dict[str, dict[str, float]] = {}
     for name, error in errors.items():
         layer = re.match(r".*?\.\d+(?=\.)", name)
@@ -64,17 +65,9 @@ def error_table(errors: dict[str, float]) -> Any:
 
 def main() -> None:
     args = parse()
-    import torch
-    from peft import PeftConfig, PeftModel
-    from rich.console import Console
-
-    from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
-
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    task = data.read_task(args.data, args.task) if args.data else data.make_task(args.task)
+    task = find_task(args.task, args.data)
     base = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-    model, tokenizer = data.load_base(base, args.device)
-    model = PeftModel.from_pretrained(model, args.adapter).eval()
+    model, tokenizer = scores.load(find_base(base, args.device), args.adapter, args.device)
     seen, unseen = (batches(tokenizer, task[split], args.batch_size, args.device) for split in ("train", "test"))
 
     exact = all(layer.is_static("default") for layer in exportable_layers(model).values())

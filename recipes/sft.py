@@ -16,52 +16,52 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
-import data
 import torch
 import trl
+from shared.base_model import EMBEDDED, find_base
+from shared.data import read_dataset
+from shared.training import NAMES, comparable
 from transformers import AutoTokenizer, TrainerCallback
 from trl.scripts import sft
 
-from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, use_exact_4bit_kernels
+from peft_mora import METHODS, use_exact_4bit_kernels
+from peft_mora.base import AdapterConfig
 from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback
 
 
-CONFIGS: dict[str, Any] = {"mora": MoraConfig, "lori": LoriConfig, "flylora": FlyLoraConfig}
 SMALL_RUN = {
-    "model_name_or_path": data.EMBEDDED, "dataset_name": "helpdesk", "output_dir": "out/sft", "dtype": "bfloat16",
+    "model_name_or_path": EMBEDDED, "dataset_name": "helpdesk", "output_dir": "out/sft", "dtype": "bfloat16",
     "lora_target_modules": ["all-linear"], "max_steps": 60, "learning_rate": 1e-3, "warmup_steps": 6,
     "lr_scheduler_type": "constant_with_warmup", "gradient_checkpointing": False, "save_strategy": "no",
     "report_to": "none", "use_cpu": not torch.cuda.is_available(),
 }  # fmt: skip
-# (r, alpha) there: a MORA block's weights sum to 1, and a frozen projection needs more rank (recipes/demo.py)
-SMALL_SCALE = {"lora": (8, 16), "mora": (8, 128), "lori": (32, 256), "flylora": (32, 256)}
+SIMPLE = {int, float, bool, str, int | None, float | None, bool | None, str | None}
 
 
-def option(name: str, **metadata: Any) -> Any:
-    """A method's config field as an argument: help and, where it is not given, default are the config's."""
-    found = {method: f for method, config in CONFIGS.items() for f in fields(config) if f.name == name}
-    text = " ".join(f"[{method}, {f.default}] {f.metadata['help']}" for method, f in found.items())
-    return field(default=None, metadata={"help": text, **metadata})
+def own_fields() -> list[tuple[str, Any, Any]]:
+    """The methods' config fields of a simple type, as arguments: help and, where none is given, default are theirs."""
+    shared = {f.name for f in fields(AdapterConfig)} | {"seed"}  # --lora_r and the like, and --seed
+    types: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    for name, method in METHODS.items():
+        hints = get_type_hints(method.config)
+        for f in fields(method.config):
+            hint = hints[f.name]
+            if f.name not in shared and (hint in SIMPLE or get_origin(hint) is Literal):
+                types.setdefault(f.name, hint | None)
+                texts[f.name] = f"{texts.get(f.name, '')} [{name}, {f.default}] {f.metadata['help']}".strip()
+    return [(name, types[name], field(default=None, metadata={"help": texts[name]})) for name in types]
 
 
 @dataclass
-class MethodArguments:
+class MethodArguments(make_dataclass("OwnFields", own_fields())):
     """In brackets: which --peft_method, and its default."""
 
-    peft_method: str = field(default="mora", metadata={"help": "Adapter to train.", "choices": ["lora", *CONFIGS]})
-    top_k: int | None = option("top_k")
-    routing: str | None = option("routing", choices=["task", "bank", "dense"])
-    temperature: float | None = option("temperature")
-    threshold: float | None = option("threshold")
-    sparsity: float | None = option("sparsity")
-    save_projection: bool | None = option("save_projection")
-    density: float | None = option("density")
-    selection: str | None = option("selection", choices=["magnitude", "signed"])
-    balance_rate: float | None = option("balance_rate")
+    peft_method: str = field(default="mora", metadata={"help": "Adapter to train.", "choices": NAMES})
     calibration_steps: int | None = field(
         default=None,
         metadata={"help": "[lori] Train densely for so many steps, then only the (1 - sparsity) that matter."},
@@ -94,8 +94,8 @@ def main() -> None:
     method_args, script_args, args, model_args, mixture = parser.parse_args_and_config(fail_with_unknown_args=False)
     method = method_args.peft_method
     if small:
-        model_args.lora_r = model_args.lora_r or SMALL_SCALE[method][0]
-        model_args.lora_alpha = model_args.lora_alpha or SMALL_SCALE[method][1]
+        model_args.lora_r = model_args.lora_r or comparable(method, 8)["r"]
+        model_args.lora_alpha = model_args.lora_alpha or comparable(method, 8)["alpha"]
 
     given = {name: value for name, value in asdict(method_args).items() if value is not None and name != "peft_method"}
     callbacks: list[TrainerCallback] = [ExactKernels()]
@@ -103,7 +103,7 @@ def main() -> None:
         callbacks.append(ActivationBudgetCallback(given.pop("active_experts")))  # it says which adapters have experts
     if "calibration_steps" in given:
         callbacks.append(LoriCalibrationCallback(given.pop("sparsity", 0.9), given.pop("calibration_steps")))
-    names = {f.name for f in fields(CONFIGS[method])} if method in CONFIGS else set()
+    names = {f.name for f in fields(METHODS[method].config)} if method in METHODS else set()
     for name in given.keys() - names:
         parser.error(f"--{name} is no field of {method}; leave it out, or choose another --peft_method")
     for name in ("use_dora", "use_rslora", "lora_target_parameters"):
@@ -120,14 +120,14 @@ def main() -> None:
         common = {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout}
         common = {name: value for name, value in common.items() if value is not None}
         common |= {"seed": args.seed} if "seed" in names else {}
-        return CONFIGS[method](
+        return METHODS[method].config(
             task_type=model_args.lora_task_type, target_modules=model_args.lora_target_modules,
             modules_to_save=model_args.lora_modules_to_save, **common, **given,
         )  # fmt: skip
 
-    if model_args.model_name_or_path == data.EMBEDDED:
-        quantized = not (model_args.load_in_4bit or model_args.load_in_8bit)  # else by the flags, on loading
-        model_args.model_name_or_path = str(data.embedded_model(quantized=quantized))
+    if model_args.model_name_or_path == EMBEDDED:
+        bits = 16 if model_args.load_in_4bit or model_args.load_in_8bit else 4  # 16: by the flags, on loading
+        model_args.model_name_or_path = find_base(bits=bits, device="cpu" if args.use_cpu else args.device.type)
 
     def get_dataset(_: trl.DatasetMixtureConfig) -> dict[str, Any]:
         checked = {}
@@ -139,7 +139,7 @@ def main() -> None:
         parts = [script_args.dataset_train_split]
         parts += [script_args.dataset_test_split] if args.eval_strategy != "no" else []
         script_args.dataset_name = name  # for the model card
-        return {part: data.read_dataset(name, part, script_args.dataset_config, **checked) for part in parts}
+        return {part: read_dataset(name, part, script_args.dataset_config, **checked) for part in parts}
 
     # TRL's main asks its own package for each of these when it runs.
     trls_get_peft_config = trl.get_peft_config
@@ -148,7 +148,7 @@ def main() -> None:
     if name and not mixture.datasets and not script_args.dataset_streaming:
         trl.get_dataset, mixture.datasets, script_args.dataset_name = get_dataset, [name], None
     sft.main(script_args, args, model_args, mixture)
-    print(f"Evaluate it: python recipes/evaluate.py --adapter {args.output_dir} --task ...")
+    print(f"Evaluate it: python recipes/score.py --adapter {args.output_dir} --task ...")
 
 
 if __name__ == "__main__":

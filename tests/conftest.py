@@ -9,6 +9,8 @@ import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+CACHE = tempfile.TemporaryDirectory(prefix="peft-mora-")  # for 4-bit copies of the tiny models
+os.environ["PEFT_MORA_CACHE"] = CACHE.name
 TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-")  # trackio asks where to write when TRL imports it
 os.environ["TRACKIO_DIR"] = TRACKIO.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -226,7 +226,7 @@ def ranks(body: str, folder, world: int = 2, timeout: float = 300) -> None:
 
 
 def load_recipe(name: str):
-    """By its path: a plain `import evaluate` is the package of that name."""
+    """By its path."""
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look their types up there

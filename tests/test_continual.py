@@ -1,13 +1,12 @@
-"""recipes/continual.py and forgetting.py as a person runs them: given again, they go on and end with the same."""
+"""recipes/continual.py as a person runs them: given again, they go on and end with the same."""
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import trl
-from conftest import WORDS, load_recipe
+from helpers import WORDS, load_recipe
 
 from trl_callbacks.subspace import Subspace
 
@@ -31,13 +30,11 @@ def tasks(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(continual, llama_folder, tasks, monkeypatch, capsys):
+def run(continual, run_recipe, llama_folder, tasks):
     def run(output, *arguments) -> str:
         common = ["--data", tasks, "--tasks", "colours,winds", "--model", llama_folder, "--device", "cpu", "--r", 4]
-        common += ["--steps", 4, "--save-steps", 2, "--lr", 0.03, "--metric", "label", "--output", output]
-        monkeypatch.setattr(sys, "argv", ["continual.py", *map(str, (*common, *arguments))])
-        continual.main()
-        return capsys.readouterr().out
+        common += ["--steps", 4, "--save-steps", 2, "--lr", 0.03, "--metrics", "label", "--output", output]
+        return run_recipe(continual, *common, *arguments)
 
     return run
 
@@ -53,10 +50,11 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
     arguments = ("--perplexity", tasks / "pages.jsonl")
     text = run(tmp_path / "whole", *arguments)
     assert "AA" in text and "forgetting" in text
-    whole = matrix(tmp_path / "whole")
+    way = "dense+projection-0"
+    whole = matrix(tmp_path / "whole" / way)
     assert [row[0] for row in whole] == ["", "zero-shot", "after colours", "after winds"]
     assert len(whole[0]) == 4  # two tasks and the perplexity
-    assert (tmp_path / "whole" / "matrix.png").stat().st_size > 1000
+    assert (tmp_path / "whole" / way / "matrix.png").stat().st_size > 1000
 
     # in the middle of the second task's training, after its first checkpoint
     step, calls = trl.SFTTrainer.training_step, []
@@ -71,12 +69,12 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
         patch.setattr(trl.SFTTrainer, "training_step", killed_in_training)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed", *arguments)
-    assert (tmp_path / "killed" / "2-winds" / "checkpoint-2" / "complete").exists()
+    assert (tmp_path / "killed" / way / "2-winds" / "checkpoint-2" / "complete").exists()
     # a checkpoint that was cut off while it was written does not count
-    (tmp_path / "killed" / "2-winds" / "checkpoint-3").mkdir()
+    (tmp_path / "killed" / way / "2-winds" / "checkpoint-3").mkdir()
 
     # and in the middle of the last scores
-    write, written = continual.data.write_json, []
+    write, written = continual.runs.write_json, []
 
     def killed_in_scoring(path, value):
         write(path, value)
@@ -85,7 +83,7 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(continual.data, "write_json", killed_in_scoring)
+        patch.setattr(continual.runs, "write_json", killed_in_scoring)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed", *arguments)
     assert len(json.loads(written[0].read_text())) == 1
@@ -93,51 +91,34 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
     with monkeypatch.context() as patch:  # nothing is trained again
         patch.setattr(trl.SFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
         run(tmp_path / "killed", *arguments)
-    assert matrix(tmp_path / "killed") == whole
-    memory = Subspace.load(tmp_path / "killed" / "2-winds" / "subspace")
+    assert matrix(tmp_path / "killed" / way) == whole
+    memory = Subspace.load(tmp_path / "killed" / way / "2-winds" / "subspace")
     assert [task["name"] for task in memory.tasks] == ["colours", "winds"]
 
 
-@pytest.mark.parametrize("method", ["growing", "sequential", "separate"])
-def test_baselines_run(method, run, tmp_path):
-    text = run(tmp_path / method, "--method", method)
-    assert "AA" in text
-    assert len(matrix(tmp_path / method)) == 4
-
-
 def test_other_arguments_in_the_same_folder_are_refused(run, tmp_path):
-    run(tmp_path, "--method", "growing")
+    arguments = ("--ways", "growing", "--scorer", "answers")
+    run(tmp_path, *arguments)
     with pytest.raises(SystemExit, match=r"'steps': \(4, 5\)"):
-        run(tmp_path, "--method", "growing", "--steps", 5)
-
-
-def test_the_table_of_ways_has_a_row_each_and_nothing_runs_twice(tasks, llama_folder, tmp_path, monkeypatch, capsys):
-    recipe = load_recipe("forgetting")
-    arguments = [
-        "--data",
-        tasks,
-        "--tasks",
-        "colours",
-        "winds",
-        "--model",
-        llama_folder,
-        "--device",
-        "cpu",
-        "--steps",
-        3,
-    ]
-    arguments += ["--methods", "separate", "sequential", "task+projection", "--r", 4, "--output", tmp_path]
-    arguments += ["--callback", '{"energy": 0.9}']
-    monkeypatch.setattr(sys, "argv", ["forgetting.py", *map(str, arguments)])
-    recipe.main()
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert [line.split()[1][:4] for line in table] == ["sepa", "sequ", "task"]
-    scores = json.loads((tmp_path / "task+projection-0" / "1-winds" / "scores.json").read_text())
-    assert set(scores) == {"colours", "winds"} and all(0 <= s["greedy"] <= s["label"] <= 1 for s in scores.values())
-    assert Subspace.load(tmp_path / "task+projection-0" / "1-winds" / "subspace").tasks[1]["energy"] == 0.9
-    monkeypatch.setattr(trl.SFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
-    recipe.main()
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")] == table
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--adapter", '{"alpha": 8}'])
+        run(tmp_path, *arguments, "--steps", 5)
     with pytest.raises(SystemExit, match=r"'adapter': \(\{\}, \{'alpha': 8\}\)"):
-        recipe.main()
+        run(tmp_path, *arguments, "--adapter", '{"alpha": 8}')
+
+
+def test_every_way_has_a_row_in_the_table_and_nothing_runs_twice(run, tmp_path, monkeypatch):
+    arguments = ["--ways", "separate", "sequential", "growing", "task+projection", "--scorer", "answers"]
+    arguments += ["--metrics", "greedy", "label", "--callback", '{"energy": 0.9}']
+
+    def table(text: str) -> list[str]:
+        return [line for line in text.split("after the last task")[1].splitlines() if line.startswith("│")]
+
+    rows = table(run(tmp_path, *arguments))
+    assert [line.split()[1][:4] for line in rows] == ["sepa", "sequ", "grow", "task"]
+    folder = tmp_path / "task+projection-0" / "2-winds"
+    found = json.loads((folder / "scores.json").read_text())
+    assert set(found) == {f"peft_mora_{name}{kind}" for name in ("colours", "winds") for kind in ("", "_greedy")}
+    assert all(0 <= found[f"{name}_greedy"] <= found[name] <= 1 for name in ("peft_mora_colours", "peft_mora_winds"))
+    assert matrix(folder.parent)[0] == ["", "colours greedy", "winds greedy", "colours label", "winds label"]
+    assert Subspace.load(folder / "subspace").tasks[1]["energy"] == 0.9
+    monkeypatch.setattr(trl.SFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert table(run(tmp_path, *arguments)) == rows

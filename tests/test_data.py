@@ -1,14 +1,16 @@
 """The reader of the recipes: every form and place of data, what it says, and what it refuses with which words."""
 
 import json
-import os
 import subprocess
 import sys
 
-import data
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
+from helpers import RECIPES
+from shared import data
+from shared.embedded_tasks import make_task
+from shared.lm_eval_tasks import write_lm_eval_perplexity
 from transformers import AutoTokenizer
 
 
@@ -77,7 +79,7 @@ def test_a_folder_of_csv_files_is_left_to_datasets(tmp_path):
 
 def test_an_embedded_task_is_read_by_its_name():
     dataset = data.read_dataset("helpdesk", "test")
-    first = data.make_task("helpdesk")["test"][0]
+    first = make_task("helpdesk")["test"][0]
     assert len(dataset) == 100
     assert dataset[0] == {"prompt": first["prompt"], "completion": " " + first["answer"]}
 
@@ -179,7 +181,7 @@ def test_a_record_of_which_truncation_leaves_no_answer_is_refused(record, tmp_pa
 
 def test_the_limit_of_the_length_check_is_the_trainer_s(tmp_path, llama_folder, tokenizer):
     """One token less and the trainer would have no label in the record at all."""
-    from conftest import quantized
+    from helpers import quantized
     from test_trl import METHODS
     from trl import SFTConfig, SFTTrainer
 
@@ -212,17 +214,16 @@ def test_a_task_with_a_bad_record_is_refused_with_file_and_line(tmp_path):
 
 def test_passages_become_a_task_and_an_empty_one_is_refused(tmp_path):
     file = jsonl(tmp_path / "short.jsonl", {"page": "[the cat sat]"}, {"text": "a {{dog}} ran"})
-    name = data.write_lm_eval_perplexity(file, tmp_path / "tasks")
+    name = write_lm_eval_perplexity(file, tmp_path / "tasks")
     assert name.startswith("peft_mora_perplexity_") and name.endswith("short")
     written = (tmp_path / "tasks" / f"{name}.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in written] == ["[the cat sat]", "a {{dog}} ran"]
     with pytest.raises(ValueError, match="short.jsonl:2: no passage"):
-        data.write_lm_eval_perplexity(jsonl(file, {"page": "the cat"}, {"page": " "}), tmp_path / "tasks")
+        write_lm_eval_perplexity(jsonl(file, {"page": "the cat"}, {"page": " "}), tmp_path / "tasks")
 
 
 def test_the_recipes_folder_does_not_hide_the_package_evaluate():
-    """As in a recipe that has started: its folder is first on the path, and lm-eval's tasks import `evaluate`."""
-    folder = os.path.dirname(data.__file__)
-    program = f"import sys; sys.path.insert(0, {folder!r}); import data, evaluate; print(evaluate.load)"
+    """As in a program that has started: its folder is first on the path, and lm-eval's tasks import `evaluate`."""
+    program = f"import sys; sys.path.insert(0, {str(RECIPES)!r}); import shared.data, evaluate; print(evaluate.load)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.startswith("<function load"), run.stderr[-500:]

@@ -1,4 +1,4 @@
-"""recipes/multi_task_merge.py and recipes/export.py on a tiny model."""
+"""recipes/merge.py and recipes/export.py on a tiny model."""
 
 import csv
 import json
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, STATIC, WORDS, load_recipe, quantized, randomize, tiny_gpt2, tiny_llama
+from conftest import METHODS, STATIC, WORDS, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from shared.scores import answers
 from transformers import AutoTokenizer
 
 from peft_mora import start_task
@@ -264,7 +265,7 @@ def test_the_export_recipe_refuses_above_its_bound_and_writes_nothing(
 
 
 def test_the_merge_recipe_scores_every_combination(llama_folder, tasks, tmp_path):
-    command = [sys.executable, str(RECIPES / "multi_task_merge.py"), "--model", llama_folder, "--data", str(tasks)]
+    command = [sys.executable, str(RECIPES / "merge.py"), "--model", llama_folder, "--data", str(tasks)]
     options = "--tasks sky,way --steps 20 --lr 0.03 --device cpu --ways cat --methods lora lori flylora --output"
     result = subprocess.run(
         [*command, *options.split(), str(tmp_path / "out")], capture_output=True, text=True, timeout=300
@@ -302,6 +303,6 @@ def test_the_merge_recipe_counts_the_answers_that_greedy_decoding_would_write(ll
             wrong = WORDS[(best + 1) % len(WORDS)]
             records += [{"prompt": prompt, "answer": word} for word in (WORDS[best], wrong, wrong)]
     assert len({len(r["prompt"].split()) for r in records}) > 1
-    accuracy = load_recipe("multi_task_merge").accuracy
-    assert accuracy(model, tokenizer, records, 5) == pytest.approx(1 / 3)
-    assert accuracy(model, tokenizer, records[::3], 4) == 1 and accuracy(model, tokenizer, records[1::3], 4) == 0
+    assert answers(model, tokenizer, records, 5) == {"greedy": pytest.approx(1 / 3)}
+    assert answers(model, tokenizer, records[::3], 4) == {"greedy": 1}
+    assert answers(model, tokenizer, records[1::3], 4) == {"greedy": 0}

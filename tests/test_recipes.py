@@ -1,18 +1,24 @@
-"""sft.py and evaluate.py as a person runs them, on a tiny model: flags, refusals, the numbers and the kernels."""
+"""sft.py and score.py as a person runs them, on a tiny model: flags, refusals, the numbers and the kernels."""
 
 import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-import data
 import pytest
 import torch
 import trl
-from conftest import METHODS, RECIPES, WORDS, load_recipe, quantized, randomize
 from datasets import Dataset
+from helpers import METHODS, RECIPES, WORDS, load_recipe, quantized, randomize
 from peft import PeftConfig, get_peft_model
+from shared import base_model
+from shared.data import read_task
+from shared.lm_eval_tasks import write_lm_eval_task
+from shared.scores import load
+
+import peft_mora
 
 
 BNB = importlib.util.find_spec("bitsandbytes") is not None
@@ -24,23 +30,8 @@ def sft():
 
 
 @pytest.fixture(scope="module")
-def evaluate():
-    return load_recipe("evaluate")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a recipe's main with these arguments; its output."""
-
-    def run(recipe, *arguments) -> str:
-        # sft.py gives TRL functions of its own; each run starts from TRL's
-        for name in ("get_peft_config", "get_dataset", "SFTTrainer"):
-            monkeypatch.setattr(trl, name, getattr(trl, name))
-        monkeypatch.setattr(sys, "argv", ["recipe", *map(str, arguments)])
-        recipe.main()
-        return capsys.readouterr().out
-
-    return run
+def score():
+    return load_recipe("score")
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +89,9 @@ def flags(llama_folder, source, output) -> list:
     ids=["lora", "lora-dora", "mora", "mora-fields", "lori", "lori-calibrated", "flylora", "budget"],
 )
 def test_sft_trains_and_saves_the_adapter_that_its_flags_describe(
-    extra, expected, sft, run, llama_folder, task, tmp_path
+    extra, expected, sft, run_recipe, llama_folder, task, tmp_path
 ):
-    told = run(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), *extra)
+    told = run_recipe(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), *extra)
     assert "train.jsonl: 12 records, columns prompt, answer" in told
     config = PeftConfig.from_pretrained(tmp_path / "out").to_dict()
     config["top_k_pattern"] = list((config.get("top_k_pattern") or {}).values())
@@ -108,7 +99,7 @@ def test_sft_trains_and_saves_the_adapter_that_its_flags_describe(
     assert (config["base_model_name_or_path"], len(config["target_modules"])) == (llama_folder, 14)
 
 
-def test_sft_reads_a_datasets_folder_and_evaluates_on_its_test_split(sft, run, llama_folder, tmp_path, task):
+def test_sft_reads_a_datasets_folder_and_evaluates_on_its_test_split(sft, run_recipe, llama_folder, tmp_path, task):
     parts = {split: str(task / "colours" / f"{split}.jsonl") for split in ("train", "test")}
     Dataset.from_json(parts).save_to_disk(tmp_path / "set")
     arguments = [
@@ -118,18 +109,21 @@ def test_sft_reads_a_datasets_folder_and_evaluates_on_its_test_split(sft, run, l
         "--eval_steps",
         1,
     ]
-    told = run(sft, *arguments, "--peft_method", "lora")
+    told = run_recipe(sft, *arguments, "--peft_method", "lora")
     assert "set[train]: 12 records" in told and "set[test]: 6 records" in told and "eval_loss" in told
 
 
 @pytest.mark.parametrize(("method", "r", "alpha"), [("lora", 8, 16), ("mora", 8, 128), ("lori", 32, 256)])
-def test_sft_without_a_model_runs_on_the_embedded_one(method, r, alpha, sft, run, llama_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "embedded_model", lambda quantized: data.nf4_folder(llama_folder, tmp_path / "nf4"))
-    told = run(sft, "--peft_method", method, "--max_steps", "1", "--output_dir", tmp_path / "out", "--use_cpu")
+def test_sft_without_a_model_runs_on_the_embedded_one(
+    method, r, alpha, sft, run_recipe, llama_folder, tmp_path, monkeypatch
+):
+    nf4 = base_model.find_base(llama_folder)
+    monkeypatch.setattr(sft, "find_base", lambda **options: nf4)
+    told = run_recipe(sft, "--peft_method", method, "--max_steps", "1", "--output_dir", tmp_path / "out", "--use_cpu")
     assert "helpdesk[train]: 400 records" in told and "'train_loss'" in told
     config = PeftConfig.from_pretrained(tmp_path / "out").to_dict()
     saved = config["r"], config.get("alpha", config.get("lora_alpha")), config["base_model_name_or_path"]
-    assert saved == (r, alpha, str(tmp_path / "nf4"))
+    assert saved == (r, alpha, nf4)
 
 
 @pytest.mark.parametrize(
@@ -141,16 +135,18 @@ def test_sft_without_a_model_runs_on_the_embedded_one(method, r, alpha, sft, run
         (["--peft_method", "mole"], "invalid choice: 'mole'"),
     ],
 )
-def test_sft_refuses_a_flag_that_would_have_no_effect(extra, message, sft, run, llama_folder, task, tmp_path, capsys):
+def test_sft_refuses_a_flag_that_would_have_no_effect(
+    extra, message, sft, run_recipe, llama_folder, task, tmp_path, capsys
+):
     with pytest.raises(SystemExit):
-        run(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), *extra)
+        run_recipe(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), *extra)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_sft_refuses_records_whose_answer_truncation_would_cut_off(sft, run, llama_folder, task, tmp_path):
+def test_sft_refuses_records_whose_answer_truncation_would_cut_off(sft, run_recipe, llama_folder, task, tmp_path):
     with pytest.raises(ValueError, match="train.jsonl:1: the prompt alone has 3 tokens: truncation to 3"):
-        run(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), "--max_length", "3")
+        run_recipe(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), "--max_length", "3")
 
 
 def test_sft_gives_plain_lora_exact_kernels_too(sft, llama_folder):
@@ -160,15 +156,31 @@ def test_sft_gives_plain_lora_exact_kernels_too(sft, llama_folder):
     assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
-def test_help_names_every_method(sft, run, capsys):
-    """evaluate.py as a program, from its own folder, which is how Python finds the data module; sft.py imports TRL."""
+def test_help_names_every_method(sft, run_recipe, capsys):
+    """score.py as a program, by the name that it had; sft.py imports TRL."""
     done = subprocess.run([sys.executable, RECIPES / "evaluate.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.returncode == 0 and "recipes/evaluate.py is recipes/score.py now" in done.stderr, done.stderr[-1000:]
     with pytest.raises(SystemExit) as end:
-        run(sft, "--help")
+        run_recipe(sft, "--help")
     assert end.value.code == 0
     for text in (done.stdout, capsys.readouterr().out):
         assert all(method in text.lower() for method in ("lora", "mora", "lori", "flylora"))
+
+
+def test_a_new_row_of_the_table_is_a_choice_of_every_program(monkeypatch):
+    monkeypatch.setitem(peft_mora.METHODS, "dummy", peft_mora.METHODS["lori"])
+    monkeypatch.delitem(sys.modules, "shared.training")
+    demo, merge, sft = map(load_recipe, ("demo", "merge", "sft"))
+    monkeypatch.setattr(sys, "argv", ["program"])
+    assert merge.parse().methods == ("lora", "mora", "lori", "flylora", "dummy")
+    monkeypatch.setattr(sys, "argv", ["program", "--method", "dummy"])
+    assert demo.parse().method == ["dummy"]
+    (choices,) = (f.metadata for f in fields(sft.MethodArguments) if f.name == "peft_method")
+    assert "dummy" in choices["choices"]
+    (text,) = (f.metadata["help"] for f in fields(sft.MethodArguments) if f.name == "sparsity")
+    assert "[lori, None]" in text and "[dummy, None]" in text
+    config = demo.adapter_config("dummy", seed=3, **demo.comparable("dummy", 4))
+    assert (config.r, config.alpha, config.seed) == (4, 8, 3)
 
 
 @pytest.fixture(scope="session", params=["mora", "lora"])
@@ -186,13 +198,15 @@ def adapter(request, llama_folder, tmp_path_factory) -> Path:
     return folder
 
 
-def test_evaluate_scores_tasks_and_perplexity_through_lm_eval(evaluate, run, adapter, task, tmp_path):
+def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, adapter, task, tmp_path):
     passages = tmp_path / "short.jsonl"
     passages.write_text('{"page": "the cat sat on the red mat"}\n{"page": "a dog ran under the log"}\n')
     own = tmp_path / "own"
-    data.write_lm_eval_task({**data.read_task(task, "colours"), "name": "mine"}, own)
+    write_lm_eval_task({**read_task(task, "colours"), "name": "mine"}, own)
     arguments = ["--adapter", adapter, "--task", "colours", "peft_mora_mine", "--data", task, "--include_path", own]
-    told = run(evaluate, *arguments, "--perplexity", passages, "--baseline", "--device", "cpu", "--output", tmp_path)
+    told = run_recipe(
+        score, *arguments, "--perplexity", passages, "--baseline", "--device", "cpu", "--output", tmp_path
+    )
     record = json.loads((tmp_path / "results.json").read_text())
     ours, base = record["adapter"]["results"], record["base"]["results"]
     (ppl,) = (name for name in ours if "perplexity" in name)
@@ -200,10 +214,10 @@ def test_evaluate_scores_tasks_and_perplexity_through_lm_eval(evaluate, run, ada
     assert {*ours} == {"peft_mora_colours", "peft_mora_colours_greedy", "peft_mora_mine", ppl} == {*base}
     assert ours[ppl]["word_perplexity,none"] != base[ppl]["word_perplexity,none"]
     assert "word_perplexity" in told and "peft_mora_colours" in told
-    assert f"lm_eval --model hf --model_args pretrained={tmp_path}" in told
+    assert f"lm_eval --model hf --model_args pretrained={base_model.CACHE}" in told
 
     # the same passages by hand, through the layers as they are in training: what lm-eval calls rolling log-likelihood
-    model, tokenizer = evaluate.load(record["model"], str(adapter), "cpu", True)
+    model, tokenizer = load(record["model"], adapter, "cpu")
     total = words = 0.0
     for line in passages.read_text().splitlines():
         text = json.loads(line)["page"]
@@ -216,14 +230,14 @@ def test_evaluate_scores_tasks_and_perplexity_through_lm_eval(evaluate, run, ada
     assert ours[ppl]["word_perplexity,none"] == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_evaluate_refuses_an_adapter_that_names_no_base(evaluate, run, task, tmp_path):
+def test_score_refuses_an_adapter_that_names_no_base(score, run_recipe, task, tmp_path):
     METHODS["lori"](target_modules="all-linear").save_pretrained(tmp_path / "adapter")
     with pytest.raises(SystemExit, match="adapter does not say which base it is for: give it as --model"):
-        run(evaluate, "--adapter", tmp_path / "adapter", "--task", "colours", "--data", task, "--output", tmp_path)
+        run_recipe(score, "--adapter", tmp_path / "adapter", "--task", "colours", "--data", task, "--output", tmp_path)
 
 
-def test_evaluate_scores_through_the_kernels_of_training(evaluate, adapter, llama_folder, inputs):
-    model, _ = evaluate.load(llama_folder, str(adapter), "cpu", True)
+def test_score_scores_through_the_kernels_of_training(adapter, llama_folder, inputs):
+    model, _ = load(base_model.find_base(llama_folder), adapter, "cpu")
     with torch.no_grad():
         assert torch.equal(model.eval()(inputs).logits, model.train()(inputs).logits)
 
@@ -239,7 +253,7 @@ def test_without_that_bitsandbytes_scores_otherwise_than_it_trains(llama_folder,
         assert not torch.equal(model.eval()(inputs).logits, trained)
 
 
-def test_evaluate_refuses_a_task_that_nobody_knows(evaluate, run, llama_folder, tmp_path, monkeypatch):
+def test_score_refuses_a_task_that_nobody_knows(score, run_recipe, llama_folder, tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     def without_defaults(**options):  # reading lm-eval's own takes ten times as long as the rest
@@ -247,15 +261,15 @@ def test_evaluate_refuses_a_task_that_nobody_knows(evaluate, run, llama_folder, 
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", without_defaults)
     with pytest.raises(SystemExit, match="lm-eval knows no task colors_of_the_wind. Give one of its own"):
-        run(evaluate, "--model", llama_folder, "--task", "colors_of_the_wind", "--output", tmp_path)
+        run_recipe(score, "--model", llama_folder, "--task", "colors_of_the_wind", "--output", tmp_path)
 
 
-def test_the_flags_on_the_page_give_the_base_that_evaluate_scores_on():
+def test_the_flags_on_the_page_give_the_base_that_score_scores_on():
     page = (RECIPES.parent / "docs" / "sft.md").read_text(encoding="utf-8")
     flags = "--load_in_4bit --use_bnb_nested_quant --dtype bfloat16"
     assert flags in page
     (model_args,) = trl.TrlParser([trl.ModelConfig]).parse_args_and_config(flags.split())
-    assert trl.get_quantization_config(model_args).to_dict() == data.nf4_config().to_dict()
+    assert trl.get_quantization_config(model_args).to_dict() == base_model.nf4_config().to_dict()
 
 
 def test_lm_eval_s_own_way_to_4_bits_is_broken_as_the_page_says(llama_folder):
@@ -267,18 +281,18 @@ def test_lm_eval_s_own_way_to_4_bits_is_broken_as_the_page_says(llama_folder):
     assert str(caught.value).replace("LlamaForCausalLM", "…ForCausalLM") in page
 
 
-def test_plain_lm_eval_over_a_4_bit_folder_scores_as_we_do(evaluate, adapter, llama_folder, tmp_path):
+def test_plain_lm_eval_over_a_4_bit_folder_scores_as_we_do(adapter, llama_folder, tmp_path):
     if "lora" in adapter.name:
         pytest.skip("plain lm_eval scores LoRA with bitsandbytes' own kernels")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     folder = str(tmp_path / "nf4")
-    base, tokenizer = data.load_base(llama_folder)
+    base, tokenizer = base_model.load_base(llama_folder, quantization_config=base_model.nf4_config())
     base.resize_token_embeddings(len(tokenizer))  # with peft=, plain lm_eval does this to a model with spare rows
     for part in (base, tokenizer):
         part.save_pretrained(folder)
-    model, _ = evaluate.load(folder, str(adapter), "cpu", True)
+    model, _ = load(folder, adapter, "cpu")
     ours = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32")
     plain = HFLM(pretrained=folder, peft=str(adapter), dtype="bfloat16", softmax_dtype="float32", device="cpu")
     requests = [Instance("loglikelihood", {}, ("the cat", f" {word}"), 0) for word in ("sat", "ran", "red")]

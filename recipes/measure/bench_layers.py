@@ -1,7 +1,7 @@
 """What one adapted layer costs: forward and backward of every method beside the frozen base and PEFT's LoRA.
 
-python recipes/bench_layers.py                         # bf16 bases in the shapes of three models, minutes on one core
-python recipes/bench_layers.py --compile --models smollm2
+python recipes/measure/bench_layers.py   # bf16 bases in the shapes of three models, minutes on one core
+python recipes/measure/bench_layers.py --compile --models smollm2
 
 All arms of a shape share one base layer and take turns. tokens/s: median of the repeats, with quartiles. peak: the
 most that tensors took during one forward and backward, by the profiler's record of every allocation. kept: bytes that
@@ -12,12 +12,22 @@ only; of the base, its own.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
+import sys
 import time
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+
+
+sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
+from shared import runs
+from shared.training import BENCH, bench_config
 
 
 SHAPES = {  # in and out features of q_proj and of up_proj
@@ -42,31 +52,19 @@ def parse() -> argparse.Namespace:
 
 def arms(base: Any, r: int, compiled: bool) -> dict[str, Any]:
     """Layers over the one base, by the name of the arm."""
-    import torch
-    from peft import LoraConfig, get_peft_model
 
-    from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
-
-    common = {"r": r, "target_modules": ["0"]}
-    ours = {
-        "mora": lambda: MoraConfig(alpha=2 * r, **common),
-        "lori": lambda: LoriConfig(alpha=2 * r, **common),
-        "lori-s": lambda: LoriConfig(alpha=2 * r, sparsity=0.9, **common),
-        "flylora": lambda: FlyLoraConfig(alpha=2 * r, top_k=r // 4, **common),
-    }
-
-    def layer(config: Any, bf16: bool, lean: bool = True) -> Any:
+    def layer(arm: str, bf16: bool, lean: bool = True) -> Any:
+        config = bench_config(arm, r, target_modules=["0"], task_type=None)
         model = get_peft_model(torch.nn.Sequential(base), config, autocast_adapter_dtype=not bf16)
         found = model.base_model.model[0].train()
         found.lean = lean
         return found
 
-    lora = LoraConfig(lora_alpha=2 * r, **common)
-    found = {"base": base.requires_grad_(False), "lora": layer(lora, False), "lora-bf16": layer(lora, True)}
-    for name, config in ours.items():
-        found[f"{name} eager"], found[f"{name} lean"] = layer(config(), True, False), layer(config(), True)
+    found = {"base": base.requires_grad_(False), "lora": layer("lora", False), "lora-bf16": layer("lora", True)}
+    for name in BENCH[1:]:
+        found[f"{name} eager"], found[f"{name} lean"] = layer(name, True, False), layer(name, True)
         if compiled:
-            found[f"{name} compiled"] = torch.compile(layer(config(), True))
+            found[f"{name} compiled"] = torch.compile(layer(name, True))
     return found
 
 
@@ -84,8 +82,6 @@ def megaflops(arm: str, inputs: int, outputs: int, r: int) -> float:
 
 def used(step: Any, x: Any, weights: set[int]) -> tuple[float, float]:
     """Peak MiB of one forward and backward, and what it keeps between them, `weights` left out, in units of x."""
-    import torch
-
     storages: dict[int, int] = {}
 
     def pack(tensor: Any) -> Any:
@@ -104,10 +100,6 @@ def used(step: Any, x: Any, weights: set[int]) -> tuple[float, float]:
 
 def main() -> None:
     args = parse()
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
     torch.set_num_threads(args.threads)
     if args.compile:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -136,11 +128,7 @@ def main() -> None:
                 "time_by_lora": ratio, "peak_mib": peak, "kept": kept,
                 "mflop": megaflops(arm, inputs, outputs, args.r),
             })  # fmt: skip
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.output) / "bench_layers.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    runs.write_csv(Path(args.output) / "bench_layers.csv", rows)
     headings = ("shape", "arm", "tokens/s (quartiles)", "time by lora's", "peak MiB", "kept", "MFLOP a token")
     table = Table(*headings, title=f"forward and backward of {args.tokens} tokens, r = {args.r}, {args.device}")
     for row in rows:

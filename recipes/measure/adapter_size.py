@@ -1,19 +1,30 @@
 """What an adapter costs to train and to keep: parameters, optimizer state and file, LORI beside PEFT's LoRA.
 
-python recipes/adapter_size.py                       # SmolLM2-135M, r = 32, all linear modules
-python recipes/adapter_size.py --model Qwen/Qwen3-0.6B --r 16
+python recipes/measure/adapter_size.py                       # SmolLM2-135M, r = 32, all linear modules
+python recipes/measure/adapter_size.py --model Qwen/Qwen3-0.6B --r 16
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import data
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from peft_mora import sparsify
+
+
+sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
+from shared import runs
+from shared.base_model import find_base
+from shared.training import adapter_config
 
 
 COLUMNS = ("adapter", "trainable parameters", "optimizer MiB", "file MiB", "parameters ×", "optimizer ×", "file ×")
@@ -21,11 +32,6 @@ COLUMNS = ("adapter", "trainable parameters", "optimizer MiB", "file MiB", "para
 
 def measure(make_base: Any, config: Any, sparsity: float | None) -> tuple[int, float, float]:
     """Trainable parameters, AdamW's state in MiB after one step, and the saved adapter in MiB; float32 adapters."""
-    import torch
-    from peft import get_peft_model
-
-    from peft_mora import sparsify
-
     torch.manual_seed(0)
     model = get_peft_model(make_base(), config)
     if sparsity is not None:  # stands for a calibration run: which entries are kept does not change how many
@@ -46,35 +52,22 @@ def measure(make_base: Any, config: Any, sparsity: float | None) -> tuple[int, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=data.EMBEDDED, metavar="NAME_OR_DIR", help="base (SmolLM2-135M from PyPI)")
-    parser.add_argument("--r", type=int, default=32, help="rank (%(default)s)")
+    parser = runs.parser(__doc__, r=32)
     parser.add_argument("--sparsity", type=float, default=0.9, help="of LoRI-S (%(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write the table there as well")
     args = parser.parse_args()
 
-    import torch
-    from peft import LoraConfig
-    from rich.console import Console
-    from rich.table import Table
-    from transformers import AutoModelForCausalLM
-
-    from peft_mora import LoriConfig
-
-    folder = data.embedded_model(quantized=False) if args.model == data.EMBEDDED else args.model
-    shared = {"r": args.r, "target_modules": "all-linear"}
+    folder = find_base(args.model, bits=16)
     rows = []
-    for name, config, sparsity in (
-        ("PEFT LoRA", LoraConfig(lora_alpha=2 * args.r, **shared), None),
-        ("LoRI-D", LoriConfig(alpha=2 * args.r, **shared), None),
-        ("LoRI-D, without the projection", LoriConfig(alpha=2 * args.r, save_projection=False, **shared), None),
-        (f"LoRI-S {args.sparsity:g}", LoriConfig(alpha=2 * args.r, **shared), args.sparsity),
-        (
-            f"LoRI-S {args.sparsity:g}, without the projection",
-            LoriConfig(alpha=2 * args.r, save_projection=False, **shared),
-            args.sparsity,
-        ),
+    bare, sparse = "without the projection", f"LoRI-S {args.sparsity:g}"
+    for name, method, own, sparsity in (
+        ("PEFT LoRA", "lora", {}, None),
+        ("LoRI-D", "lori", {}, None),
+        (f"LoRI-D, {bare}", "lori", {"save_projection": False}, None),
+        (sparse, "lori", {}, args.sparsity),
+        (f"{sparse}, {bare}", "lori", {"save_projection": False}, args.sparsity),
     ):
+        config = adapter_config(method, r=args.r, alpha=2 * args.r, **own)
         figures = measure(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), config, sparsity)
         rows.append((name, *figures))
     table = Table(*COLUMNS, title=f"{Path(folder).name}, r = {args.r}, all-linear, float32 adapters, AdamW")

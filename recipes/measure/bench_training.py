@@ -1,7 +1,7 @@
 """What a training step costs: each method under TRL's own SFTTrainer on a 4-bit base, beside PEFT's LoRA.
 
-python recipes/bench_training.py                       # SmolLM2-135M in NF4, twenty minutes on a quiet core
-python recipes/bench_training.py --methods lora mora --dropout 0.05 --checkpointing
+python recipes/measure/bench_training.py                       # SmolLM2-135M in NF4, twenty minutes on a quiet core
+python recipes/measure/bench_training.py --methods lora mora --dropout 0.05 --checkpointing
 
 Time: one trainer per method, all in one process, taking turns step by step, so that noise hits all alike. A step is
 what lies between on_step_begin and on_step_end. Ratios are paired: a method's step by LoRA's of the same turn. The C
@@ -13,7 +13,6 @@ on top during one step, by the profiler's record of every allocation; "rss" is t
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import json
 import statistics
@@ -25,60 +24,43 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import data
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from peft_mora import METHODS
 
 
-METHODS = ("lora", "mora", "mora-plain", "lori", "lori-plain", "lori-s", "flylora", "flylora-plain")
+sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
+from shared import runs, training
+from shared.base_model import find_base, load_base
+from shared.data import find_task
+
+
+ARMS = (*training.BENCH, *(f"{name}-plain" for name in METHODS))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="first one: the measure")
-    parser.add_argument("--model", default=data.EMBEDDED, metavar="NAME_OR_DIR", help="base (SmolLM2-135M from PyPI)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (%(default)s)")
+    parser = runs.parser(__doc__, r=16, steps=20, batch_size=8, output="out/bench_training")
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--methods", nargs="+", default=ARMS, choices=ARMS, help="first one: the measure")
     parser.add_argument("--threads", type=int, default=1, help="torch's, on a CPU (%(default)s)")
-    parser.add_argument("--r", type=int, default=16, help="rank of all methods, on all linear layers (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each method (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="of each sample, short ones joined (%(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of all methods (%(default)s, as in PEFT's LoRA)")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
-    parser.add_argument("--output", default="out/bench_training", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def adapter_config(method: str, r: int, dropout: float) -> Any:
-    from peft import LoraConfig
-
-    from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
-
-    name, common = method.removesuffix("-plain"), {"r": r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    common["lora_dropout" if name == "lora" else "dropout"] = dropout
-    return {
-        "lora": lambda: LoraConfig(lora_alpha=2 * r, **common),
-        "mora": lambda: MoraConfig(alpha=2 * r * r, **common),
-        "lori": lambda: LoriConfig(alpha=2 * r, **common),
-        "lori-s": lambda: LoriConfig(alpha=2 * r, sparsity=0.9, **common),
-        "flylora": lambda: FlyLoraConfig(alpha=2 * r, top_k=r // 4, **common),
-    }[name]()
-
-
 def make_trainer(method: str, steps: int, callback: Any, args: argparse.Namespace) -> Any:
-    from trl import SFTConfig, SFTTrainer
-
-    model, tokenizer = data.load_base(
-        data.embedded_model() if args.model == data.EMBEDDED else args.model, args.device
-    )
-    config = SFTConfig(
-        output_dir=str(Path(args.output) / method), max_steps=steps, per_device_train_batch_size=args.batch_size,
-        packing=True, packing_strategy="wrapped", max_length=args.tokens, gradient_checkpointing=args.checkpointing,
-        use_cpu=args.device == "cpu", save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
+    model, tokenizer = load_base(find_base(args.model, args.device), args.device)
+    config = training.bench_config(method.removesuffix("-plain"), args.r, dropout=args.dropout)
+    trainer = training.make_trainer(
+        model, tokenizer, find_task("helpdesk")["train"], Path(args.output) / method, steps, args.batch_size,
+        peft_config=config, callbacks=[callback], packing=True, packing_strategy="wrapped", max_length=args.tokens,
+        gradient_checkpointing=args.checkpointing, logging_strategy="no", disable_tqdm=True,
         include_num_input_tokens_seen="all",
-    )  # fmt: skip
-    trainer = SFTTrainer(
-        model, args=config, train_dataset=data.to_dataset(data.make_task("helpdesk")["train"]),
-        processing_class=tokenizer, peft_config=adapter_config(method, args.r, args.dropout), callbacks=[callback],
     )  # fmt: skip
     for module in trainer.model.modules():
         if method.endswith("-plain") and hasattr(module, "lean"):
@@ -99,8 +81,6 @@ def keep_freed_memory() -> None:
 
 def times(args: argparse.Namespace) -> dict[str, list[tuple[float, float, int]]]:
     """Seconds by the clock, seconds of the thread and tokens of each timed step, by method."""
-    from transformers import TrainerCallback
-
     steps = args.steps + 2  # two to warm up
     turn, baton = [0], threading.Condition()
 
@@ -133,8 +113,6 @@ def times(args: argparse.Namespace) -> dict[str, list[tuple[float, float, int]]]
 
 def memory(method: str, args: argparse.Namespace) -> dict[str, float]:
     """MiB of one method, measured in this process, which does nothing else."""
-    import torch
-    from transformers import TrainerCallback
 
     class Profile(TrainerCallback):
         def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
@@ -165,10 +143,6 @@ def memory(method: str, args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     args = parse()
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
     torch.set_num_threads(args.threads)
     if args.memory_of:
         return print(json.dumps(memory(args.memory_of, args)))
@@ -185,11 +159,7 @@ def main() -> None:
             row[f"{key}_q1"], row[key], row[f"{key}_q3"] = statistics.quantiles(paired, n=4)
         row |= {"tokens_per_s": sum(tokens) / sum(clocks), **used}
         rows.append(row)
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.output) / "bench_training.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    runs.write_csv(Path(args.output) / "bench_training.csv", rows)
     headings = ("method", "step, s", f"by {first}'s", "CPU time", "tokens/s", "peak MiB", "optimizer MiB", "rss MiB")
     title = (
         f"SFTTrainer steps of {args.batch_size} x {args.tokens} tokens, r = {args.r}, all-linear, dropout "

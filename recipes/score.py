@@ -1,8 +1,8 @@
 """Score an adapter on the 4-bit base that it was trained on with lm-eval, through the kernels of training.
 
-python recipes/evaluate.py --adapter out/sft                            # the embedded helpdesk task
-python recipes/evaluate.py --adapter out/sft --task arc_easy hellaswag --limit 200 --baseline
-python recipes/evaluate.py --adapter out/sft --task my_task --data my_data --perplexity passages.jsonl
+python recipes/score.py --adapter out/sft                            # the embedded helpdesk task
+python recipes/score.py --adapter out/sft --task arc_easy hellaswag --limit 200 --baseline
+python recipes/score.py --adapter out/sft --task my_task --data my_data --perplexity passages.jsonl
 
 --adapter is a folder that PEFT opens (MORA, LORI, FLYLORA, LoRA, …); without it the base alone is scored. --task takes
 names that lm-eval knows (its own, or those of --include_path), folders NAME/{train,test}.jsonl in --data, and embedded
@@ -17,17 +17,21 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import data
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+from shared import runs, scores
+from shared.base_model import EMBEDDED, find_base
+from shared.data import TASKS, find_task
+from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_task
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__, model=None, data=None, limit=None, output="out/score")
     parser.add_argument("--adapter", metavar="DIR", help="adapter to score (none: the base alone)")
     parser.add_argument("--baseline", action="store_true", help="score the base without the adapter as well")
-    parser.add_argument("--model", metavar="NAME_OR_DIR", help="base (the adapter's; else SmolLM2-135M from PyPI)")
-    parser.add_argument("--bits", type=int, default=4, choices=(4, 16), help="4: NF4, saved in --output (%(default)s)")
+    parser.add_argument("--bits", type=int, default=4, choices=(4, 16), help="4: an NF4 copy of it (%(default)s)")
     parser.add_argument("--task", "--tasks", nargs="+", default=[], metavar="NAME", help="what to score (helpdesk)")
-    parser.add_argument("--data", metavar="DIR", help="where NAME/{train,test}.jsonl are")
     parser.add_argument("--include_path", metavar="DIR", help="more lm-eval task files")
     parser.add_argument("--perplexity", metavar="FILE", help="JSONL passages (text or page): is the language kept?")
     parser.add_argument(
@@ -35,23 +39,11 @@ def parse() -> argparse.Namespace:
         help="cut the passages of --data tasks to N words, as demo.py trains; 0: not at all, as sft.py (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--apply_chat_template", action="store_true", help="ask as in a chat (trained on messages)")
-    parser.add_argument("--limit", type=int, help="samples a task (all)")
     parser.add_argument("--batch_size", type=int, default=8, help="(%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
-    parser.add_argument("--output", default="out/evaluate", metavar="DIR", help="tasks and results.json (%(default)s)")
     args = parser.parse_args()
     if not args.task and not args.perplexity:
         args.task = ["helpdesk"]
     return args
-
-
-def load(base: str, adapter: str | None, device: str, quantize: bool) -> tuple[Any, Any]:
-    """(model, tokenizer), in eval mode."""
-    from peft import PeftModel
-
-    model, tokenizer = data.load_base(base, device, quantize)
-    model = PeftModel.from_pretrained(model, adapter) if adapter else model
-    return model.eval(), tokenizer
 
 
 def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list[str]]:
@@ -60,37 +52,21 @@ def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list
     written, known = [], []
     for name in args.task:
         if args.data and (Path(args.data) / name).is_dir():
-            task = data.read_task(args.data, name, args.passage_words or None)
-        elif name in data.TASKS:
-            task = data.make_task(name)
+            task = find_task(name, args.data, args.passage_words or None)
+        elif name in TASKS:
+            task = find_task(name)
         else:
             known.append(name)
             continue
-        ours = data.write_lm_eval_task(task, folder)
+        ours = write_lm_eval_task(task, folder)
         written += [ours, f"{ours}_greedy"]
-    return written + ([data.write_lm_eval_perplexity(args.perplexity, folder)] if args.perplexity else []), known
-
-
-def score(model: Any, tokenizer: Any, names: list[str], manager: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """{task: {metric: value}} by lm-eval's own evaluator, with its configs and versions."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    # Else log-likelihoods are summed in the logits' own bfloat16, which has two or three digits.
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, softmax_dtype="float32")
-    options = {"task_manager": manager, "limit": args.limit, "apply_chat_template": args.apply_chat_template}
-    return simple_evaluate(lm, tasks=names, log_samples=False, **options)
+    return written + ([write_lm_eval_perplexity(args.perplexity, folder)] if args.perplexity else []), known
 
 
 def main() -> None:
     args = parse()
-    import torch
     from lm_eval.tasks import TaskManager
-    from peft import PeftConfig
-    from rich.console import Console
-    from rich.table import Table
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(args.output).resolve()
     tasks = output / "tasks"
     written, known = write_tasks(args, tasks)
@@ -102,22 +78,24 @@ def main() -> None:
     if unknown := [name for name in known if not manager.match_tasks([name])]:
         raise SystemExit(
             f"lm-eval knows no task {', '.join(unknown)}. Give one of its own (`lm_eval ls tasks`), a folder with its "
-            f"YAML as --include_path, the folder of NAME/*.jsonl as --data, or one of {', '.join(data.TASKS)}"
+            f"YAML as --include_path, the folder of NAME/*.jsonl as --data, or one of {', '.join(TASKS)}"
         )
-    base = args.model or data.EMBEDDED
+    base = args.model or EMBEDDED
     if args.adapter and not args.model:
         base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
         if not base:
             raise SystemExit(f"{args.adapter} does not say which base it is for: give it as --model NAME_OR_DIR")
-    if base == data.EMBEDDED:
-        base = str(data.embedded_model(quantized=args.bits == 4))
-    elif args.bits == 4 and not data.is_quantized(base):
-        base = str(data.nf4_folder(base, output / f"{Path(base).name}-nf4", device))  # what plain lm_eval can open
-    model, tokenizer = load(base, args.adapter, device, args.bits == 4)
-    results = {"adapter" if args.adapter else "base": score(model, tokenizer, names, manager, args)}
+    base = find_base(base, args.device, args.bits)
+    model, tokenizer = scores.load(base, args.adapter, args.device)
+
+    def score() -> dict[str, Any]:
+        options = {"limit": args.limit, "apply_chat_template": args.apply_chat_template}
+        return scores.lm_eval(model, tokenizer, names, manager, args.batch_size, **options)
+
+    results = {"adapter" if args.adapter else "base": score()}
     if args.baseline and args.adapter:
         with model.disable_adapter():
-            results["base"] = score(model, tokenizer, names, manager, args)
+            results["base"] = score()
 
     table = Table("task", "metric", *results, "±", "samples", title=f"{args.adapter or 'no adapter'} on {base}")
     shown = next(iter(results.values()))
@@ -144,7 +122,7 @@ def main() -> None:
             where += " --apply_chat_template" if args.apply_chat_template else ""
             print(
                 f"  lm_eval --model hf --model_args {shlex.quote(arguments)} --tasks {','.join(group)}{where} "
-                f"--device {device} --batch_size {args.batch_size}"
+                f"--device {args.device} --batch_size {args.batch_size}"
             )
 
 

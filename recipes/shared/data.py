@@ -1,0 +1,216 @@
+"""Records of any form for SFTTrainer, checked one by one, and tasks with labels.
+
+>>> dataset = read_dataset("my_data/train.jsonl")  # or a folder, a Hub name, the name of an embedded task
+my_data/train.jsonl: 500 records, columns prompt, answer
+  the first: {"prompt": "Is a zebra striped? Answer:", "answer": "yes"}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .embedded_tasks import TASKS, make_task
+
+
+# The columns of a record, the most specific first: ultrachat has `messages` and a `prompt`.
+FORMS = (("messages",), ("prompt", "completion"), ("prompt", "answer"), ("text",))
+
+
+def read_dataset(
+    source: str | Path,
+    split: str = "train",
+    config: str | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+) -> Any:
+    """A datasets.Dataset in a form that SFTTrainer takes, every record checked; prints what it has read.
+
+    Records have prompt and answer, prompt and completion (text, or lists of messages), messages, or text; `tools` is
+    kept, other columns are dropped. An answer becomes a completion with a space before it.
+
+    Args:
+        source: a JSONL file, a folder with SPLIT.jsonl, a folder that `datasets` wrote (save_to_disk), an embedded
+            task, or what else `datasets.load_dataset` takes: a name on the Hub, a folder of parquet or csv files.
+        split: which part; a single file has only "train".
+        config: the data set's configuration, where it is one on the Hub.
+        tokenizer: with max_length, records are refused that truncation would leave no token of an answer.
+        max_length: tokens that the trainer keeps of a record.
+
+    Raises:
+        ValueError: nothing to read, or a record is empty, has no label, or would lose it to truncation; names file
+            and line, or data set and row.
+    """
+    from datasets import Dataset
+
+    records, name = _open(source, split, config)
+    first = next(records, None)
+    if first is None:
+        raise ValueError(f"{name} has no records: there is nothing to train on")
+    columns = list(first[1])
+    form = next((form for form in FORMS if set(form) <= set(columns)), None)
+    if form is None:
+        raise ValueError(
+            f"{first[0]}: the columns are {', '.join(columns)}; "
+            "write prompt and answer (or completion), messages, or text"
+        )
+    rows = []
+    for place, record in chain([first], records):
+        _check(record, form, place)
+        row = {key: record[key] for key in (*form, "tools") if key in record}
+        if "answer" in row:
+            row["completion"] = " " + row.pop("answer").strip()
+        if tokenizer is not None and max_length is not None:
+            _check_length(row, tokenizer, max_length, place)
+        rows.append(row)
+    sample = json.dumps({key: first[1][key] for key in form}, ensure_ascii=False)
+    print(f"{name}: {len(rows)} records, columns {', '.join(columns)}")
+    print(f"  the first: {sample if len(sample) <= 300 else sample[:300] + ' …'}", flush=True)
+    return Dataset.from_list(rows)
+
+
+def _open(source: str | Path, split: str, config: str | None) -> tuple[Iterator[tuple[str, dict[str, Any]]], str]:
+    """(place, record) one after the other, the place as a person looks it up; and the name of it all."""
+    path = Path(source)
+    if path.is_file() and split != "train":
+        raise ValueError(
+            f"{path} is one file, without a {split!r} part: give a folder with train.jsonl and test.jsonl"
+        )
+    if path.is_file() or (path / f"{split}.jsonl").is_file():
+        path = path if path.is_file() else path / f"{split}.jsonl"
+        return ((f"{path}:{number}", record) for number, record in read_jsonl(path)), str(path)
+    name = f"{source}[{split}]"
+    if not path.exists() and source in TASKS:
+        return ((f"{name}, row {i}", r) for i, r in enumerate(make_task(str(source))[split])), name
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    if any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
+        try:
+            dataset = load_from_disk(path)
+        except IndexError:  # datasets 5.2 on a folder that was saved without a single row
+            return iter(()), name
+        parts = dataset if isinstance(dataset, DatasetDict) else {"train": dataset}
+        if split not in parts:
+            raise ValueError(f"{path} has no split {split!r}, but {', '.join(parts)}")
+        dataset = parts[split]
+    else:
+        try:
+            dataset = load_dataset(str(source), config, split=split)
+        except OSError as error:  # not found, no network
+            raise ValueError(
+                f"{source!r} is not a file or a folder here, and `datasets` could not get it from the Hub ({error}). "
+                "Give a JSONL file, a folder with train.jsonl, a folder that save_to_disk wrote, or a data set's name."
+            ) from error
+    return ((f"{name}, row {i}", record) for i, record in enumerate(dataset)), name
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of a file with one JSON object a line."""
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
+        if not line.strip():
+            raise ValueError(f"{path}:{number}: empty record; delete the line")
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error}); write one object a line") from error
+        if not isinstance(record, dict):
+            raise ValueError(f'{path}:{number}: {line[:40]!r} is no object; write one a line, as {{"text": "…"}}')
+        yield number, record
+
+
+def _check(record: dict[str, Any], form: tuple[str, ...], place: str) -> None:
+    """Refuse a record with nothing in one of the columns of `form`, or with messages that hold no answer."""
+    for key in form:
+        value = record.get(key)
+        if isinstance(value, list) and key in ("messages", "prompt", "completion"):
+            turns = [turn for turn in value if isinstance(turn, dict) and isinstance(turn.get("role"), str)]
+            if not value or len(turns) < len(value):
+                raise ValueError(f"{place}: {key!r} must be messages with role and content, not {str(value)[:80]!r}")
+            answers = [turn for turn in turns if turn["role"] == "assistant" and _says_something(turn)]
+            if key != "prompt" and not answers:
+                raise ValueError(f"{place}: no assistant message in {key!r} says anything: nothing to learn")
+        elif key == "messages" or not isinstance(value, str) or not value.strip():
+            wanted = "a list of messages" if key == "messages" else "a non-empty string"
+            raise ValueError(f"{place}: {key!r} is missing or empty; write {wanted}")
+
+
+def _says_something(turn: dict[str, Any]) -> bool:
+    content = turn.get("content")
+    return bool(content.strip() if isinstance(content, str) else content) or bool(turn.get("tool_calls"))
+
+
+def _check_length(row: dict[str, Any], tokenizer: Any, max_length: int, place: str) -> None:
+    """Refuse a record whose answer lies wholly behind the first max_length tokens, which are all that TRL keeps."""
+    before = row.get("prompt", row.get("messages"))  # a text has no part of its own that is learnt
+    if isinstance(before, list):
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{place}: messages, but the tokenizer has no chat template; give one, or write text")
+        roles = [turn["role"] for turn in before]
+        before = before[: roles.index("assistant")] if "messages" in row else before
+        options = {"tools": row.get("tools"), "add_generation_prompt": True, "tokenize": False}
+        before = tokenizer.apply_chat_template(before, **options) if before else None
+        used = len(tokenizer(before, add_special_tokens=False).input_ids) if before else 0
+    else:
+        used = len(tokenizer(before).input_ids) if before else 0
+    if used >= max_length:
+        raise ValueError(
+            f"{place}: the prompt alone has {used} tokens: truncation to {max_length} leaves nothing of the answer; "
+            "give a larger max_length, or shorten the prompt"
+        )
+
+
+def cut_passage(prompt: str, max_words: int) -> str:
+    """Keep the question (the first line, and the `Option` line) and `Answer:`; cut what is between to max_words words.
+
+    A passage is also cut at 8 * max_words characters, else one unbroken run of signs is 1,400 tokens (yahoo has it).
+    """
+    body, answer = (prompt[: -len("Answer:")], "Answer:") if prompt.rstrip().endswith("Answer:") else (prompt, "")
+    head = re.match(r"[^\n]*\n(?:[ \t]*Options?:[^\n]*\n)?", body)
+    start = head.end() if head else 0
+    words = list(re.finditer(r"\S+", body[start:]))
+    if len(words) <= max_words and len(body) - start <= 8 * max_words:
+        return prompt
+    length = min(words[:max_words][-1].end(), 8 * max_words)
+    return body[: start + length].rstrip() + ("\n" if head else " ") + answer
+
+
+def find_task(name: str, data_dir: str | Path | None = None, max_passage_words: int | None = 48, seed: int = 0) -> Any:
+    """The task of `read_task` where there is a data_dir, else the embedded one."""
+    return read_task(data_dir, name, max_passage_words) if data_dir else make_task(name, seed=seed)
+
+
+def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 48) -> dict[str, Any]:
+    """Read DATA_DIR/NAME/{train,test}.jsonl (fields prompt, answer) and labels.json into make_task's layout.
+
+    Raises:
+        FileNotFoundError: a split is missing. ValueError: a record is empty or wrong, with its file and line number.
+    """
+    folder = Path(data_dir) / name
+    task: dict[str, Any] = {"name": name}
+    labels_file = folder / "labels.json"
+    labels = json.loads(labels_file.read_text(encoding="utf-8")) if labels_file.exists() else None
+    for split in ("train", "test"):
+        path = folder / f"{split}.jsonl"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: a task is a folder with train.jsonl, test.jsonl, labels.json")
+        task[split] = []
+        for number, record in read_jsonl(path):
+            _check(record, ("prompt", "answer"), f"{path}:{number}")
+            prompt, answer = record["prompt"], record["answer"].strip()
+            if labels is not None and answer not in labels:
+                raise ValueError(f"{path}:{number}: answer {answer!r} is not in {labels_file}: {labels}")
+            prompt = prompt if max_passage_words is None else cut_passage(prompt, max_passage_words)
+            task[split].append({"prompt": prompt, "answer": answer})
+    task["labels"] = labels if labels is not None else sorted({r["answer"] for r in task["train"] + task["test"]})
+    return task
+
+
+def to_dataset(records: list[dict[str, str]]) -> Any:
+    """A datasets.Dataset with TRL's prompt and completion columns: SFTTrainer then puts the loss on the completion."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": r["prompt"], "completion": " " + r["answer"]} for r in records])

@@ -1,0 +1,70 @@
+"""The arguments that programs share, and the folder of a run."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base_model import EMBEDDED
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "NAME_OR_DIR", "help": "base (%(default)s: SmolLM2-135M from PyPI)"},
+    "device": {"help": "cpu, cuda, cuda:1, … (%(default)s)"},
+    "data": {"metavar": "DIR", "help": "read DIR/TASK/{train,test}.jsonl instead of an embedded task"},
+    "r": {"type": int, "help": "rank; MORA: experts a task; LORI and FLYLORA: see shared/training.py (%(default)s)"},
+    "steps": {"type": int, "help": "optimizer steps of each training (%(default)s)"},
+    "batch_size": {"type": int, "help": "samples a step (%(default)s)"},
+    "lr": {"type": float, "help": "peak learning rate (%(default)s)"},
+    "limit": {"type": int, "help": "test samples to score (all)"},
+    "seed": {"type": int, "help": "of the adapter and the order (%(default)s)"},
+    "output": {"metavar": "DIR", "help": "where it all goes (%(default)s)"},
+}
+
+
+def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
+    """With --model, --device (a GPU where there is one), and those of ARGUMENTS that have a default here.
+
+    model=None: the base is the one that an adapter names.
+    """
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, default in {"model": EMBEDDED, "device": device, **defaults}.items():
+        own = {"help": "base (the one that the adapter names)"} if (name, default) == ("model", None) else {}
+        made.add_argument("--" + name.replace("_", "-"), default=default, **{**ARGUMENTS[name], **own})
+    return made
+
+
+def claim(output: Path, args: argparse.Namespace, *free: str) -> None:
+    """Make the folder of a run that goes on where it was stopped, or refuse one that was begun with other arguments:
+    what it holds would be taken for what these give. Those in `free` may differ.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    given = {key: value for key, value in vars(args).items() if key not in free}
+    if (output / "run.json").exists():
+        there = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        differs = {key: (there.get(key), value) for key, value in given.items() if there.get(key) != value}
+        if differs:
+            raise SystemExit(f"{output} is a run with other arguments (there, here): {differs}; give another --output")
+    write_json(output / "run.json", given)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """In one step, so that a run that is killed here leaves the old file or the new one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A row a dict, under the keys of the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,97 @@
+"""One adapter's config and one SFTTrainer, for every method and every program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from peft_mora import METHODS
+
+from .base_model import load_base
+from .data import to_dataset
+
+
+NAMES = ("lora", *METHODS)
+
+# What compares with LoRA at rank r and alpha 2r; a method that is not here takes LoRA's settings.
+COMPARABLE = {
+    "mora": lambda r: {"r": r, "alpha": 2 * r * r},  # a block's weights sum to 1: r times the alpha is LoRA's scale
+    # A frozen projection cannot turn towards the task; four times the rank makes up for it at twice the parameters.
+    "lori": lambda r: {"r": 4 * r, "alpha": 32 * r},
+    "flylora": lambda r: {"r": 4 * r, "alpha": 32 * r, "top_k": r},
+}
+
+
+def comparable(method: str, r: int) -> dict[str, Any]:
+    """Arguments of `adapter_config` at which the methods compare with each other."""
+    return COMPARABLE.get(method, lambda r: {"r": r, "alpha": 2 * r})(r)
+
+
+def adapter_config(method: str, **given: Any) -> Any:
+    """The one line that changes between methods: lora or one of METHODS, on all linear layers of a causal LM.
+
+    `given` are fields of ours; LoRA gets them by its own names (alpha: lora_alpha), a seed those that have one.
+    """
+    given = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **given}
+    config = LoraConfig if method == "lora" else METHODS[method].config
+    if method == "lora":
+        given = {f"lora_{name}" if name in ("alpha", "dropout") else name: value for name, value in given.items()}
+    if "seed" not in {field.name for field in fields(config)}:
+        given.pop("seed", None)
+    return config(**given)
+
+
+BENCH = (*NAMES, "lori-s")
+
+
+def bench_config(arm: str, r: int, **given: Any) -> Any:
+    """Of one of BENCH, all at rank r and a quarter of the experts active where that is fixed; lori-s: packed B."""
+    method = arm.removesuffix("-s")
+    if arm == "lori-s":
+        given = {"sparsity": 0.9, **given}
+    if method != "lora" and isinstance(getattr(METHODS[method].config, "top_k", None), int):
+        given = {"top_k": r // 4, **given}
+    return adapter_config(method, r=r, alpha=2 * r, **given)
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, records: list[dict[str, str]], folder: Path, steps: int, batch_size: int,
+    lr: float = 1e-3, seed: int = 0, peft_config: Any = None, callbacks: Iterable[Any] = (), **options: Any,
+) -> SFTTrainer:  # fmt: skip
+    """TRL's trainer over records of prompt and answer, the loss on the answers; `options` are SFTConfig's."""
+    settings = {
+        "lr_scheduler_type": "constant_with_warmup",  # a linear decay ends at .74, this at .91 (LoRA, 40 steps)
+        "warmup_steps": steps // 10,
+        "logging_steps": max(1, steps // 5),
+        "max_length": 512,
+        "gradient_checkpointing": False,  # a small model's activations fit, and recomputing them costs a third
+        "use_cpu": model.device.type == "cpu",
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    config = SFTConfig(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=lr, seed=seed,
+        **(settings | options),
+    )  # fmt: skip
+    return SFTTrainer(
+        model, args=config, train_dataset=to_dataset(records), processing_class=tokenizer, peft_config=peft_config,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def train(
+    base: str, peft_config: Any, records: list[dict[str, str]], folder: Path, args: Any, callbacks: Iterable[Any] = ()
+) -> SFTTrainer:
+    """Train one adapter on a fresh base and save it in `folder`; args has device, steps, batch_size, lr and seed."""
+    model, tokenizer = load_base(base, args.device)
+    trainer = make_trainer(
+        model, tokenizer, records, folder, args.steps, args.batch_size, args.lr, args.seed, peft_config, callbacks
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
