@@ -49,3 +49,19 @@ def whole_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
     finally:
         shutil.rmtree(written, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to; at the end of the block it takes `path`'s place in one step, with the mode
+    that `open` gives. Nothing changes if the block fails."""
+    path = Path(path).resolve()
+    written = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    written.touch()
+    mode = written.stat().st_mode & 0o777
+    try:
+        yield written
+        written.chmod(mode)
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ LORI, MORA "dense":   ΔW by the layer itself, made over an empty base
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -106,6 +107,11 @@ def read_lora(folder: str | Path) -> LoraFile:
         what = f"has values that are not finite, e.g. in {broken[0]!r}" if broken else "holds no LoRA weights"
         raise ValueError(f"{folder} {what}: save the adapter again.")
     return LoraFile(folder, config, loras, rest)
+
+
+def digest(folder: str | Path) -> str:
+    """SHA-256 of an adapter's weights file: which weights something is of."""
+    return hashlib.sha256((Path(folder) / TENSORS).read_bytes()).hexdigest()
 
 
 def check_plain(config: Mapping[str, Any], folder: str | Path) -> None:

@@ -10,14 +10,18 @@ import torch
 from conftest import METHODS, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_mora.lora_file import Lora, read_lora, write_lora
-from peft_mora.merging import RULES, merge_adapters, rules, scaling, sequential
+from peft_mora.merging import RULES, collect_inputs, merge_adapters, rules, scaling, sequential
 from peft_mora.merging.core import canonical, core_space, reduced, to_lora
+from peft_mora.merging.inputs import Inputs, Spread, Statistics, inputs, output_energy, spread
 from peft_mora.merging.lego import lego, robust
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The plain sum of three", "ignore:rule='robust' adds up")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The plain sum of three", "ignore:rule='robust' adds up", "ignore:No input statistics"
+)
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")
 SIZES = dict(zip(LAYERS, ((20, 16), (16, 24), (20, 16)), strict=True))  # (O, I)
 
@@ -199,7 +203,7 @@ def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "soup"}, "`rule` must be 'sum'"),
+        ({"rule": "soup"}, "`rule` must be 'inputs', 'sum'"),
         ({"rank": 0}, "`rank` must be 'sum', an integer"),
         ({"rank": 1.5}, "`rank` must be"),
         ({"weights": [1.0]}, "3 adapters need 3 weights, got 1"),
@@ -532,3 +536,188 @@ def test_lines_weighs_blocks_by_their_depth(three):
         close({name: got[name]}, {name: plain[name] * (alpha + 1.0 * (name == LAYERS[2]))})
     half = dense(merge_adapters(three, "mean", after=["lines"], beta=0.5))
     close({LAYERS[2]: half[LAYERS[2]]}, {LAYERS[2]: plain[LAYERS[2]] * 1.5})
+
+
+# With what each adapter saw
+
+
+def covariances(n: int, size: int = 16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(n, 40, size, dtype=torch.float64, generator=generator) * torch.linspace(2, 0.1, size)
+    return list(rows.mT @ rows / 40)
+
+
+def merged_by_inputs(tasks, spreads, weights=(1.0, 1.0, 1.0), **options) -> Tensor:
+    A, B = inputs(tasks, weights, spreads, **options)
+    return B @ A
+
+
+@pytest.fixture
+def tasks() -> list[Lora]:
+    return [loras(seed, rank)[LAYERS[0]] for seed, rank in ((1, 3), (2, 5), (3, 2))]
+
+
+def test_a_spread_is_its_leading_directions_and_the_mean_of_the_rest():
+    C = covariances(1)[0]
+    values, Q = torch.linalg.eigh(C)
+    found = spread(C, 3)
+    want = Q[:, -3:] @ torch.diag(values[-3:]) @ Q[:, -3:].T
+    want = want + values[:-3].mean() * (torch.eye(16) - Q[:, -3:] @ Q[:, -3:].T)
+    X = torch.randn(16, 4, dtype=torch.float64)
+    torch.testing.assert_close(found.times(X), want @ X, rtol=1e-5, atol=1e-5)
+    assert found.trace() == pytest.approx(float(C.trace()), rel=1e-6)
+    torch.testing.assert_close(spread(C, 16).times(X), C @ X, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("directions", [2, 16])
+def test_the_closed_form_minimises_the_error_on_what_each_adapter_saw(tasks, directions):
+    """Two directions of each of three go through Woodbury's identity, sixteen through the dense system."""
+    spreads = [spread(C, directions) for C in covariances(3)]
+    weights, deltas = (1.0, 0.5, 2.0), [B.double() @ A.double() for A, B in tasks]
+    dense_C = [s.times(torch.eye(16, dtype=torch.float64)) for s in spreads]
+    w = [u / (d @ C @ d.T).trace() for u, d, C in zip(weights, deltas, dense_C, strict=True)]
+    lam = 0.05 * sum(wt * C for wt, C in zip(w, dense_C, strict=True)).diagonal().mean() / 3.5
+    got = merged_by_inputs(tasks, spreads, weights, ridge=0.05, floor=0).requires_grad_()
+    losses = [
+        wt * ((got - d) @ C @ (got - d).T).trace() + u * lam * (got - d).square().sum()
+        for wt, u, d, C in zip(w, weights, deltas, dense_C, strict=True)
+    ]
+    sum(losses).backward()
+    assert got.grad.norm() < 1e-9 * got.norm() and float(w[0]) > 0
+
+
+def test_adapters_that_saw_other_directions_are_each_kept_as_they_were(tasks):
+    eye = torch.eye(16)
+    spreads = [Spread(eye[:, 5 * t : 5 * t + 5], torch.ones(5), 0.0) for t in range(3)]
+    got = merged_by_inputs(tasks, spreads, ridge=1e-6)
+    for t, (A, B) in enumerate(tasks):
+        seen = slice(5 * t, 5 * t + 5)
+        torch.testing.assert_close(got[:, seen], (B.double() @ A.double())[:, seen], rtol=0, atol=1e-4)
+    mean = sum(B.double() @ A.double() for A, B in tasks) / 3
+    torch.testing.assert_close(got[:, 15], mean[:, 15], rtol=0, atol=1e-4)  # the ridge pulls towards the mean
+
+
+def test_sums_of_one_adapter_after_the_other_are_exact_in_any_order(tasks):
+    tasks = tasks + [loras(seed, 6)[LAYERS[0]] for seed in (4, 5, 6)]  # 28 rows in all, O is 20
+    spreads = [spread(C, 4) for C in covariances(6)]
+    want = merged_by_inputs(tasks, spreads, [1.0] * 6, floor=0)
+    for order in (range(6), (3, 5, 0, 1, 4, 2)):
+        sums = Inputs()
+        for t in order:
+            sums.add(tasks[t], spreads[t])
+        A, B = sums.result()
+        assert A.shape[0] <= 20
+        torch.testing.assert_close(B @ A, want)
+
+
+def test_an_adapter_that_hardly_responds_to_its_inputs_is_not_weighted_without_bound(tasks):
+    spreads = [spread(C, 4) for C in covariances(3)]
+    weak = Lora(tasks[2].A, 1e-4 * tasks[2].B)
+    plain = merged_by_inputs([*tasks[:2], weak], spreads, floor=0)
+    floored = merged_by_inputs([*tasks[:2], weak], spreads, floor=0.1)
+
+    def error(got: Tensor, t: int) -> float:
+        A, B = tasks[t]
+        difference = Lora(torch.eye(16, dtype=torch.float64), got - B.double() @ A.double())
+        return output_energy(difference, spreads[t]) / output_energy(tasks[t], spreads[t])
+
+    assert error(floored, 0) + error(floored, 1) < 0.8 * (error(plain, 0) + error(plain, 1))
+
+
+def test_without_statistics_another_rule_is_taken_and_said(three):
+    with pytest.warns(UserWarning, match="No input statistics in .*task1.*rule='tsv'.*collect_inputs"):
+        report = merge_adapters(three)
+    assert report.rule == "tsv" and report.options == {"factor": (2 / 3) ** 0.5} and len(report.warnings) == 1
+    close(dense(report), dense(merge_adapters(three, "tsv", factor=(2 / 3) ** 0.5)))
+    with pytest.warns(UserWarning, match="rule='sum'"):
+        assert merge_adapters(three[:2]).rule == "sum"
+
+
+TEXTS = {"task1": ["the cat sat on the mat", "a dog ran", "no"], "task2": ["big blue log", "yes the small red cat"]}
+
+
+@pytest.fixture
+def trained(llama_folder, tmp_path) -> tuple[torch.nn.Module, list[Path]]:
+    """A base model and two adapters of it; the second one on other modules and of another rank."""
+    for i, (name, targets) in enumerate({"task1": ["q_proj", "up_proj"], "task2": ["q_proj", "v_proj"]}.items()):
+        base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+        model = get_peft_model(base, LoraConfig(r=2 + i, lora_alpha=8, target_modules=targets))
+        randomize(model, ("lora_",), seed=i)
+        model.save_pretrained(tmp_path / name)
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    return base, [tmp_path / name for name in TEXTS]
+
+
+def test_statistics_are_of_real_tokens_under_the_adapter_and_half_of_last_ones(trained, llama_folder):
+    base, folders = trained
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    found = collect_inputs(base, TEXTS["task1"], folders[0], directions=64, last=0.25)
+    after = dict(base.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
+    assert found.prompts == 3 and found.groups["model.layers.1.mlp.up_proj"] == ("model.layers.1.mlp.up_proj",)
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    model = PeftModel.from_pretrained(base, folders[0]).eval()
+    rows: list[Tensor] = []
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    layer.register_forward_pre_hook(lambda _, args: rows.append(args[0][0].detach().double()))
+    for text in TEXTS["task1"]:
+        model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    every, ends = torch.cat(rows), torch.stack([sample[-1] for sample in rows])
+    want = 0.75 * every.T @ every / len(every) + 0.25 * ends.T @ ends / 3
+    got = found.of("model.layers.1.mlp.up_proj").times(torch.eye(64, dtype=torch.float64))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert found.tokens == len(every)
+
+    loaded = Statistics.load(folders[0])
+    assert loaded.groups == found.groups
+    for name, one in found.spreads.items():
+        torch.testing.assert_close(loaded.spreads[name].Q, one.Q, rtol=0, atol=1e-3)
+        assert torch.equal(loaded.spreads[name].values, one.values) and loaded.spreads[name].rest == one.rest
+
+
+def test_statistics_of_other_weights_or_a_damaged_file_are_refused(trained):
+    base, folders = trained
+    collect_inputs(base, TEXTS["task1"], folders[0])
+    file = folders[0] / "input_statistics.safetensors"
+    (folders[1] / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="made with other weights of the adapter.*collect_inputs"):
+        merge_adapters(folders)
+    file.write_bytes(b"no")
+    with pytest.raises(ValueError, match="is damaged.*collect_inputs writes it anew"):
+        merge_adapters(folders)
+    with pytest.raises(ValueError, match="`texts` must be"):
+        collect_inputs(base, [], folders[0])
+
+
+def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merged(trained, tmp_path):
+    base, folders = trained
+    names = set(dict(base.named_modules()))
+    for path in folders:
+        collect_inputs(base, TEXTS[path.name], path, directions=8)
+    files = merge_adapters(folders, rank=4, output=tmp_path / "files")
+    prompts = {str(path): TEXTS[path.name] for path in folders}
+    one, two = (merge_adapters(folders, rank=4, model=base, prompts=prompts, passes=n, directions=8) for n in (1, 2))
+    assert set(dict(base.named_modules())) == names
+    assert files.rule == one.rule == "inputs" and two.options == {"passes": 2, "directions": 8}
+    for name, (A, B) in one.loras.items():
+        torch.testing.assert_close(files.loras[name].B @ files.loras[name].A, B @ A, rtol=0, atol=2e-2)
+    assert any((two.loras[n].B @ two.loras[n].A - B @ A).norm() > 1e-3 for n, (A, B) in one.loras.items())
+    plain = merge_adapters(folders, "mean", rank=4)
+    assert all(a.output_error < 0.7 for a in files.adapters) and plain.adapters[0].output_error is None
+    assert PeftModel.from_pretrained(base, tmp_path / "files")
+
+
+def test_prompts_need_a_base_model_and_every_folder(trained):
+    base, folders = trained
+    prompts = {path: TEXTS[path.name] for path in folders}
+    for arguments, message in (
+        ({"prompts": prompts}, "go together"),
+        ({"model": base, "prompts": {folders[0]: ["a"]}}, "`prompts` has no texts for .*task2"),
+        ({"model": base, "prompts": prompts, "passes": 0}, "`passes` must be"),
+        ({"model": base, "prompts": prompts, "weights": [1, -1]}, "weighs squared errors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_adapters(folders, **arguments)
+    with pytest.raises(ValueError, match="is a PeftModel: give the base"):
+        merge_adapters(folders, model=PeftModel.from_pretrained(base, folders[0]), prompts=prompts)

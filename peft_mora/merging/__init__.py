@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checks import check_field, is_int, is_number, listed
@@ -22,19 +24,30 @@ from ..lora_file import Lora, write_lora
 from . import rules, scaling
 from .adapters import Adapters
 from .core import core_space, reduced, to_lora
+from .inputs import (
+    Statistics,
+    adapted,
+    collect_inputs,
+    input_spreads,
+    inputs,
+    output_errors,
+    saved_tokenizer,
+    texts_of,
+)
 from .lego import lego, robust
 from .report import Adapter, Measures, MergeReport
 from .sequential import opcm, slao
 
 
-__all__ = ["RULES", "MergeReport", "merge_adapters"]
+__all__ = ["RULES", "MergeReport", "collect_inputs", "merge_adapters"]
 
 
 class Rule(NamedTuple):
     """How a rule is called: `merge(cores or loras, weights, ...)`, and what it is given besides.
 
     Args:
-        space: "core" or "factors". elementwise: entries count one by one, so that the basis matters, and the rule can
+        space: "core", "factors" or "inputs" (factors, and what went into the module). elementwise: entries count one
+        by one, so that the basis matters, and the rule can
             run in the full space instead. ordered: the order of the adapters matters. ranked: it is told the rank.
     """
 
@@ -52,6 +65,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
+    "inputs": Rule(inputs, "inputs"),
     "sum": Rule(rules.sum_cores),
     "mean": Rule(rules.mean_cores),
     "ties": Rule(rules.ties, elementwise=True),
@@ -72,7 +86,7 @@ AFTER = ("match", "lines")
 
 def merge_adapters(
     folders: Sequence[str | Path],
-    rule: str = "sum",
+    rule: str = "inputs",
     rank: str | int | float = "sum",
     weights: Sequence[float] | None = None,
     before: Sequence[str] = (),
@@ -81,6 +95,11 @@ def merge_adapters(
     output: str | Path | None = None,
     *,
     canonical: bool = True,
+    model: nn.Module | None = None,
+    prompts: Mapping[str | Path, Sequence[str]] | None = None,
+    tokenizer: Any = None,
+    passes: int = 2,
+    directions: int = 32,
     progress: bool = False,
     **options: Any,
 ) -> MergeReport:
@@ -88,7 +107,8 @@ def merge_adapters(
 
     Args:
         folders: saved adapters: LoRA, LORI, MORA with routing "dense". A module that one lacks is an update of 0.
-        rule: a key of `RULES`.
+        rule: a key of `RULES`. "inputs" where all folders hold input statistics (`collect_inputs`), or `prompts` are
+            given; if not, it warns and takes what needs no data: "sum" for two adapters, "tsv" · √(2/N) for more.
         rank: of the result. "sum" keeps all that there is, at most Σr; k truncates every module to k; a share in
             (0, 1) takes the smallest one rank at which that share of the merged update's energy ‖ΔW‖² is kept.
         weights: a number for each folder, 1 by default; what it does is the rule's to say.
@@ -99,6 +119,13 @@ def merge_adapters(
             merge_report.json. None writes nothing; the result is in the report's `loras`.
         canonical: bring each adapter to its SVD gauge first, so that the result depends on what it computes only.
             False takes factors as they are, as the papers of "lego" and "robust" do; "slao" always does.
+        model, prompts, tokenizer: the base model, {folder: texts} with a few dozen prompts of each adapter's task,
+        and
+            None for the tokenizer that was saved with the first adapter or the model. With them "inputs" looks at
+            what goes into the modules itself, and again in each further pass, under the merged adapter. The model is
+            as it was afterwards.
+        passes: with a model; 1 looks at the adapters on their own only.
+        directions: kept of each input's covariance, with a model.
         progress: show a bar.
         options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
             "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1).
@@ -107,11 +134,34 @@ def merge_adapters(
         ValueError: adapters that have no common sum, or a wrong argument; the message says what to do.
         FileExistsError: `output` exists.
     """
-    chosen = _check_arguments(rule, rank, before, after, output, options)
+    _check_arguments(rule, rank, before, after, output, options)
+    check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
     adapters = Adapters(folders)
     weights = adapters.check_weights(weights)
+    said: list[str] = []
+    statistics: list[Statistics] = []
+    look = None
+    if rule == "inputs":
+        rules.check_losses(weights)
+        if model is not None and prompts is not None:
+            look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, directions, adapters)
+            statistics = look.alone()
+        elif (model is None) != (prompts is None):
+            raise ValueError("`model` and `prompts` go together: give the base model and {folder: texts}, or neither.")
+        else:
+            found = [Statistics.load(folder) for folder in adapters.folders]
+            statistics = [one for one in found if one is not None]
+            if len(statistics) < len(adapters):
+                rule, options = ("sum", {}) if len(adapters) < 3 else ("tsv", {"factor": (2 / len(adapters)) ** 0.5})
+                missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
+                said.append(
+                    f"No input statistics in {listed(missing, 'and')}: merged by rule={rule!r} {options or ''}, which "
+                    "keeps less of what each adapter can do. collect_inputs(model, texts, folder) writes them."
+                )
+                statistics = []
+    chosen = RULES[rule]
     gauge = canonical and rule != "slao"
-    merge = _Merge(chosen, rank, weights, options, seed)
+    merge = _Merge(chosen, rank, weights, options, seed, statistics)
 
     def updates(module: str) -> list[Lora]:
         found = adapters.updates(module, gauge)
@@ -119,10 +169,9 @@ def merge_adapters(
             found = BEFORE[step](found)
         return found
 
-    merged: dict[str, Lora] = {}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    def run() -> dict[str, Lora]:
         merge.prepare(adapters, updates)
+        merged: dict[str, Lora] = {}
         for module in tqdm(adapters.sizes, desc=rule, disable=not progress):
             A, B = merge(module, updates(module))
             if "match" in after:
@@ -130,34 +179,77 @@ def merge_adapters(
             merged[module] = Lora(A.float(), B.float())
         if "lines" in after:
             merged = _lines(adapters, merged, options.get("beta", 1.0))
-        if isinstance(rank, float):
-            merged = _cut_by_energy(merged, rank)
-        if rule == "sum" and len(adapters) > 2:
-            warnings.warn(
-                "The plain sum of three and more adapters is rarely any of them (of eight tasks: greedy accuracy "
-                ".01, where the mean had .51): compare with rule='tsv', or 'inputs'.",
-                stacklevel=2,
-            )
-    said = list(dict.fromkeys(str(warning.message) for warning in caught))
+        return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged = run()
+        if look is not None:
+            for _ in range(passes - 1):
+                merge.statistics = look.under(merged)
+                merged = run()
+    said += dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
+    if rule == "sum" and len(adapters) > 2:
+        said.append(
+            "The plain sum of three and more adapters is rarely any of them (of eight tasks: greedy accuracy .01, "
+            "where the mean had .51): compare with rule='tsv', or 'inputs'."
+        )
     for text in said:
         warnings.warn(text, stacklevel=2)
+    shown = dict(options) | ({"passes": passes, "directions": directions} if look is not None else {})
     report = _report(
-        adapters, merged, weights,
+        adapters, merged, weights, merge.statistics,
         rule=rule, space=merge.space, ordered=chosen.ordered, before=list(before), after=list(after),
-        options=options, seed=seed, warnings=said,
+        options=shown, seed=seed, warnings=said,
     )  # fmt: skip
     if output is not None:
         write_lora(output, merged, saved=adapters.saved, beside=report.save, **adapters.fields)
     return report
 
 
+class _Look:
+    """What goes into the modules on each adapter's prompts, with a model at hand."""
+
+    def __init__(
+        self, model: nn.Module, texts: list[Sequence[str]], tokenizer: Any, directions: int, adapters: Adapters
+    ) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
+        self.model, self.texts, self.adapters, self.directions = model, texts, adapters, directions
+        self.tokenizer = tokenizer or saved_tokenizer(model, adapters.folders[0])
+
+    def alone(self) -> list[Statistics]:
+        """Each under its own adapter."""
+        found = []
+        for file, texts in zip(self.adapters.files, self.texts, strict=True):
+            with adapted(self.model, file.folder) as model:
+                found.append(input_spreads(model, list(file.loras), texts, self.tokenizer, directions=self.directions))
+        return found
+
+    def under(self, merged: dict[str, Lora]) -> list[Statistics]:
+        """All under the merged adapter."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_lora(Path(folder) / "merged", merged, saved=self.adapters.saved, **self.adapters.fields)
+            with adapted(self.model, Path(folder) / "merged") as model:
+                return [
+                    input_spreads(model, list(file.loras), texts, self.tokenizer, directions=self.directions)
+                    for file, texts in zip(self.adapters.files, self.texts, strict=True)
+                ]
+
+
 class _Merge:
     """A rule with all that it is told, called a module at a time."""
 
     def __init__(
-        self, rule: Rule, rank: str | int | float, weights: list[float], options: Mapping[str, Any], seed: int
+        self,
+        rule: Rule,
+        rank: str | int | float,
+        weights: list[float],
+        options: Mapping[str, Any],
+        seed: int,
+        statistics: list[Statistics],
     ) -> None:
-        self.rule, self.weights, self.seed = rule, weights, seed
+        self.rule, self.weights, self.seed, self.statistics = rule, weights, seed, statistics
         self.rank = rank if isinstance(rank, int) else None  # None: all there is
         self.options = {name: value for name, value in options.items() if name not in ("space", "density", "beta")}
         if rule.merge is robust and "density" in options:
@@ -184,7 +276,9 @@ class _Merge:
                 int(hashlib.sha256(f"{self.seed}/{digest}/{module}".encode()).hexdigest()[:12], 16)
                 for digest in self.digests
             ]
-        if self.rule.space == "factors":
+        if self.rule.space == "inputs":
+            options["spreads"] = [one.of(module) for one in self.statistics]
+        if self.rule.space in ("factors", "inputs"):
             every = max(1, sum(len(lora.A) for lora in loras))
             if self.rule.ranked:
                 options["rank"] = self.rank or every
@@ -208,7 +302,7 @@ class _Merge:
 
 def _check_arguments(
     rule: str, rank: Any, before: Sequence[str], after: Sequence[str], output: Any, options: Mapping[str, Any]
-) -> Rule:
+) -> None:
     check_field(rule in RULES, "rule", rule, listed(map(repr, RULES)))
     ok = rank == "sum" or (is_int(rank) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1)
     check_field(ok, "rank", rank, "'sum', an integer >= 1, or a share of the energy in (0, 1)")
@@ -227,7 +321,6 @@ def _check_arguments(
         check_field(ok, name, value, "a number" if name == "beta" else "a share in (0, 1]")
     if output is not None and Path(output).exists():
         raise FileExistsError(f"{output} exists: delete it or write to another folder.")
-    return RULES[rule]
 
 
 def _cut_by_energy(merged: dict[str, Lora], share: float) -> dict[str, Lora]:
@@ -251,10 +344,16 @@ def _lines(adapters: Adapters, merged: dict[str, Lora], beta: float) -> dict[str
     return {name: Lora(A, factors[name] * B) for name, (A, B) in merged.items()}
 
 
-def _report(adapters: Adapters, merged: dict[str, Lora], weights: list[float], **fields: Any) -> MergeReport:
+def _report(
+    adapters: Adapters, merged: dict[str, Lora], weights: list[float], statistics: list[Statistics], **fields: Any
+) -> MergeReport:
     measures = Measures(len(adapters))
+    outputs = torch.zeros(len(adapters), 2, dtype=torch.float64)
     for module, (A, B) in merged.items():
-        measures.add(adapters.updates(module), Lora(A.double(), B.double()))
+        loras, found = adapters.updates(module), Lora(A.double(), B.double())
+        measures.add(loras, found)
+        if statistics:
+            outputs += torch.tensor(output_errors(loras, found, [one.of(module) for one in statistics]))
     tables = measures.tables()
     entries = [
         Adapter(
@@ -266,9 +365,15 @@ def _report(adapters: Adapters, merged: dict[str, Lora], weights: list[float], *
             norm=norm,
             share=share,
             kept=kept,
+            output_error=float((missed / own).sqrt()) if own > 0 else None,
         )
-        for file, digest, weight, norm, share, kept in zip(
-            adapters.files, adapters.digests, weights, *(tables[x] for x in ("norms", "share", "kept")), strict=True
+        for file, digest, weight, norm, share, kept, (missed, own) in zip(
+            adapters.files,
+            adapters.digests,
+            weights,
+            *(tables[x] for x in ("norms", "share", "kept")),
+            outputs,
+            strict=True,
         )
     ]
     return MergeReport(

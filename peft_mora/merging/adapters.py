@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_field, is_number, listed
-from ..lora_file import TENSORS, Lora, LoraFile, read_lora
+from ..lora_file import Lora, LoraFile, digest, read_lora
 from .core import canonical
 
 
@@ -34,12 +33,16 @@ class Adapters:
         )
         self.files = [read_lora(folder) for folder in folders]
         self.fields, self.saved = check_together(self.files)
-        self.digests = [hashlib.sha256((file.folder / TENSORS).read_bytes()).hexdigest() for file in self.files]
+        self.digests = [digest(file.folder) for file in self.files]
         # module -> (O, I), in the order of the first file that has it
         self.sizes = {name: (len(B), A.shape[1]) for file in self.files for name, (A, B) in file.loras.items()}
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def folders(self) -> list[Path]:
+        return [file.folder for file in self.files]
 
     def updates(self, module: str, gauge: bool = False) -> list[Lora]:
         """ΔW_t of one module in float64, of rank 0 where an adapter lacks it; in the SVD gauge if asked for."""

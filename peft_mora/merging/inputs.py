@@ -1,0 +1,353 @@
+"""What each adapter saw, kept beside it, and the merge that disturbs its outputs there least.
+
+    C_t = E[x xᵀ] of what goes into a module while adapter t does its task: half over all tokens, half over last ones
+    ΔW = argmin Σ_t w_t ‖(ΔW - ΔW_t) C_t^½‖² + λ Σ_t ‖ΔW - ΔW_t‖²
+       = Σ_t ΔW_t (w_t C_t + λI) · (Σ_t w_t C_t + NλI)⁻¹                      RegMean, arXiv 2212.09849, with this
+       ridge
+ΔW_t = B_t A_t, so the result is the old B's over new rows: rank <= Σr without an SVD. C_t is kept as its leading
+directions and one number for all others, so that the system is solved in their few dimensions (Woodbury).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..checks import check_field, is_int, is_number
+from ..files import whole_file
+from ..inputs import parts, real_rows, shared_inputs, visit
+from ..lora_file import Lora, digest, read_lora
+
+
+FILE = "input_statistics.safetensors"
+VERSION = 1
+
+
+class Spread(NamedTuple):
+    """C = rest·I + Q diag(values - rest) Qᵀ: Q (I, k) orthonormal, values (k,) >= rest >= 0."""
+
+    Q: Tensor
+    values: Tensor
+    rest: float
+
+    def times(self, X: Tensor) -> Tensor:
+        """C·X for X (I, m), float64."""
+        return self.rest * X + self.half @ (self.half.T @ X)
+
+    @property
+    def half(self) -> Tensor:
+        """H (I, k) float64 with C = rest·I + H Hᵀ."""
+        return self.Q.double() * (self.values.double() - self.rest).clamp_min(0).sqrt()
+
+    def trace(self) -> float:
+        return self.rest * len(self.Q) + float(self.half.square().sum())
+
+
+def spread(C: Tensor, directions: int) -> Spread:
+    """The leading directions of a covariance (I, I), and the mean of the other eigenvalues; its trace stays."""
+    size, k = len(C), min(directions, len(C))
+    if size > 2048 and k < size // 4:  # eigh of 14336: minutes; the leading few by iteration: seconds
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, values, Q = torch.svd_lowrank(C.float(), q=k + 8, niter=6)
+    else:
+        values, Q = (x.flip(-1) for x in torch.linalg.eigh(C.double()))
+    values, Q = values[:k].clamp_min(0), Q[:, :k]
+    rest = max(0.0, float(C.diagonal().double().sum() - values.double().sum())) / max(1, size - k)
+    return Spread(Q.float().cpu(), values.float().cpu(), rest)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """C of each distinct input.
+
+    Args:
+        spreads: group -> C; groups: group -> the modules that share that input.
+        prompts, tokens: how many were looked at.
+    """
+
+    spreads: dict[str, Spread]
+    groups: dict[str, tuple[str, ...]]
+    prompts: int
+    tokens: int
+
+    def of(self, module: str) -> Spread | None:
+        return next((self.spreads[group] for group, modules in self.groups.items() if module in modules), None)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write FOLDER/input_statistics.safetensors beside the adapter that they are of; directions in 16 bits."""
+        tensors = {}
+        for name, (Q, values, rest) in self.spreads.items():
+            tensors[f"{name}.directions"] = Q.half().contiguous()
+            tensors[f"{name}.values"] = torch.cat([values.float(), torch.tensor([rest])])
+        text = {
+            "version": VERSION, "groups": self.groups, "prompts": self.prompts, "tokens": self.tokens,
+            "adapter_sha256": digest(folder),
+        }  # fmt: skip
+        path = Path(folder) / FILE
+        with whole_file(path) as written:
+            save_file(tensors, written, {"format": "pt", "statistics": json.dumps(text)})
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Statistics | None:
+        """What `save` wrote; None where there is nothing.
+
+        Raises:
+            ValueError: the file is damaged, or of other weights than the adapter's.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            return None
+        again = "collect_inputs writes it anew; or delete it."
+        try:
+            with safe_open(path, "pt") as file:
+                text = json.loads(file.metadata()["statistics"])
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            groups = {name: tuple(modules) for name, modules in text["groups"].items()}
+            spreads = {
+                name: Spread(found[f"{name}.directions"].float(), values[:-1], float(values[-1]))
+                for name in groups
+                for values in [found[f"{name}.values"]]
+            }
+            statistics = cls(spreads, groups, text["prompts"], text["tokens"])
+            version, adapter = text["version"], text["adapter_sha256"]
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {again}") from error
+        if version != VERSION or adapter != digest(folder):
+            what = f"has version {version}" if version != VERSION else "was made with other weights of the adapter"
+            raise ValueError(f"{path} {what}: {again}")
+        return statistics
+
+
+def collect_inputs(
+    model: nn.Module,
+    texts: Sequence[str],
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    directions: int = 16,
+    last: float = 0.5,
+    batch_size: int = 8,
+    max_length: int = 1024,
+) -> Statistics:
+    """See what goes into an adapter's modules on some of its prompts, and keep that beside it.
+
+    Nothing of the texts is kept but `directions` directions of each distinct input (16: about 3 MB for a model of
+    135 M parameters, whose adapter of r = 8 has 5). 8 to 64 prompts of the kind that the adapter is for; no labels.
+
+    Args:
+        model: the base model, onto which the adapter is put for the length of the call; or a PeftModel with the
+            adapter active.
+        texts: prompts, as the model is given them.
+        folder: the saved adapter; FOLDER/input_statistics.safetensors is written.
+        tokenizer: None takes the one saved with the adapter, or else the model's.
+        directions: k of every C; the others have one mean.
+        last: share of C that is over last tokens alone, 0..1.
+
+    Raises:
+        ValueError: as `read_lora`; no texts; a module that saw no input.
+    """
+    modules = list(read_lora(folder).loras)
+    tokenizer = tokenizer or saved_tokenizer(model, folder)
+    with adapted(model, folder) as with_adapter:
+        statistics = input_spreads(
+            with_adapter, modules, texts, tokenizer,
+            directions=directions, last=last, batch_size=batch_size, max_length=max_length,
+        )  # fmt: skip
+    statistics.save(folder)
+    return statistics
+
+
+@contextmanager
+def adapted(model: nn.Module, folder: str | Path) -> Iterator[PeftModel]:
+    """A base model with an adapter for the length of a block; a PeftModel as it is."""
+    if isinstance(model, PeftModel):
+        yield model
+        return
+    with_adapter = PeftModel.from_pretrained(model, str(folder))
+    try:
+        yield with_adapter
+    finally:
+        with_adapter.unload()
+
+
+def input_spreads(
+    model: PeftModel,
+    modules: Sequence[str],
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    directions: int = 16,
+    last: float = 0.5,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    budget_gib: float = 4.0,
+) -> Statistics:
+    """C of the inputs of some modules (by their names in the base model) over texts, as the model is."""
+    check_field(not isinstance(texts, str) and len(texts) > 0, "texts", texts, "a list of at least one text")
+    check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
+    check_field(is_number(last) and 0 <= last <= 1, "last", last, "a share in [0, 1]")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batches = [
+        dict(tokenizer(list(texts[i : i + batch_size]), return_tensors="pt", padding=True, truncation=True,
+                       max_length=max_length))
+        for i in range(0, len(texts), batch_size)
+    ]  # fmt: skip
+    tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
+    base: Any = model.get_base_model()
+    found = {name: base.get_submodule(name) for name in modules}
+    groups, sizes = shared_inputs(model, found, batches[0])
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        rows = real_rows(x, mask, name).float()
+        if name not in sums:
+            sums[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        sums[name].addmm_(rows.T, rows, alpha=(1 - last) / tokens)
+        if last and mask is not None:
+            ends = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1).to(x.device)
+            rows = x.reshape(*mask.shape, -1)[torch.arange(len(ends), device=x.device), ends].float()
+            sums[name].addmm_(rows.T, rows, alpha=last / len(texts))
+
+    spreads = {}
+    for part in parts({name: 4 * size**2 for name, size in sizes.items()}, budget_gib * 2**30):
+        visit(model, {name: found[name] for name in part}, batches, add)
+        for name in part:
+            spreads[name] = spread(sums.pop(name), directions)
+    return Statistics(spreads, groups, len(texts), tokens)
+
+
+class Inputs:
+    """The sums of one module, to which adapters are added one at a time: exact, in any order.
+
+    Args:
+        ridge: ε, of λ = ε · mean(diag Σ w_t C_t) / Σ weights.
+    """
+
+    def __init__(self, ridge: float = 0.01) -> None:
+        check_field(is_number(ridge) and ridge > 0, "ridge", ridge, "a number > 0")
+        self.ridge = ridge
+        self.B: list[Tensor] = []
+        self.A: list[Tensor] = []  # rows weight · A_t
+        self.AC: list[Tensor] = []  # rows w_t A_t C_t
+        self.halves: list[Tensor] = []
+        self.rest = self.trace = self.weight = 0.0
+
+    def add(self, lora: Lora, C: Spread | None, weight: float = 1.0, output: float | None = None) -> None:
+        """One adapter with its inputs.
+
+        Args:
+            lora: its ΔW. C: None: its inputs are not known, so that it takes part in the ridge only.
+            weight: >= 0; of the adapter. output: E‖ΔW_t x‖², by which its error is divided, so that every adapter's
+                output counts alike; None computes it.
+        """
+        A, B = lora.A.double(), lora.B.double()
+        output = output_energy(lora, C) if output is None else output
+        self.weight += weight
+        if C is not None and output > 0:
+            w = weight / output
+            self.AC.append(w * C.times(A.T).T)
+            self.halves.append(w**0.5 * C.half)
+            self.rest += w * C.rest
+            self.trace += w * C.trace()
+        else:
+            self.AC.append(torch.zeros_like(A))
+        self.A.append(weight * A)
+        self.B.append(B)
+        if sum(map(len, self.A)) > len(B):  # no more than O rows are ever needed
+            stacked = torch.cat(self.B, dim=1)
+            self.A, self.AC = [stacked @ torch.cat(self.A)], [stacked @ torch.cat(self.AC)]
+            self.B = [torch.eye(len(B), dtype=B.dtype)]
+
+    def result(self) -> Lora:
+        """A (R, I), B (O, R) float64."""
+        A, B = torch.cat(self.A), torch.cat(self.B, dim=1)
+        size = A.shape[1]
+        if self.trace <= 0:  # nothing is known of any input, or all updates are 0: the weighted mean
+            return Lora(A / self.weight, B)
+        lam = self.ridge * self.trace / size / self.weight
+        rows, g = torch.cat(self.AC) + lam * A, self.rest + self.weight * lam
+        H = torch.cat(self.halves, dim=1)
+        if H.shape[1] < size:  # (gI + H Hᵀ)⁻¹ = (I - H (gI + HᵀH)⁻¹ Hᵀ) / g
+            inner = H.T @ H + g * torch.eye(H.shape[1], dtype=H.dtype)
+            solved = rows - torch.cholesky_solve(H.T @ rows.T, torch.linalg.cholesky(inner)).T @ H.T
+            return Lora(solved / g, B)
+        G = H @ H.T + g * torch.eye(size, dtype=H.dtype)
+        return Lora(torch.cholesky_solve(rows.T, torch.linalg.cholesky(G)).T, B)
+
+
+def inputs(
+    loras: Sequence[Lora],
+    weights: Sequence[float],
+    spreads: Sequence[Spread | None],
+    *,
+    ridge: float = 0.01,
+    floor: float = 0.1,
+) -> Lora:
+    """The merged update of one module.
+
+    Args:
+        spreads: C_t of each adapter.
+        ridge: ε of λ.
+        floor: the least output energy that an adapter counts with, as a share of the adapters' mean: one that hardly
+            responds to its own inputs would be weighted without bound (w_t = 1 / E‖ΔW_t x‖²). 0 is no floor.
+    """
+    check_field(is_number(floor) and floor >= 0, "floor", floor, "a number >= 0")
+    energies = [output_energy(lora, C) for lora, C in zip(loras, spreads, strict=True)]
+    known = [energy for energy in energies if energy > 0]
+    least = floor * sum(known) / max(1, len(known))
+    sums = Inputs(ridge)
+    for lora, C, weight, energy in zip(loras, spreads, weights, energies, strict=True):
+        sums.add(lora, C, weight, max(energy, least))
+    return sums.result()
+
+
+def output_energy(lora: Lora, C: Spread | None) -> float:
+    """E‖ΔW x‖² = tr(ΔW C ΔWᵀ) over the inputs; 0 where they are not known."""
+    if C is None:
+        return 0.0
+    A, B = lora.A.double(), lora.B.double()
+    return float(((B.T @ B) * (A @ C.times(A.T))).sum().clamp_min(0))
+
+
+def output_errors(loras: Sequence[Lora], merged: Lora, spreads: Sequence[Spread | None]) -> list[tuple[float, float]]:
+    """E‖(ΔW - ΔW_t) x‖² and E‖ΔW_t x‖² of each adapter over its own inputs."""
+    found = []
+    for lora, C in zip(loras, spreads, strict=True):
+        difference = Lora(torch.cat([merged.A, lora.A]), torch.cat([merged.B, -lora.B], dim=1))
+        found.append((output_energy(difference, C), output_energy(lora, C)))
+    return found
+
+
+def texts_of(prompts: Mapping[Any, Sequence[str]], folders: Sequence[Path]) -> list[Sequence[str]]:
+    """The prompts of each folder.
+
+    Raises:
+        ValueError: a folder has none.
+    """
+    by_folder = {Path(key).resolve(): texts for key, texts in prompts.items()}
+    missing = [str(folder) for folder in folders if folder.resolve() not in by_folder]
+    if missing:
+        raise ValueError(f"`prompts` has no texts for {', '.join(missing)}: give {{folder: [text, ...]}} for each.")
+    return [by_folder[folder.resolve()] for folder in folders]
+
+
+def saved_tokenizer(model: Any, folder: str | Path) -> Any:
+    """The one beside the adapter, else the model's."""
+    from transformers import AutoTokenizer
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = (Path(folder) / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(str(folder) if own else base.config._name_or_path)
