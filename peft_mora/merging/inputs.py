@@ -348,6 +348,6 @@ def saved_tokenizer(model: Any, folder: str | Path) -> Any:
     """The one beside the adapter, else the model's."""
     from transformers import AutoTokenizer
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     own = (Path(folder) / "tokenizer_config.json").is_file()
     return AutoTokenizer.from_pretrained(str(folder) if own else base.config._name_or_path)
