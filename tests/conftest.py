@@ -35,6 +35,8 @@ from helpers import ranks as run_two_ranks  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import peft_mora
+
 
 torch.set_num_threads(1)  # two test processes on two cores; OpenMP threads fighting over them cost 4x
 
@@ -47,6 +49,12 @@ def method(request) -> str:
 @pytest.fixture
 def make_config(method):
     return METHODS[method]
+
+
+@pytest.fixture(params=peft_mora.METHODS)
+def family(request) -> str:
+    """Each method in its first form alone: for what its other forms cannot change."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

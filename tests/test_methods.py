@@ -1,22 +1,25 @@
-"""PEFT's duties, one matrix: what every method must do the same way. A new method is a row in conftest.METHODS."""
+"""PEFT's duties, one matrix: what every method must do the same way. A new method is a row in helpers.FORMS."""
 
 import copy
-import json
+from contextlib import nullcontext
+from dataclasses import fields
 
 import pytest
 import torch
-from conftest import METHODS, STATIC, gradients, quantized, randomize, tiny_gpt2, tiny_llama
-from peft import PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from helpers import METHODS, STATIC, adapted, gradients, quantized, randomize, tiny_gpt2, tiny_llama
+from peft import (
+    PeftConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+import peft_mora
 from peft_mora.base import AdapterLinear
-
-
-def adapted(make_config, base=None, **kwargs) -> PeftModel:
-    torch.manual_seed(0)
-    model = get_peft_model(base or tiny_llama(), make_config(target_modules="all-linear", **kwargs))
-    randomize(model)
-    return model.eval()
 
 
 def test_output_changes_with_the_adapter_and_not_without(make_config, inputs):
@@ -27,7 +30,9 @@ def test_output_changes_with_the_adapter_and_not_without(make_config, inputs):
     assert not torch.allclose(model(inputs).logits, want)
     with model.disable_adapter():
         assert torch.equal(model(inputs).logits, want)
-    assert torch.equal(model.unload()(inputs).logits, want)
+    base, state = model.unload(), tiny_llama().state_dict()
+    assert not any(isinstance(m, BaseTunerLayer) for m in base.modules()) and base.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in base.state_dict().items())
 
 
 def test_init_weights_false_is_not_an_identity(make_config, inputs):
@@ -50,14 +55,6 @@ def test_save_and_load_is_bit_exact(make_config, inputs, tmp_path, low_cpu_mem_u
         for name in ("inference_mode", "auto_mapping", "base_model_name_or_path"):
             values.pop(name)
     assert want == got
-
-
-def test_the_config_file_holds_plain_json(make_config, tmp_path):
-    config = make_config(target_modules=["q_proj"], rank_pattern={"q_proj": 5}, alpha_pattern={"q_proj": 3})
-    config.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["peft_type"] == config.method and saved["rank_pattern"] == {"q_proj": 5}
-    assert type(config).from_pretrained(str(tmp_path)) == config
 
 
 def test_several_adapters_of_different_rank_do_not_disturb_each_other(make_config, inputs, tmp_path):
@@ -187,59 +184,43 @@ def test_conv1d_bases_work(make_config, inputs):
     assert len(gradients(model.train(), inputs)) == len([p for p in model.parameters() if p.requires_grad])
 
 
-def test_static_methods_merge_and_unmerge_exactly_and_others_refuse(method, make_config, inputs):
+@pytest.mark.parametrize("method", STATIC, indirect=True)
+@pytest.mark.parametrize(("bits", "tolerance"), [(32, 1e-4), (16, 0.1), (8, 0.02), (4, 0.15)])
+def test_a_merge_is_the_sum_and_is_undone_bit_for_bit(make_config, inputs, llama_folder, bits, tolerance):
+    """On 16 and 32 bits by the logits; requantising by the weights, where NF4's own error on a Gaussian is 0.09."""
+    base = (
+        quantized(llama_folder, bits) if bits < 16 else tiny_llama().to({32: torch.float32, 16: torch.bfloat16}[bits])
+    )
+    model = adapted(make_config, base)
+    before, layer = model(inputs).logits, next(m for m in model.modules() if isinstance(m, AdapterLinear))
+    weight, want = layer.get_base_weight(), layer.get_base_weight().float() + layer.get_delta_weight("default")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="rounds the merged weight again") if bits < 16 else nullcontext():
+            model.merge_adapter(safe_merge=True)
+        merged = model(inputs).logits
+        if bits < 16:
+            assert (layer.get_base_weight().float() - want).norm() < tolerance * want.norm()
+        else:
+            torch.testing.assert_close(merged, before, rtol=tolerance, atol=tolerance)
+        assert not torch.equal(layer.get_base_weight(), weight)
+        model.unmerge_adapter()
+        assert torch.equal(model(inputs).logits, before) and torch.equal(layer.get_base_weight(), weight)
+    plain = model.merge_and_unload(safe_merge=True)
+    assert not any(isinstance(m, BaseTunerLayer) for m in plain.modules()) and torch.equal(
+        plain(inputs).logits, merged
+    )
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in STATIC], indirect=True)
+def test_what_depends_on_the_input_refuses_to_merge(make_config):
     model = adapted(make_config)
-    if method not in STATIC:
+    for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="depends on the input"):
-            model.merge_adapter()
-        with pytest.raises(ValueError, match="depends on the input"):
-            model.merge_and_unload()
-        with pytest.raises(TypeError, match="LoRA conversion"):
-            convert_to_lora(model, rank=4)
-        return
-    want, base = model(inputs).logits, tiny_llama().state_dict()
-    model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(model(inputs).logits, want, rtol=1e-4, atol=1e-5)
-    model.unmerge_adapter()
-    assert torch.equal(model(inputs).logits, want)
-    after = model.unload().state_dict()
-    assert all(torch.equal(after[key], base[key]) for key in base)
-
-
-@pytest.mark.parametrize("method", STATIC, indirect=True)
-def test_static_methods_merge_into_a_16_bit_base_and_come_back_bit_for_bit(make_config, inputs):
-    model = adapted(make_config, tiny_llama().to(torch.bfloat16))
-    before = model(inputs).logits
-    model.merge_adapter()
-    assert not torch.equal(model(inputs).logits, before)
-    model.unmerge_adapter()
-    assert torch.equal(model(inputs).logits, before)
-
-
-@pytest.mark.parametrize("method", STATIC, indirect=True)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_static_methods_merge_into_a_quantised_base_and_come_back_bit_for_bit(make_config, inputs, llama_folder, bits):
-    model = adapted(make_config, quantized(llama_folder, bits))
-    before = model(inputs).logits
-    layer = next(m for m in model.modules() if isinstance(m, AdapterLinear))
-    want = layer.get_base_weight().float() + layer.get_delta_weight("default")
-    with pytest.warns(UserWarning, match="rounds the merged weight again"):
-        model.merge_adapter()
-    error = (layer.get_base_weight().float() - want).norm() / want.norm()
-    assert error < (0.15 if bits == 4 else 0.02)  # requantising; NF4's own error on a Gaussian is 0.09
-    model.unmerge_adapter()
-    assert torch.equal(model(inputs).logits, before)
-
-
-@pytest.mark.parametrize("method", STATIC, indirect=True)
-def test_a_broken_adapter_is_not_merged(make_config):
-    model = adapted(make_config)
-    layer = next(m for m in model.modules() if isinstance(m, AdapterLinear))
-    weight = layer.base_layer.weight.clone()
-    next(p for p in layer.parameters() if p.requires_grad).data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
+            merge()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=4)
+    base = tiny_llama().state_dict()
+    assert all(torch.equal(tensor, base[key]) for key, tensor in model.unload().state_dict().items())
 
 
 def test_state_dict_round_trip_beside_another_adapter(make_config, inputs):
@@ -256,7 +237,8 @@ def test_state_dict_round_trip_beside_another_adapter(make_config, inputs):
 
 def test_patterns_choose_rank_scale_and_layers(make_config):
     model = adapted(
-        lambda **kw: make_config(**{**kw, "target_modules": ["q_proj", "v_proj"]}),
+        make_config,
+        target_modules=["q_proj", "v_proj"],
         rank_pattern={"v_proj": 7, "layers.1.self_attn.q_proj": 6},
         alpha_pattern={"v_proj": 21},
         layers_to_transform=[1],
@@ -273,11 +255,6 @@ def test_patterns_choose_rank_scale_and_layers(make_config):
     assert layers["layers.1.self_attn.q_proj"].r["default"] == 6
 
 
-def test_the_default_targets_of_an_architecture_are_peft_s(make_config):
-    model = get_peft_model(tiny_llama(), make_config())
-    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
-
-
 def test_modules_and_tokens_to_train_beside_the_adapter_are_saved(make_config, inputs, tmp_path):
     config = make_config(target_modules=["q_proj"], modules_to_save=["lm_head"])
     config.trainable_token_indices = {"embed_tokens": [5, 6]}
@@ -290,23 +267,11 @@ def test_modules_and_tokens_to_train_beside_the_adapter_are_saved(make_config, i
     assert torch.equal(again(inputs).logits, model(inputs).logits)
 
 
-def test_unsupported_modules_are_refused_by_name(make_config):
-    with pytest.raises(ValueError, match=r"embed_tokens \(Embedding\) is not supported.*modules_to_save"):
-        get_peft_model(tiny_llama(), make_config(target_modules=["embed_tokens"]))
-    with pytest.raises(ValueError, match="not found in the base model"):
-        get_peft_model(tiny_llama(), make_config(target_modules=["nothing_like_this"]))
-
-
 def test_dropout_acts_in_training_only(make_config, inputs):
     model = adapted(make_config, dropout=0.5)
     assert torch.equal(model(inputs).logits, adapted(make_config)(inputs).logits)
     model.train()
     assert not torch.equal(model(inputs).logits, model(inputs).logits)
-
-
-def test_deepcopy_computes_the_same(make_config, inputs):
-    model = adapted(make_config)
-    assert torch.equal(copy.deepcopy(model)(inputs).logits, model(inputs).logits)
 
 
 def test_generation_with_and_without_cache_gives_the_same_tokens(make_config, inputs):
@@ -326,13 +291,6 @@ def test_transformers_own_add_and_load_adapter(make_config, inputs, tmp_path):
     assert any(p.requires_grad for p in fresh.parameters())
 
 
-def test_every_method_in_the_matrix_has_a_help_text_for_every_field():
-    from dataclasses import fields
-
-    for make in METHODS.values():
-        config = make()
-        own = [f for f in fields(config) if f.name not in {"peft_type", "task_type"}]
-        assert all(f.metadata.get("help") for f in own if f.name not in _PEFT_FIELDS), config.method
-
-
-_PEFT_FIELDS = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+def test_every_field_has_a_help_text(family):
+    own = [f for f in fields(peft_mora.METHODS[family].config) if f.name not in {f.name for f in fields(PeftConfig)}]
+    assert own and all(f.metadata.get("help") for f in own)

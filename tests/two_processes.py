@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import helpers
 import torch
 import torch.distributed as dist
-from conftest import METHODS, gradients, randomize, tiny_llama
-from peft import PeftModel, get_peft_model
+from helpers import METHODS, gradients
+from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
 def adapted(method: str) -> PeftModel:
-    config = METHODS[method](target_modules=["q_proj", "down_proj"])
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), config)
+    model = helpers.adapted(method, target_modules=["q_proj", "down_proj"])
     model.add_adapter("idle", METHODS[method](target_modules=["k_proj"]))  # frozen: no part of any reduction
-    randomize(model)
     return model.train()
 
 
@@ -55,7 +52,7 @@ def under_ddp(method: str, rank: int) -> str:
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     got = gradients(wrapped, batch(rank))
     wrapped(input_ids=batch(rank), labels=batch(rank)).loss.backward()
-    offsets = [buffer for name, buffer in model.named_buffers() if "flylora_offset.default" in name]
+    offsets = [buffer for name, buffer in model.named_buffers() if "_offset.default" in name]
     for offset in offsets:
         both = [torch.empty_like(offset) for _ in range(2)]
         dist.all_gather(both, offset)
@@ -80,8 +77,6 @@ def under_fsdp2(method: str, rank: int) -> str:
 
 
 def main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {}
     for method in METHODS:
         for check in (under_ddp, under_fsdp2):
@@ -90,9 +85,4 @@ def main(rank: int, folder: str) -> None:
             except Exception as error:
                 results[f"{check.__name__}/{method}"] = f"{type(error).__name__}: {error}"
             dist.barrier()
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
