@@ -210,6 +210,7 @@ def ranks(body: str, folder, world: int = 2, timeout: float = 300) -> None:
     try:
         for rank, log in enumerate(logs):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+            place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # accelerate asks for them, and takes the group
             with log.open("w") as file:
                 command = [sys.executable, "-c", program, str(rank)]
                 runs.append(subprocess.Popen(command, env=os.environ | place, stdout=file, stderr=file))

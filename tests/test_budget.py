@@ -4,22 +4,18 @@ import base64
 import csv
 import json
 import math
-import socket
-import subprocess
 import sys
-import textwrap
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import quantized, randomize, tiny_llama
 from datasets import Dataset
+from helpers import losses, quantized, randomize, ranks, sft, texts, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_trl import losses, sft, texts
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -61,9 +57,6 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._look(model)
-
-
-# The rules
 
 
 @given(st.data())
@@ -108,9 +101,6 @@ def test_metrics_are_what_their_names_say():
     assert metrics["active_experts"] == pytest.approx(2)
     assert metrics["usage_entropy"] == pytest.approx((math.log(2) / math.log(4) + 1) / 2)
     assert metrics["dead_experts"] == pytest.approx(2 / 8)
-
-
-# In a run
 
 
 @pytest.mark.parametrize("kind", ["task", "bank", "flylora"])
@@ -413,44 +403,31 @@ def test_a_budget_that_the_adapter_cannot_have_is_refused(llama_folder, tmp_path
         trainer(llama_folder, tmp_path, callback, config("flylora")).train()
 
 
+def run_beside_one(folder, tmp_path, rank: int, world: int) -> None:
+    """One run of `world` processes over four rows a step; K, sizes and logs into WORLD-RANK.json."""
+    callback = ActivationBudgetCallback(2, interval=2, rebalance=True, prune_below=0.05)
+    run = trainer(
+        folder, f"{tmp_path}/{world}-{rank}", callback, config(), model=tiny_llama(), max_steps=6,
+        per_device_train_batch_size=4 // world, gradient_accumulation_steps=1,
+        ddp_backend="gloo" if world > 1 else None,
+    )  # fmt: skip
+    run.train()
+    layers = routed_layers(run.model).values()
+    found = [[layer.top_k("default") for layer in layers], [layer.expert_count("default") for layer in layers]]
+    keys = ("active_experts", "usage_entropy", "dead_experts")
+    found.append([[entry[key] for key in keys] for entry in run.state.log_history if "loss" in entry])
+    Path(tmp_path, f"{world}-{rank}.json").write_text(json.dumps(found))
+
+
 @pytest.mark.slow
 def test_two_processes_divide_prune_and_log_like_one_with_both_batches(llama_folder, tmp_path):
-    program = textwrap.dedent(
-        f"""
-        import json, os, sys
-        rank, world = int(sys.argv[1]), int(sys.argv[2])
-        if world > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+    body = f"""
         from test_budget import *
-        run = trainer(
-            {llama_folder!r}, "{tmp_path}/" + f"{{world}}-{{rank}}",
-            ActivationBudgetCallback(2, interval=2, rebalance=True, prune_below=0.05), config(), model=tiny_llama(),
-            max_steps=6, per_device_train_batch_size=4 // world, gradient_accumulation_steps=1,
-            ddp_backend="gloo" if world > 1 else None,
-        )
-        run.train()
-        layers = routed_layers(run.model).values()
-        found = [[layer.top_k("default") for layer in layers], [layer.expert_count("default") for layer in layers]]
-        keys = ("active_experts", "usage_entropy", "dead_experts")
-        found.append([[entry[key] for key in keys] for entry in run.state.log_history if "loss" in entry])
-        with open(f"{tmp_path}/{{world}}-{{rank}}.json", "w") as file:
-            json.dump(found, file)
+        run_beside_one({llama_folder!r}, "{tmp_path}", rank, 2)
         """
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    places = [("0", "2"), ("1", "2"), ("0", "1")]
-    runs = [
-        subprocess.Popen([sys.executable, "-c", program, *place, port], stderr=subprocess.PIPE, text=True)
-        for place in places
-    ]
-    for run in runs:
-        _, error = run.communicate(timeout=300)
-        assert run.returncode == 0, error[-2000:]
-    first, second, alone = (json.loads((tmp_path / f"{world}-{rank}.json").read_text()) for rank, world in places)
+    ranks(body, tmp_path)
+    run_beside_one(llama_folder, tmp_path, 0, 1)
+    first, second, alone = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("2-0", "2-1", "1-0"))
     assert first[:2] == second[:2] == alone[:2] and len(set(first[1])) > 1
     for one, two in zip(first[2], alone[2], strict=True):
         assert one == pytest.approx(two, abs=0.02)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import quantized
+from helpers import losses, quantized, sft
 from peft import PeftModel
-from test_trl import losses, sft
 
 from peft_mora import LoriConfig, MoraConfig
 from trl_callbacks import LoriCalibrationCallback

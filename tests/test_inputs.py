@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from peft import get_peft_model
 
 from peft_mora import MoraConfig

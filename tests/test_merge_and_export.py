@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, STATIC, WORDS, quantized, randomize, tiny_gpt2, tiny_llama
+from helpers import METHODS, STATIC, WORDS, adapted, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from shared.scores import answers
@@ -26,22 +26,12 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 ROUTED = tuple(name for name in METHODS if name not in STATIC)
 
 
-# What is exact
-
-
 def assert_same(lora: PeftModel, model: PeftModel, inputs: torch.Tensor) -> None:
     """Equal logits in float64, where only the rounding of (alpha / r)·B to the file's float32 is left."""
     got, want = (m.eval().double()(inputs).logits for m in (lora, model))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     with model.disable_adapter():
         assert (got - model(inputs).logits).abs().max() > 0.1
-
-
-def adapted(method, base, **kwargs) -> PeftModel:
-    torch.manual_seed(0)
-    model = get_peft_model(base, METHODS[method](target_modules="all-linear", **kwargs))
-    randomize(model)
-    return model.eval()
 
 
 @pytest.mark.parametrize("method", STATIC)
@@ -85,9 +75,6 @@ def test_what_a_plain_lora_cannot_hold_is_refused(tmp_path):
         exact_lora(model)
     with pytest.raises(FileExistsError, match="delete it"):
         save_lora(model, exact_lora(model), tmp_path)
-
-
-# What is fitted
 
 
 def padded(seed: int, rows: int = 24, columns: int = 12) -> list[dict[str, torch.Tensor]]:
@@ -192,9 +179,6 @@ def test_a_routed_adapter_with_nothing_to_choose_is_fitted_exactly():
     randomize(model)
     loras = fit_lora(model, padded(0, rows=64), ridge=1e-12)
     assert effect_error(model, loras, padded(1)).error < 1e-4
-
-
-# The recipes
 
 
 def run(recipe: str, *arguments, monkeypatch) -> None:

@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 import trl.trainer.grpo_trainer as grpo
-from conftest import METHODS, STATIC, WORDS, quantized, randomize, tiny_llama
 from datasets import Dataset
+from helpers import METHODS, STATIC, WORDS, quantized, randomize, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

@@ -2,20 +2,14 @@
 
 import json
 import math
-import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
-import test_trl
 import torch
-from conftest import quantized, tiny_llama
+from helpers import losses, quantized, ranks, texts, tiny_llama
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from test_trl import losses, texts
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -29,7 +23,7 @@ from trl_callbacks.subspace import Subspace
 def sft(model, folder, output, callback=None, **kwargs) -> SFTTrainer:
     callbacks = [] if callback is None else [callback] if isinstance(callback, TrainerCallback) else callback
     options = {"weight_decay": 0.01, "save_strategy": "no", **kwargs}
-    return test_trl.sft(model, folder, output, callbacks=callbacks, **options)
+    return helpers.sft(model, folder, output, callbacks=callbacks, **options)
 
 
 ROUTINGS = ("task", "bank", "dense")
@@ -294,9 +288,6 @@ def test_room_holds_the_rows_to_a_few_directions(start, first_task, llama_folder
         assert (starts[name] - pair.A.detach()).norm() > 1e-3
 
 
-# The other sources
-
-
 def test_base_weights_protect_the_first_task_on_both_sides(llama_folder, tmp_path):
     model = get_peft_model(quantized(llama_folder), MoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     weight = model.get_base_model().model.layers[0].mlp.down_proj.get_base_weight().double()
@@ -367,9 +358,6 @@ def test_gradients_are_sketched_and_the_sketch_survives_a_resume(llama_folder, t
     (tmp_path / "whole" / "checkpoint-3" / "orthogonal_projection.safetensors").unlink()
     with pytest.raises(ValueError, match="has no orthogonal_projection.safetensors"):
         elsewhere.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-
-
-# What it refuses
 
 
 @pytest.mark.parametrize(
@@ -509,13 +497,9 @@ def test_full_bases_are_refused_and_short_ones_warned_of(first_task, llama_folde
 @pytest.mark.slow
 def test_two_processes_hold_the_same_directions_and_the_guarantee(first_task, llama_folder, tmp_path):
     """DDP: bases over both processes' data, one file, equal weights on both."""
-    program = textwrap.dedent(
-        f"""
-        import json, os, sys
-        rank = int(sys.argv[1])
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+    body = f"""
+        import json
+        from pathlib import Path
         from test_projection import *
         folders = {{"task": Path({str(first_task["task"])!r})}}
         model, memory = second_task("task", folders, {llama_folder!r}), folders["task"] / "subspace"
@@ -527,17 +511,7 @@ def test_two_processes_hold_the_same_directions_and_the_guarantee(first_task, ll
         with open(f"{tmp_path}/{{rank}}.json", "w") as file:
             json.dump([worst.leak, worst.moved], file)
         """
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    runs = [
-        subprocess.Popen([sys.executable, "-c", program, rank, port], stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    for run in runs:
-        _, error = run.communicate(timeout=300)
-        assert run.returncode == 0, error[-2000:]
+    ranks(body, tmp_path)
     for rank in ("0", "1"):
         leak, moved = json.loads((tmp_path / f"{rank}.json").read_text())
         assert leak <= 1e-5 and moved > 1e-2

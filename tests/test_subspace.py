@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import quantized, tiny_gpt2, tiny_llama
+from helpers import quantized, tiny_gpt2, tiny_llama
 from peft import get_peft_model
 from test_linalg import covariance, is_orthonormal
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import METHODS, TRACKIO, quantized
-from test_trl import sft
+from conftest import TRACKIO
+from helpers import METHODS, quantized, sft
 
 from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback, OrthogonalProjectionCallback
 

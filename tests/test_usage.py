@@ -3,9 +3,10 @@
 import copy
 import json
 
+import helpers
 import pytest
 import torch
-from conftest import gradients, randomize, run_two_ranks, tiny_llama
+from helpers import gradients, randomize, ranks, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -23,13 +24,7 @@ ROUTED = {
 
 
 def adapted(kind: str = "mora", tasks: int = 1, base=None, **kwargs) -> PeftModel:
-    torch.manual_seed(0)
-    model = get_peft_model(base or tiny_llama(), ROUTED[kind](target_modules="all-linear", **kwargs))
-    randomize(model)
-    for task in range(1, tasks):
-        start_task(model, f"task{task}")
-        randomize(model, seed=task)
-    return model
+    return helpers.adapted(ROUTED[kind], base, tasks=tasks, **kwargs).train()
 
 
 def padded() -> dict[str, torch.Tensor]:
@@ -194,7 +189,7 @@ def test_the_counts_of_all_ranks_are_summed_under_ddp(tmp_path):
             meter.sync()
         torch.save((meter.hits, meter.entropy, expert_usage(model.module)), f"{tmp_path}/usage{{rank}}.pt")
         """
-    run_two_ranks(body, tmp_path)
+    ranks(body, tmp_path)
     one, two = (torch.load(tmp_path / f"usage{rank}.pt") for rank in (0, 1))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     model = adapted().train()
@@ -261,9 +256,6 @@ def test_usage_without_a_count_and_layers_whose_padding_is_unknown_are_refused()
     meter.mask = torch.ones(2, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match="Cannot tell which tokens are padding.*target_modules"):
         meter.real_tokens(torch.Size([7]), torch.device("cpu"))
-
-
-# K by module
 
 
 @pytest.mark.parametrize("kind", ROUTED)
@@ -350,9 +342,6 @@ def test_a_k_above_the_rank_of_its_own_module_is_refused():
             tiny_llama(),
             MoraConfig(r=8, block_sizes={"model.layers.0.self_attn.k_proj": [9]}, target_modules=["k_proj"]),
         )
-
-
-# Pruning
 
 
 def skewed(kind: str = "mora", tasks: int = 2) -> PeftModel:

@@ -73,6 +73,8 @@ class OrthogonalProjectionCallback(HostCallback):
         >>> SFTTrainer(model, args=args, train_dataset=train_dataset, callbacks=[callback])
     """
 
+    sidecar = "orthogonal_projection.safetensors"
+
     def __init__(
         self,
         memory: str | Path | None = None,
@@ -117,8 +119,6 @@ class OrthogonalProjectionCallback(HostCallback):
         self._run: Run | None = None
         self._constraints: list[Constraint] = []
         self._room: dict[str, Tensor] = {}  # group -> (I, m) the directions that A may move in, if not all
-
-    sidecar = "orthogonal_projection.safetensors"
 
     def refusals(self) -> dict[str, str]:
         return {
