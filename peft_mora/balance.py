@@ -14,7 +14,7 @@ import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import AdapterModel
+from .base import REFERENCE, AdapterModel
 from .inputs import LatestMask, rows_of, watched
 from .routed import RoutedLinear
 from .routing import balance_step
@@ -169,9 +169,9 @@ class BalancedLinear(RoutedLinear):
         return getattr(self, f"{self.prefix}offset")
 
     def create_offset(self, adapter_name: str, original: str | None, inference_mode: bool) -> None:
-        """0 for a new adapter, or what the original has; opened for inference, it waits for the weight."""
-        fresh = torch.zeros(self.r[adapter_name])
-        offset = self.offset[original].clone() if original in self.offset else fresh
+        """0 for a new adapter, or what a reference's original has; opened for inference, it waits for the weight."""
+        copied = adapter_name == REFERENCE and original in self.offset
+        offset = self.offset[original].clone() if copied else torch.zeros(self.r[adapter_name])
         self.offset[adapter_name] = offset.to(self._weight_placement()[0])
         self.balance[adapter_name] = Balance(doubts=inference_mode)
 

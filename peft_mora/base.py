@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -44,6 +44,7 @@ from .quantization import frozen_base, is_bare, use_exact_4bit_kernels
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+REFERENCE = "ref"  # TRL's name for the copy of a trained adapter that its preference trainers compare with
 
 
 def matching_key(patterns: dict[str, Any], module_name: str) -> str:
@@ -199,8 +200,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             adapter_name: key of the new entries.
             config: the adapter's config; `self.r[adapter_name]` is set already.
             module_name: name of this module in the model, for weights that come from a seed.
-            original: an adapter on this layer made from the very same config object, or None. TRL's preference
-                trainers make their reference so and then copy the parameters, but not the buffers: copy those here.
+            original: an adapter on this layer made from the very same config object, unchanged since, or None. Copy
+                its frozen random buffers, which may have no seed; for the adapter `REFERENCE` also what it has learnt
+                in buffers, as TRL then copies the parameters, and them alone.
         """
         raise NotImplementedError
 
@@ -450,11 +452,26 @@ class AdapterModel(BaseTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self._dtype_settled: set[str] = set()
+        self._original: str | None = None  # of the adapter that is being added; see `create_weights`
+        super().__init__(*args, **kwargs)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         use_exact_4bit_kernels(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's own. A config object may come again, as it was for a twin, or changed for another adapter: those that
+        it has made before then keep one that is as it was."""
+        config: Any = self.peft_config[adapter_name]
+        others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        made = getattr(config, "_made", None)
+        self._original = others[0] if others and made == own_fields(config) else None
+        if others and self._original is None and made is not None:
+            before = copy.deepcopy(config)
+            vars(before).update(made)
+            self.peft_config.update(dict.fromkeys(others, before))
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        set_config(self, adapter_name, config)
 
     def _create_and_replace(
         self,
@@ -479,7 +496,7 @@ class AdapterModel(BaseTuner):
             "config": peft_config,
             "module_name": current_key,
             "inference_mode": peft_config.inference_mode,
-            "original": next((n for n, c in self.peft_config.items() if c is peft_config and n != adapter_name), None),
+            "original": self._original,
         }
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, **arguments)
@@ -616,6 +633,18 @@ class AdapterModel(BaseTuner):
 
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict, adapter_names: list[str]) -> tuple[Any, dict]:
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def own_fields(config: AdapterConfig) -> dict[str, Any]:
+    """What the config says of the adapter, without what PEFT writes into any config."""
+    names = (f.name for f in fields(config) if f.name not in PeftConfig.__dataclass_fields__)
+    return {name: copy.deepcopy(getattr(config, name)) for name in names}
+
+
+def set_config(model: Any, adapter_name: str, config: AdapterConfig) -> None:
+    """Give an adapter the config that its layers are made by, with a note of what it says: it may be changed later."""
+    vars(config)["_made"] = own_fields(config)
+    model.peft_config[adapter_name] = config
 
 
 def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLinear]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import adapter_layers
+from .base import REFERENCE, adapter_layers, set_config
 from .checks import check_field, is_int, is_number
 from .lean import Parts, Weight
 from .packed import Packed, PackedB, pack_bits, unpack_bits
@@ -114,7 +114,8 @@ class LoriLinear(SeededLinear):
         if frozen:
             places = torch.arange(self.size(adapter_name)) < frozen  # right in number; the file brings the rest
             self.set_frozen(adapter_name, places, torch.zeros(frozen))
-        for entries in (self.lori_mask, self.lori_frozen_mask, self.lori_frozen_B):
+        learnt = (self.lori_frozen_mask, self.lori_frozen_B) if adapter_name == REFERENCE else ()
+        for entries in (self.lori_mask, *learnt):
             if original in entries:
                 entries[adapter_name] = entries[original].clone()
 
@@ -335,4 +336,4 @@ def record_form(model: Any, adapter_name: str, sparsity: float | None = None) ->
     size = sum(layer.size(adapter_name) for layer in packed.values())
     actual = 1 - sum(config.kept_entries.values()) / size if packed else None
     config.sparsity = actual if sparsity is None else sparsity
-    model.peft_config[adapter_name] = config
+    set_config(model, adapter_name, config)

@@ -24,7 +24,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
-from .base import AdapterModel, Trained, adapter_layers
+from .base import REFERENCE, AdapterModel, Trained, adapter_layers, set_config
 from .checks import check_field, is_int, is_names, is_number
 from .lean import NO_GATE, Gate, Parts, Wanted, Weight, index_dtype
 from .routed import Counter, RoutedConfig, RoutedLinear, module_top_k, record_routing
@@ -235,7 +235,7 @@ class MoraLinear(RoutedLinear):
         )
         self._add_fresh_experts(adapter_name, sizes[-1], zero_B=config.init_weights)
         frozen = sum(sizes[:-1])
-        if original in self.mora_bank_A:
+        if adapter_name == REFERENCE and original in self.mora_bank_A:
             self.mora_bank_A[adapter_name] = self.mora_bank_A[original].clone()
             self.mora_bank_B[adapter_name] = self.mora_bank_B[original].clone()
         elif len(sizes) > 1:  # about to be filled from a file
@@ -444,7 +444,7 @@ def start_task(model: Any, name: str, adapter_name: str = "default") -> TaskSumm
     config.inference_mode = False
     if any(adapter_name in layer.active_adapters for layer in layers.values()):
         set_requires_grad(model, adapter_name)  # `modules_to_save` too, if the adapter was loaded for inference
-    model.peft_config[adapter_name] = config
+    set_config(model, adapter_name, config)
     record_routing(model, adapter_name)
     return TaskSummary(
         task=name,

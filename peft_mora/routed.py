@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from . import registry
-from .base import AdapterConfig, AdapterLinear, matching_key
+from .base import AdapterConfig, AdapterLinear, matching_key, set_config
 from .checks import check_field, is_int, is_names, listed
 
 
@@ -186,4 +186,4 @@ def record_routing(model: Any, adapter_name: str) -> None:
                 entries[layer.module_names[adapter_name]] = value
     for name, entries in fields.items():
         setattr(config, name, entries)
-    model.peft_config[adapter_name] = config
+    set_config(model, adapter_name, config)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import LORA, METHODS, tiny_llama
+from helpers import LORA, METHODS, randomize, tiny_llama
 from peft import (
     PeftModel,
     get_peft_model,
@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_mora import record_usage
+from peft_mora import record_usage, sparsify, start_task
 
 
 CONFIGS = {"lora": LORA, **METHODS}
@@ -312,3 +312,55 @@ def test_safe_merge_names_the_broken_adapter_and_no_other(method, make_config):
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"The adapter (other|\['other'\]) seems to be broken"):
         model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize("change", [{}, {"r": 6}, {"seed": 1}, {"sparsity": 0.25}], ids=str)
+def test_a_config_object_used_again_makes_a_fresh_adapter_of_what_it_says_now(
+    method, make_config, inputs, tmp_path, change
+):
+    config = make_config(init_weights=True, target_modules=["q_proj", "down_proj"])
+    if not all(hasattr(config, field) for field in change):
+        pytest.skip("no such field")
+    model = get_peft_model(tiny_llama(), config).train()
+    randomize(model, ("lora_", "mora_", "lori_", "flylora_"))
+    model(input_ids=inputs, labels=inputs).loss.backward()  # FLYLORA's offset moves
+    first = model.eval()(inputs).logits
+    for field, value in change.items():
+        setattr(config, field, value)
+    model.add_adapter("other", config)
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.r["other"] == config.r
+    model.set_adapter("other")
+    assert torch.equal(model(inputs).logits, tiny_llama()(inputs).logits)
+    randomize(model, ("lora_", "mora_", "lori_", "flylora_"), seed=8)
+    second = model(inputs).logits
+
+    alone = get_peft_model(tiny_llama(), copy.deepcopy(config)).eval()
+    randomize(alone, ("lora_", "mora_", "lori_", "flylora_"), seed=8)
+    if method.startswith(("lori", "flylora")):  # not those whose A comes from the global generator
+        torch.testing.assert_close(second, alone(inputs).logits)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "other").eval()
+    assert torch.equal(again(inputs).logits, second)
+    if method != "lora":  # whose first adapter is saved with the changed r, and does not open
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+        assert torch.equal(again(inputs).logits, first)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_reference_of_a_preference_trainer_is_the_adapter_as_it_is(method, make_config, inputs, trained):
+    """TRL adds "ref" by the config object of the adapter, then copies the parameters by name, and nothing else."""
+    model = get_peft_model(tiny_llama(), make_config(target_modules=["q_proj", "down_proj"])).train()
+    if trained:
+        model(input_ids=inputs, labels=inputs).loss.backward()
+        if method.startswith("mora"):
+            start_task(model, "second")
+        if method == "lori":
+            sparsify(model, 0.5)
+        randomize(model, ("lora_", "mora_", "lori_", "flylora_"))
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    want = model.eval()(inputs).logits
+    model.set_adapter("ref")
+    assert torch.equal(model(inputs).logits, want)
