@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import registry
 from .checks import check_field, is_indices, is_int, is_names, is_number, listed
+from .inputs import removed_after
 from .lean import Parts, add_update, can_run, plain_add_update
 from .model_card import complete_card
 from .quantization import frozen_base, is_bare, use_exact_4bit_kernels
@@ -616,7 +617,7 @@ class AdapterModel(BaseTuner):
         encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None
         in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
 
-        handles = [
+        hooks = [
             module.register_forward_pre_hook(
                 partial(_add_adapter_names, adapter_names=list(adapter_names) if module in in_encoder else beams),
                 with_kwargs=True,
@@ -624,11 +625,8 @@ class AdapterModel(BaseTuner):
             for module in self.modules()
             if isinstance(module, (AdapterLinear, AuxiliaryTrainingWrapper))
         ]
-        try:
+        with removed_after(hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict, adapter_names: list[str]) -> tuple[Any, dict]:
