@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..lora_file import Lora
 
@@ -28,12 +28,19 @@ class Space(NamedTuple):
     V: Tensor
 
 
-def thin_svd(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (n, k), S (k,), Vᵀ (k, m) of a tall matrix (n, m) by QR first, without what is below `NOISE`."""
-    Q, R = torch.linalg.qr(columns)
-    U, S, Vh = torch.linalg.svd(R, full_matrices=False)
-    k = support(S)
-    return Q @ U[:, :k], S[:k], Vh[:k]
+def thin_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (n, k), S (k,), Vᵀ (k, m) of a tall matrix (n, m), float64, without what is below `NOISE`.
+
+    By Gram matrices, (m, m): an orthonormal basis in two rounds, the second of which mends what the first one's
+    squared condition number has spoilt, then the SVD of what X is in that basis. A fifth of the time of QR at
+    (14336, 96).
+    """
+    values, W = torch.linalg.eigh(X.T @ X)
+    there = values > NOISE**2 * values[-1:].clamp_min(1e-300)
+    Q = X @ (W[:, there] / values[there].sqrt())
+    Q = Q @ torch.linalg.inv(torch.linalg.cholesky(Q.T @ Q)).mT
+    U, S, Vh = svd(Q.T @ X)
+    return Q @ U, S, Vh
 
 
 def support(S: Tensor) -> int:
@@ -52,16 +59,12 @@ def canonical(lora: Lora) -> Lora:
     """The same ΔW in its SVD gauge: rows of A and columns of B orthogonal, of norms √σ falling, signs by A's largest
     entries. What depends on the gauge (B·G, G⁻¹·A) of an adapter then depends on its function only. Rank as
     before."""
-    A, B = lora.A.double(), lora.B.double()
-    (Qa, Ra), (Qb, Rb) = torch.linalg.qr(A.T), torch.linalg.qr(B)
-    U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    A, B = S.sqrt()[:, None] * (Vh @ Qa.T), (Qb @ U) * S.sqrt()
-    if len(A):
-        sign = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
-        sign[sign == 0] = 1
-        A, B = sign * A, B * sign.T
-    return Lora(*(torch.nn.functional.pad(x, pad) for x, pad in ((A, (0, 0, 0, len(lora.A) - len(A))),
-                                                                 (B, (0, len(lora.A) - B.shape[1])))))  # fmt: skip
+    (Ua, Sa, Va), (Ub, Sb, Vb) = thin_svd(lora.A.double().T), thin_svd(lora.B.double())
+    U, S, Vh = svd((Sb[:, None] * Vb) @ (Sa[:, None] * Va).T)
+    A, B = S.sqrt()[:, None] * (Vh @ Ua.T), (Ub @ U) * S.sqrt()
+    sign = A.gather(1, A.abs().argmax(1, keepdim=True)).sign() if len(A) else A[:, :1]
+    rest = len(lora.A) - len(A)
+    return Lora(nn.functional.pad(sign * A, (0, 0, 0, rest)), nn.functional.pad(B * sign.T, (0, rest)))
 
 
 def core_space(loras: Sequence[Lora]) -> tuple[Space, list[Tensor]]:
@@ -73,9 +76,11 @@ def core_space(loras: Sequence[Lora]) -> tuple[Space, list[Tensor]]:
     Returns:
         Space, and M_t (p, q) float64.
     """
-    V, _, _ = thin_svd(torch.cat([lora.A.double() for lora in loras]).T)
-    U, _, _ = thin_svd(torch.cat([lora.B.double() for lora in loras], dim=1))
-    return Space(U, V), [(U.T @ lora.B.double()) @ (lora.A.double() @ V) for lora in loras]
+    V, Sa, Va = thin_svd(torch.cat([lora.A.double() for lora in loras]).T)
+    U, Sb, Vb = thin_svd(torch.cat([lora.B.double() for lora in loras], dim=1))
+    ranks = [len(lora.A) for lora in loras]
+    rows, columns = (Sa[:, None] * Va).T.split(ranks), (Sb[:, None] * Vb).split(ranks, dim=1)  # A_t V and Uᵀ B_t
+    return Space(U, V), [left @ right for left, right in zip(columns, rows, strict=True)]
 
 
 def to_lora(space: Space, core: Tensor, rank: int | None = None) -> Lora:

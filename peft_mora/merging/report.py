@@ -107,22 +107,21 @@ class Measures:
 
     def add(self, loras: list[Lora], merged: Lora) -> None:
         """One module: its updates, and the merged one in its SVD gauge; float64."""
-        present = [t for t, lora in enumerate(loras) if len(lora.A)]
-        bases = {t: (torch.linalg.qr(loras[t].A.T), torch.linalg.qr(loras[t].B)) for t in present}
         left, right = (_normed(x) for x in (merged.B, merged.A.T))
         self.merged += float((merged.B.norm(dim=0) * merged.A.norm(dim=1)).square().sum())
-        for s in present:
-            A, B = loras[s]
-            self.kept[s] += ((left.T @ B) @ (A @ right)).square().sum()
-            for t in present:
-                if t < s:
-                    continue
-                rows, columns = (bases[s][x].Q.T @ bases[t][x].Q for x in (0, 1))
-                self.products[s, t] += ((bases[s][1].R.T @ columns @ bases[t][1].R) * (
-                    bases[s][0].R.T @ rows @ bases[t][0].R)).sum()  # fmt: skip
-                least = min(len(A), len(loras[t].A))
-                self.overlap[0, s, t] += rows.square().sum() / least
-                self.overlap[1, s, t] += columns.square().sum() / least
+        present = [t for t, lora in enumerate(loras) if len(lora.A)]
+        ranks = [len(loras[t].A) for t in present]
+        A, B = torch.cat([loras[t].A for t in present]), torch.cat([loras[t].B for t in present], dim=1)
+        grams = [[block.split(ranks, dim=1) for block in (x @ x.T).split(ranks)] for x in (A, B.T)]
+        inside = list(zip((left.T @ B).split(ranks, dim=1), (A @ right).split(ranks), strict=True))
+        whiten = [[_inverse_root(gram[i][i]) for i in range(len(present))] for gram in grams]
+        for i, s in enumerate(present):
+            self.kept[s] += (inside[i][0] @ inside[i][1]).square().sum()
+            for j, t in enumerate(present[i:], i):
+                self.products[s, t] += (grams[0][i][j] * grams[1][i][j]).sum()
+                for k in (0, 1):
+                    cosines = whiten[k][i] @ grams[k][i][j] @ whiten[k][j]
+                    self.overlap[k, s, t] += cosines.square().sum() / max(1, min(ranks[i], ranks[j]))
                 self.both[s, t] += 1
 
     def tables(self) -> dict[str, Any]:
@@ -146,3 +145,10 @@ def _normed(columns: Tensor) -> Tensor:
     """Orthogonal columns at length 1, zero ones left out."""
     norms = columns.norm(dim=0)
     return columns[:, norms > 0] / norms[norms > 0]
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """G^-½ (r, r) on G's support."""
+    values, W = torch.linalg.eigh(gram)
+    there = values > 1e-12 * values[-1].clamp_min(1e-300)
+    return (W[:, there] / values[there].sqrt()) @ W[:, there].T
