@@ -2,32 +2,37 @@
 
 python recipes/merge.py                                  # three embedded tasks, every method, on a CPU
 python recipes/merge.py --methods lora lori --weights 0.5
+python recipes/merge.py --methods lora --ways svd ties --rules two-passes inputs tsv mean --rank 8
 python recipes/merge.py --model Qwen/Qwen3-0.6B --data my_data --tasks a,b,c --device cuda
 
-LoRA is combined by PEFT's add_weighted_adapter, in several ways of which only "cat" is the exact sum of the updates,
-and LORI by its own, which always is. FLYLORA and MORA choose experts for every token, so no single file equals their
-sum: all adapters are active together, each chooses on its own, and the updates add up. Their weights go into the
-adapters' scaling, which the choice does not depend on.
+LoRA and LORI are merged into one plain LoRA by the rules of peft_mora.merging (--rules; "inputs" and "two-passes" look
+at --prompts training prompts of each task), and combined by PEFT's add_weighted_adapter, in several ways of which only
+"cat" is the exact sum of the updates, or by LORI's own, which always is. FLYLORA and MORA choose experts for every
+token, so no single file equals their sum: all adapters are active together, each chooses on its own, and the updates
+add up. Their weights go into the adapters' scaling, which the choice does not depend on.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
-from shared.base_model import find_base
+from shared.base_model import find_base, load_base
 from shared.data import find_task
 from shared.training import NAMES, adapter_config, comparable, train
 
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
+from peft_mora.merging import RULES, merge_adapters
 
 
+TWO_PASSES = "two-passes"
 LORA_WAYS = ("cat", "linear", "ties", "dare_ties")  # "svd" as well: minutes on a CPU
 
 
@@ -41,8 +46,20 @@ def parse() -> argparse.Namespace:
         "--ways", nargs="+", default=LORA_WAYS, help="LoRA: combination_type; svd takes minutes on a CPU"
     )
     parser.add_argument("--weights", nargs="+", type=float, help="of every adapter; a row each (1 and 1 / tasks)")
+    parser.add_argument(
+        "--rules", nargs="*", default=[TWO_PASSES, "inputs", "tsv"], choices=[TWO_PASSES, *RULES],
+        help="of peft_mora.merging, for LoRA and LORI (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rank", default="sum", type=rank, help="of the merged: sum, a number, or an energy (%(default)s)"
+    )
+    parser.add_argument("--prompts", type=int, default=64, help="training prompts a task to look at (%(default)s)")
     parser.add_argument("--reuse", action="store_true", help="take adapters that are in --output, train the others")
     return parser.parse_args()
+
+
+def rank(text: str) -> str | int | float:
+    return text if text == "sum" else float(text) if "." in text else int(text)
 
 
 def ways(method: str, args: argparse.Namespace) -> list[str]:
@@ -62,6 +79,19 @@ def combine(model: Any, method: str, way: str, weight: float, names: list[str]) 
     options = {"combination_type": way, **extra} if method == "lora" else {}  # LORI has one way, the exact sum
     model.add_weighted_adapter(names, [weight] * len(names), "combined", **options)
     model.set_adapter("combined")
+
+
+def merge(rule: str, base: str, folders: list[Path], tasks: list[dict], folder: Path, args: argparse.Namespace) -> str:
+    """Merge by one rule into `folder`, and say how the report found it."""
+    looking: dict[str, Any] = {}
+    if rule in (TWO_PASSES, "inputs"):
+        model, tokenizer = load_base(base, args.device)
+        prompts = [[record["prompt"] for record in task["train"][: args.prompts]] for task in tasks]
+        looking = {"model": model, "tokenizer": tokenizer, "prompts": dict(zip(folders, prompts, strict=True))}
+        looking["passes"] = 2 if rule == TWO_PASSES else 1
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+    name = "inputs" if rule == TWO_PASSES else rule
+    return str(merge_adapters(folders, name, args.rank, seed=args.seed, output=folder, **looking))
 
 
 def measure(method: str, base: str, folders: list[Path], tasks: list[dict], args: argparse.Namespace) -> list[list]:
@@ -90,6 +120,11 @@ def measure(method: str, base: str, folders: list[Path], tasks: list[dict], args
             model, tokenizer = open_adapters()
             combine(model, method, way, weight, names)
             rows.append([method, way, f"{weight:.3g}", *map(score, tasks)])
+    for rule in args.rules if "active together" not in ways(method, args) else ():
+        folder = folders[0].parent / f"{method}-merged-{rule}"
+        print(merge(rule, base, folders, tasks, folder, args), flush=True)
+        model, tokenizer = scores.load(base, folder, args.device)
+        rows.append([method, f"{rule}, rank {model.peft_config['default'].r}", "", *map(score, tasks)])
     return rows
 
 

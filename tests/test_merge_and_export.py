@@ -250,7 +250,8 @@ def test_the_export_recipe_refuses_above_its_bound_and_writes_nothing(
 
 def test_the_merge_recipe_scores_every_combination(llama_folder, tasks, tmp_path):
     command = [sys.executable, str(RECIPES / "merge.py"), "--model", llama_folder, "--data", str(tasks)]
-    options = "--tasks sky,way --steps 20 --lr 0.03 --device cpu --ways cat --methods lora lori flylora --output"
+    options = "--tasks sky,way --steps 20 --lr 0.03 --device cpu --ways cat --methods lora lori flylora"
+    options += " --rules two-passes mean --rank 2 --prompts 4 --output"
     result = subprocess.run(
         [*command, *options.split(), str(tmp_path / "out")], capture_output=True, text=True, timeout=300
     )
@@ -263,8 +264,10 @@ def test_the_merge_recipe_scores_every_combination(llama_folder, tasks, tmp_path
         ("base", "no adapter", ""),
         ("lora", "each task its own", ""),
         *(("lora", "cat", weight) for weight in both),
+        *(("lora", f"{rule}, rank 2", "") for rule in ("two-passes", "mean")),
         ("lori", "each task its own", ""),
         *(("lori", "exact sum", weight) for weight in both),
+        *(("lori", f"{rule}, rank 2", "") for rule in ("two-passes", "mean")),
         ("flylora", "each task its own", ""),
         *(("flylora", "active together", weight) for weight in both),
     ]
@@ -273,6 +276,8 @@ def test_the_merge_recipe_scores_every_combination(llama_folder, tasks, tmp_path
         assert all(0 <= score <= 1 for score in scores) and float(row["mean"]) == pytest.approx(sum(scores) / 2)
         assert f"{scores[0]:.2f}" in result.stdout
     assert float(rows[0]["mean"]) == 0
+    report = json.loads((tmp_path / "out/lora-merged-two-passes/merge_report.json").read_text())
+    assert report["rule"] == "inputs" and report["options"]["passes"] == 2 and "‖ΔW‖" in result.stdout
 
 
 def test_the_merge_recipe_counts_the_answers_that_greedy_decoding_would_write(llama_folder):
