@@ -14,8 +14,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import METHODS, randomize
-from peft import PeftModel, PeftType, get_peft_model
+from helpers import adapted
+from peft import PeftModel, PeftType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_mora import __main__
@@ -91,10 +91,8 @@ def folders(llama_folder, tmp_path_factory) -> dict[str, str]:
 
 
 def save_adapter(method: str, base: str, folder: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, METHODS[method](target_modules="all-linear", task_type="CAUSAL_LM"))
-    randomize(model)
-    model.save_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted(method, base, task_type="CAUSAL_LM").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -365,11 +363,11 @@ def test_a_broken_peft_mora_is_one_warning_and_peft_works(quiet):
     assert quiet["broken knows"] == [True, False]
 
 
-@pytest.mark.parametrize("method", ["mora", "lori-sparse", "flylora"])
-def test_plain_lm_eval_opens_an_adapter(method, llama_folder, tmp_path):
+def test_plain_lm_eval_opens_an_adapter(llama_folder, tmp_path):
+    """A sparse LORI without its projection in the file, which is the farthest from a LoRA."""
     pytest.importorskip("lm_eval")
     folders = {"base": llama_folder, "adapter": str(tmp_path / "adapter")}
-    save_adapter(method, llama_folder, folders["adapter"])
+    save_adapter("lori-sparse", llama_folder, folders["adapter"])
     docs = [{"q": "the cat sat on the", "right": 0}, {"q": "a big red dog ran", "right": 1}, {"q": "no", "right": 0}]
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps(doc) for doc in docs))
     (tmp_path / "tiny.yaml").write_text(

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import peft
 import peft.mapping as mapping
 import pytest
-from conftest import METHODS
 from peft import PeftConfig, PeftType
 from peft.utils import peft_types
 
@@ -19,7 +18,7 @@ from peft_mora import MoraConfig, registry
 from peft_mora.registry import CHECKED, register
 
 
-CONFIGS = {type(make()).method: type(make()) for make in METHODS.values()}
+CONFIGS = {method.config.method: method.config for method in peft_mora.METHODS.values()}
 MAPPINGS = tuple(name for name in vars(mapping) if name.startswith("PEFT_TYPE_TO_"))
 
 

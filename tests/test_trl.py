@@ -2,104 +2,54 @@
 
 import pytest
 import torch
-from conftest import METHODS, WORDS, gradients, quantized, randomize
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from helpers import METHODS, adapted, gradients, losses, quantized, sft, texts
+from peft import PeftModel
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer
 
 from peft_mora import start_task
 
 
-def texts(n: int = 24) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(0, len(WORDS), (n, 8), generator=generator).tolist()
-    return Dataset.from_dict({"text": [" ".join(WORDS[i] for i in row) for row in picks]})
+def trained(method, folder, output, resume=None, **arguments):
+    """Four steps of a fresh adapter on NF4."""
+    torch.manual_seed(0)
+    arguments = {"max_steps": 4, "save_steps": 2, **arguments}
+    trainer = sft(quantized(folder), folder, output, METHODS[method](target_modules="all-linear"), **arguments)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}  # TRL's cast on NF4
+    if arguments.get("eval_strategy"):
+        trainer.evaluate()
+    torch.manual_seed(1)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer
 
 
-def sft(model, folder, output, peft_config=None, callbacks=None, **kwargs) -> SFTTrainer:
-    arguments = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 3e-2,
-        "logging_steps": 1,
-        "save_steps": 3,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 0,
-        **kwargs,
-    }
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(output_dir=str(output), **arguments),
-        train_dataset=texts(),
-        eval_dataset=texts(4),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=peft_config,
-        callbacks=callbacks,
-    )
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_sft_over_nf4_trains_saves_and_resumes_to_the_same_losses(method, llama_folder, tmp_path, inputs):
-    def run(output, **kwargs):
-        torch.manual_seed(0)
-        config = METHODS[method](target_modules="all-linear")
-        return sft(quantized(llama_folder), llama_folder, output, config, **kwargs)
-
-    whole = run(tmp_path / "whole")
-    trainable = [p for p in whole.model.parameters() if p.requires_grad]
-    assert {p.dtype for p in trainable} == {torch.bfloat16}  # TRL's cast on a quantised base
-    whole.train()
-    # Six steps of a tiny model: a single one may go up, by the rounding of its products alone.
-    assert sum(losses(whole)[-3:]) / 3 < losses(whole)[0]
-
-    # save_steps=3 has left a checkpoint in the middle: a new trainer goes on from it
-    resumed = run(tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert losses(resumed)[-3:] == losses(whole)[-3:]
-
+    whole = trained(method, llama_folder, tmp_path / "whole")
+    resumed = trained(method, llama_folder, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2")
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
     whole.save_model(str(tmp_path / "adapter"))
     again = PeftModel.from_pretrained(quantized(llama_folder), str(tmp_path / "adapter")).eval()
-    assert torch.equal(again(inputs).logits, whole.model.eval()(inputs).logits)
+    want = whole.model.eval()(inputs).logits
+    assert torch.equal(again(inputs).logits, want)
+    with again.disable_adapter():
+        assert not torch.equal(again(inputs).logits, want)
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_evaluating_during_training_changes_no_loss(method, llama_folder, tmp_path):
-    histories = []
-    for evaluate in ("no", "steps"):
-        torch.manual_seed(0)
-        config = METHODS[method](target_modules="all-linear")
-        trainer = sft(
-            quantized(llama_folder),
-            llama_folder,
-            tmp_path,
-            config,
-            eval_strategy=evaluate,
-            eval_steps=1,
-            save_steps=100,
-        )
-        if evaluate == "steps":
-            trainer.evaluate()
-        torch.manual_seed(1)
-        trainer.train()
-        histories.append(losses(trainer))
-    assert histories[0] == histories[1]
+    plain = trained(method, llama_folder, tmp_path, save_strategy="no", max_steps=3)
+    evaluated = trained(
+        method, llama_folder, tmp_path, save_strategy="no", max_steps=3, eval_strategy="steps", eval_steps=1
+    )
+    assert losses(evaluated) == losses(plain)
 
 
 def test_a_second_task_trains_only_its_own_experts(llama_folder, tmp_path):
-    model = get_peft_model(quantized(llama_folder), METHODS["mora"](target_modules="all-linear"))
-    randomize(model)
+    model = adapted("mora", quantized(llama_folder))
     start_task(model, "b")
     bank = {k: v.clone() for k, v in model.state_dict().items() if "mora_bank" in k}
     fresh = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    trainer = sft(model, llama_folder, tmp_path, weight_decay=0.1)
+    trainer = sft(model, llama_folder, tmp_path, weight_decay=0.1, max_steps=3)
     trainer.train()
     after = trainer.model.state_dict()
     assert bank and all(torch.equal(after[key], value) for key, value in bank.items())
@@ -107,34 +57,20 @@ def test_a_second_task_trains_only_its_own_experts(llama_folder, tmp_path):
 
 
 def test_gradient_checkpointing_in_the_trainer_gives_the_same_losses(llama_folder, tmp_path):
-    histories = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        config = METHODS["mora"](target_modules="all-linear")
-        trainer = sft(
-            quantized(llama_folder), llama_folder, tmp_path, config, gradient_checkpointing=checkpointing, max_steps=3
-        )
-        trainer.train()
-        histories.append(losses(trainer))
-    assert histories[0] == histories[1]
+    plain, checkpointed = (
+        losses(trained("mora", llama_folder, tmp_path, gradient_checkpointing=checkpointing, max_steps=3))
+        for checkpointing in (False, True)
+    )
+    assert plain == checkpointed
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize(("method", "tasks"), [*((method, 1) for method in METHODS), ("mora", 2), ("mora-dense", 2)])
 def test_dpo_s_reference_equals_the_trained_adapter(method, tasks, llama_folder, tmp_path, inputs):
-    if tasks > 1 and not method.startswith("mora"):
-        pytest.skip("only MORA grows")
-    model = get_peft_model(quantized(llama_folder), METHODS[method](target_modules="all-linear"))
-    randomize(model)
-    if tasks == 2:
-        start_task(model, "b")
-        randomize(model, seed=5)
-    model.save_pretrained(tmp_path / "trained")
+    adapted(method, quantized(llama_folder), tasks=tasks).save_pretrained(tmp_path / "trained")
     model = PeftModel.from_pretrained(quantized(llama_folder), str(tmp_path / "trained"), is_trainable=True)
     with model.disable_adapter():
         base = model.eval()(inputs).logits
-    sentences = texts()["text"]
-    pairs = Dataset.from_dict({"prompt": sentences, "chosen": [" yes"] * 24, "rejected": [" no"] * 24})
+    pairs = Dataset.from_dict({"prompt": texts()["text"], "chosen": [" yes"] * 24, "rejected": [" no"] * 24})
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(
