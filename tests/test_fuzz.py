@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
+from peft_mora import METHODS, MoraConfig
 
 
-CONFIGS = {"mora": MoraConfig, "lori": LoriConfig, "flylora": FlyLoraConfig}
+CONFIGS = {name: method.config for name, method in METHODS.items()}
+DEFAULTS = {name: {f.name: getattr(config(), f.name) for f in fields(config)} for name, config in CONFIGS.items()}
 MODULES = ["lin0", "lin1"]
 FAST = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -49,7 +50,8 @@ share = st.floats(0, 1)
 below_one = st.floats(0, 1, exclude_max=True)
 names = st.text("abc xyz_äß0'\"\\", min_size=1, max_size=6)
 
-SHARED = {
+# Of every field that any method has: what it takes. A method that shares a field needs nothing here.
+VALID = {
     "r": ranks,
     "alpha": positive | st.integers(1, 64),
     "dropout": below_one,
@@ -60,38 +62,30 @@ SHARED = {
     "modules_to_save": st.sampled_from([None, ["head"]]),
     "init_weights": st.booleans(),
     "inference_mode": st.booleans(),
-}
-SEEDED = {"seed": st.integers(0, 2**70), "save_projection": st.booleans()}
-OWN = {
-    "mora": {
-        "routing": st.sampled_from(["task", "bank", "dense"]),
-        "temperature": positive,
-        "threshold": share,
-        "tasks": st.lists(names, min_size=1, max_size=3, unique=True),
-    },
-    "lori": {**SEEDED, "sparsity": optional(below_one)},
-    "flylora": {
-        **SEEDED,
-        "density": optional(st.floats(0, 1, exclude_min=True)),
-        "selection": st.sampled_from(["magnitude", "signed"]),
-        "balance_rate": st.floats(0, 10),
-    },
+    "seed": st.integers(0, 2**70),
+    "save_projection": st.booleans(),
+    "routing": st.sampled_from(["task", "bank", "dense"]),
+    "temperature": positive,
+    "threshold": share,
+    "tasks": st.lists(names, min_size=1, max_size=3, unique=True),
+    "sparsity": optional(below_one),
+    "density": optional(st.floats(0, 1, exclude_min=True)),
+    "selection": st.sampled_from(["magnitude", "signed"]),
+    "balance_rate": st.floats(0, 10),
 }
 
 
 @st.composite
 def valid(draw, method: str):
-    values = {name: draw(strategy) for name, strategy in {**SHARED, **OWN[method]}.items()}
+    values = {name: draw(strategy) for name, strategy in VALID.items() if name in DEFAULTS[method]}
     if isinstance(values["target_modules"], list) and draw(st.booleans()):
         values["layers_to_transform"] = draw(st.sampled_from([0, [1], [0, 1]]))
         values["layers_pattern"] = draw(st.sampled_from(["layers", ["layers", "h"]]))
     smallest = min([values["r"], *values["rank_pattern"].values()])
-    if method == "flylora":
-        values["top_k"] = draw(st.integers(1, smallest))
-    elif method == "mora":
-        values["top_k"] = draw(optional(st.integers(1, smallest)))
-    if method != "lori":
-        values["top_k_pattern"] = draw(st.dictionaries(st.sampled_from(MODULES), st.integers(1, smallest), max_size=2))
+    if "top_k" in DEFAULTS[method]:
+        count = st.integers(1, smallest)
+        values["top_k"] = draw(optional(count) if DEFAULTS[method]["top_k"] is None else count)
+        values["top_k_pattern"] = draw(st.dictionaries(st.sampled_from(MODULES), count, max_size=2))
     return CONFIGS[method](**values)
 
 
@@ -108,7 +102,7 @@ def test_any_valid_config_and_its_weights_survive_their_files(method):
             assert type(config).from_pretrained(folder) == PeftConfig.from_pretrained(folder) == config
             model = get_peft_model(mlp(), copy.deepcopy(config)).eval()
             for name, parameter in model.named_parameters():
-                if f"{method}_" in name:
+                if METHODS[method].model.prefix in name:
                     torch.nn.init.normal_(parameter)
             model.save_pretrained(folder)
             again = PeftModel.from_pretrained(mlp(), folder).eval()
@@ -131,8 +125,13 @@ other_word = st.text(max_size=8).filter(lambda word: word not in {"task", "bank"
 not_a_dict = st.sampled_from([None, 4, "lin0", [("lin0", 4)], {4: 4}])
 not_names = st.integers() | st.sampled_from([[1], [None], 0.5, True, {"lin0": 1}])
 
-WRONG_SHARED = {
-    "r": not_a_count | st.none(),
+not_entries = not_a_dict.filter(lambda v: not isinstance(v, dict)) | st.fixed_dictionaries(
+    {"lin0": st.integers(-9, -1)}
+)
+
+# What each refuses, besides None where its default is another value.
+WRONG = {
+    "r": not_a_count,
     "alpha": not_positive,
     "dropout": beyond | not_a_number,
     "init_weights": not_a_bool,
@@ -146,40 +145,37 @@ WRONG_SHARED = {
     "trainable_token_indices": st.integers()
     | st.sampled_from(["5", [1.5], [-1], {"embed": 5}, {5: [5]}, {"e": ["5"]}]),
     "inference_mode": not_a_bool,
+    "top_k": not_a_count,
+    "top_k_pattern": st.fixed_dictionaries({"lin0": not_a_count | st.integers(33, 99)}) | not_a_dict,
+    "seed": st.integers(-99, -1) | not_none | st.floats(0, 9),
+    "save_projection": not_a_bool,
+    "routing": other_word,
+    "temperature": not_positive,
+    "threshold": outside,
+    "tasks": st.sampled_from([[], [""], ["a", "a"], [1], [None], 3]),
+    "block_sizes": st.sampled_from([[4], {"lin0": [1, 2]}]),
+    "frozen_top_k": st.sampled_from([{"lin0": [1]}]),
+    "sparsity": beyond | not_none,
+    "kept_entries": not_entries,
+    "frozen_entries": not_entries,
+    "density": st.floats(-1e6, 0) | st.floats(1, 1e6, exclude_min=True) | not_none,
+    "selection": other_word,
+    "balance_rate": st.floats(-1e6, 0, exclude_max=True) | not_a_number,
 }
-WRONG_ROUTED = {"top_k_pattern": st.fixed_dictionaries({"lin0": not_a_count | st.integers(33, 99)})}
-WRONG_SEEDED = {"seed": st.integers(-99, -1) | not_none | st.floats(0, 9), "save_projection": not_a_bool}
-WRONG_WRITTEN = {
-    name: not_a_dict.filter(lambda v: not isinstance(v, dict)) | st.fixed_dictionaries({"lin0": st.integers(-9, -1)})
-    for name in ("kept_entries", "frozen_entries")
-}
-WRONG = {
-    "mora": {
-        **WRONG_SHARED,
-        "top_k": not_a_count | st.integers(9, 99),
-        "routing": other_word | st.none(),
-        "temperature": not_positive,
-        "threshold": outside,
-        **WRONG_ROUTED,
-        "tasks": st.just([]) | st.sampled_from([[""], ["a", "a"], [1], [None]]),
-    },
-    "lori": {**WRONG_SHARED, **WRONG_SEEDED, "sparsity": beyond | not_none, **WRONG_WRITTEN},
-    "flylora": {
-        **WRONG_SHARED,
-        **WRONG_SEEDED,
-        "top_k": not_a_count | st.integers(33, 99) | st.none(),
-        "density": st.floats(-1e6, 0) | st.floats(1, 1e6, exclude_min=True) | not_none,
-        **WRONG_ROUTED,
-        "selection": other_word | st.none(),
-        "balance_rate": st.floats(-1e6, 0, exclude_max=True) | not_a_number,
-    },
-}
+ALSO_NONE = {"seed"}  # a projection from nowhere, with save_projection
 
 
-@pytest.mark.parametrize(("method", "field"), [(method, field) for method in WRONG for field in WRONG[method]])
+def wrong(method: str, field: str) -> st.SearchStrategy:
+    values, defaults = WRONG[field], DEFAULTS[method]
+    if field == "top_k":
+        values |= st.integers(defaults["r"] + 1, 99)
+    return values if defaults[field] is None or field in ALSO_NONE else values | st.none()
+
+
+@pytest.mark.parametrize(("method", "field"), [(m, field) for m in CONFIGS for field in WRONG if field in DEFAULTS[m]])
 def test_any_invalid_field_is_refused_by_name(method, field):
     @FAST
-    @given(value=WRONG[method][field])
+    @given(value=wrong(method, field))
     def check(value):
         with pytest.raises(ValueError) as caught:
             CONFIGS[method](**{field: value})
@@ -192,12 +188,11 @@ def test_any_invalid_field_is_refused_by_name(method, field):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_every_field_of_a_method_is_fuzzed(method):
-    own = {f.name for f in fields(CONFIGS[method])} - {f.name for f in fields(PeftConfig)}
+    own = DEFAULTS[method].keys() - {f.name for f in fields(PeftConfig)}
     written_by_functions = {"kept_entries", "frozen_entries", "block_sizes", "frozen_top_k"}
     chosen_above = {"top_k", "top_k_pattern", "layers_to_transform", "layers_pattern"}
     in_test_methods = {"trainable_token_indices"}  # needs embeddings
-    assert own <= set(SHARED) | set(OWN[method]) | written_by_functions | chosen_above | in_test_methods
-    assert own - written_by_functions <= set(WRONG[method])
+    assert own <= VALID.keys() | written_by_functions | chosen_above | in_test_methods and own <= WRONG.keys()
 
 
 @pytest.mark.parametrize("method", CONFIGS)

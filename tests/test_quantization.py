@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import METHODS, STATIC, gradients, quantized, randomize
+from helpers import METHODS, STATIC, adapted, gradients, quantized, randomize
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
@@ -17,6 +17,8 @@ packs = pytest.mark.skipif(
     not bnb_functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16: nothing is packed"
 )
 
+TARGETS = ["q_proj", "down_proj"]
+
 
 def relative_error(got: dict, want: dict) -> float:
     """A gradient that is missing counts as zero."""
@@ -24,16 +26,9 @@ def relative_error(got: dict, want: dict) -> float:
     return float((difference / sum(g.double().square().sum() for g in want.values())).sqrt())
 
 
-def adapt(model, method="mora"):
-    torch.manual_seed(0)
-    model = get_peft_model(model, METHODS[method](target_modules=["q_proj", "down_proj"]))
-    randomize(model)
-    return model
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluation_between_steps_changes_no_gradient(llama_folder, inputs, method):
-    model = adapt(quantized(llama_folder), method)
+    model = adapted(method, quantized(llama_folder), target_modules=TARGETS)
     want = gradients(model.train(), inputs)
     with torch.no_grad():
         evaluated = model.eval()(inputs).logits
@@ -44,7 +39,7 @@ def test_evaluation_between_steps_changes_no_gradient(llama_folder, inputs, meth
 @packs
 def test_without_us_evaluation_would_destroy_gradients(llama_folder, inputs):
     """The test above could not fail on a bitsandbytes without the trap; this one says that the trap is there."""
-    model = adapt(quantized(llama_folder))
+    model = adapted("mora", quantized(llama_folder), target_modules=TARGETS)
     want = gradients(model.train(), inputs)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -56,24 +51,24 @@ def test_without_us_evaluation_would_destroy_gradients(llama_folder, inputs):
 
 @packs
 def test_a_base_evaluated_before_the_adapter_is_unpacked_with_a_warning(llama_folder, inputs):
-    want = gradients(adapt(quantized(llama_folder)).train(), inputs)
+    want = gradients(adapted("mora", quantized(llama_folder), target_modules=TARGETS).train(), inputs)
     model = quantized(llama_folder).eval()
     with torch.no_grad():
         model(inputs)
     with pytest.warns(UserWarning, match="repacked.*use_exact_4bit_kernels"):
-        model = adapt(model)
+        model = adapted("mora", model, target_modules=TARGETS)
     assert relative_error(gradients(model.train(), inputs), want) < 0.03
 
 
 def test_a_base_prepared_by_hand_stays_exact(llama_folder, inputs):
-    want = gradients(adapt(quantized(llama_folder)).train(), inputs)
+    want = gradients(adapted("mora", quantized(llama_folder), target_modules=TARGETS).train(), inputs)
     model = quantized(llama_folder).eval()
     assert use_exact_4bit_kernels(model) == 14
     with torch.no_grad():
         model(inputs)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*repacked.*")
-        model = adapt(model)
+        model = adapted("mora", model, target_modules=TARGETS)
     assert relative_error(gradients(model.train(), inputs), want) == 0
 
 

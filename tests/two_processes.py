@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import helpers
@@ -27,14 +28,17 @@ def batch(rank: int) -> torch.Tensor:
 
 def expected(method: str) -> dict[str, torch.Tensor]:
     """Mean over the two ranks' batches, in one process."""
-    parts = [alone(adapted(method), batch(rank)) for rank in range(2)]
+    with alone():
+        parts = [gradients(adapted(method), batch(rank)) for rank in range(2)]
     return {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
 
 
-def alone(model: PeftModel, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    reduce, dist.all_reduce = dist.all_reduce, lambda counts: None  # each rank runs this at its own pace
+@contextmanager
+def alone():
+    """What each rank runs at its own pace."""
+    reduce, dist.all_reduce = dist.all_reduce, lambda counts: None
     try:
-        return gradients(model, inputs)
+        yield
     finally:
         dist.all_reduce = reduce
 
@@ -52,12 +56,12 @@ def under_ddp(method: str, rank: int) -> str:
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     got = gradients(wrapped, batch(rank))
     wrapped(input_ids=batch(rank), labels=batch(rank)).loss.backward()
-    offsets = [buffer for name, buffer in model.named_buffers() if "_offset.default" in name]
-    for offset in offsets:
-        both = [torch.empty_like(offset) for _ in range(2)]
-        dist.all_gather(both, offset)
-        if not torch.equal(*both) or not offset.any():
-            return "the load-balance offsets of the two processes differ"
+    one, together = adapted(method), torch.cat([batch(0), batch(1)])
+    with alone():
+        one(input_ids=together, labels=together).loss.backward()
+    for (name, offset), (_, want) in zip(model.named_buffers(), one.named_buffers(), strict=True):
+        if "_offset.default" in name and not (torch.equal(offset, want) and offset.any()):
+            return "the load-balance offset is not that of both batches together"
     return compare({name.removeprefix("module."): g for name, g in got.items()}, expected(method))
 
 
