@@ -18,20 +18,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an opti
 
 import pytest
 import torch
-from helpers import (  # noqa: F401 - some for test files that still look for them here
-    METHODS,
-    RECIPES,
-    STATIC,
-    WORDS,
-    gradients,
-    load_recipe,
-    quantized,
-    randomize,
-    ranks,
-    tiny_gpt2,
-    tiny_llama,
-)
-from helpers import ranks as run_two_ranks  # noqa: F401
+from helpers import METHODS, WORDS, load_recipe, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -65,7 +65,6 @@ METHODS = {
     for form, (merges, fields) in FORMS[name].items()
 }
 STATIC = tuple(name for name, form in METHODS.items() if form.merges)
-PREFIXES = tuple(method.model.prefix for method in peft_mora.METHODS.values())
 
 
 def lora_config(init_weights=True, alpha=8, dropout=0.0, **kwargs) -> LoraConfig:
@@ -74,6 +73,7 @@ def lora_config(init_weights=True, alpha=8, dropout=0.0, **kwargs) -> LoraConfig
 
 
 LORA = Form(lora_config, LoraModel, True, {"r": 4})  # the control beside METHODS
+PREFIXES = tuple({form.prefix for form in (LORA, *METHODS.values())})
 WORDS = "the a cat dog sat ran on under mat log red blue big small yes no north south east west".split()
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -116,11 +116,11 @@ def quantized(folder: str, bits: int = 4) -> nn.Module:
     )
 
 
-def randomize(model: nn.Module, prefixes: tuple[str, ...] = PREFIXES, seed: int = 3) -> None:
+def randomize(model: nn.Module, seed: int = 3) -> None:
     """Give the trainable adapter weights values as training would: an adapter with B = 0 tests nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and any(prefix in name for prefix in prefixes):
+        if parameter.requires_grad and any(prefix in name for prefix in PREFIXES):
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
@@ -132,7 +132,7 @@ def adapted(config: str | Callable[..., Any], base: nn.Module | None = None, *, 
     make = METHODS[config] if isinstance(config, str) else config
     base = tiny_llama() if base is None else base
     model = get_peft_model(base, make(**{"target_modules": "all-linear", **fields}))
-    randomize(model, (*PREFIXES, LORA.prefix))
+    randomize(model)
     for task in range(1, tasks):
         start_task(model, f"task{task}")
         randomize(model, seed=task)

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import quantized
+from helpers import quantized
 from peft import PeftModel, get_peft_model
 from test_trl import texts
 from transformers import AutoTokenizer

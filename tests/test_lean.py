@@ -561,7 +561,7 @@ def kept(config, dropout: float = 0.0, autocast: bool = False) -> float:
     model = nn.ModuleDict(base).bfloat16()
     config.dropout = config.lora_dropout = dropout
     model = get_peft_model(model, config).train()
-    randomize(model, ("mora_", "lori_", "flylora_", "lora_"))
+    randomize(model)
     there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     x = torch.randn(1, TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     storages = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, randomize, tiny_gpt2, tiny_llama
+from helpers import METHODS, randomize, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -93,7 +93,7 @@ def test_a_folder_is_replaced_whole_and_only_where_that_is_asked_for(tmp_path):
 
 def saved_lora(folder: Path, base=tiny_llama, **fields) -> PeftModel:
     model = get_peft_model(base(), LoraConfig(**{"r": 4, "target_modules": "all-linear", **fields}))
-    randomize(model, ("lora_",))
+    randomize(model)
     model.save_pretrained(folder)
     return model
 

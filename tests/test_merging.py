@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, randomize
+from helpers import METHODS, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,7 +152,7 @@ def test_merged_adapters_are_the_sum_of_their_functions_in_plain_peft(inputs, tm
     weights = [1.0, -0.5, 0.25, 2.0]
     for i, config in enumerate(configs):
         model = get_peft_model(base(), config)
-        randomize(model, ("lora_", "mora_", "lori_"), seed=i)
+        randomize(model, seed=i)
         model.save_pretrained(tmp_path / str(i))
         folders.append(tmp_path / str(i))
         layer = model.base_model.model[0]
@@ -481,7 +481,7 @@ def test_rules_that_peft_has_too_give_what_its_classes_give(tmp_path):
         model.add_adapter("second", config)
         for seed, name in enumerate(("first", "second")):
             model.set_adapter(name)
-            randomize(model, ("lora_",), seed)
+            randomize(model, seed)
         return model
 
     model().save_pretrained(tmp_path)
@@ -642,7 +642,7 @@ def trained(llama_folder, tmp_path) -> tuple[torch.nn.Module, list[Path]]:
     for i, (name, targets) in enumerate({"task1": ["q_proj", "up_proj"], "task2": ["q_proj", "v_proj"]}.items()):
         base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
         model = get_peft_model(base, LoraConfig(r=2 + i, lora_alpha=8, target_modules=targets))
-        randomize(model, ("lora_",), seed=i)
+        randomize(model, seed=i)
         model.save_pretrained(tmp_path / name)
     base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
     return base, [tmp_path / name for name in TEXTS]
