@@ -140,6 +140,7 @@ def can_run(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()  # selective checkpointing keeps what is written into here
     )  # fmt: skip
 
 
@@ -224,7 +225,9 @@ def index_dtype(experts: int) -> torch.dtype:
 def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     """0 with probability p, else 1 / (1 - p), in x's shape and dtype: the same for the same seed and device."""
     generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    # Contiguous: the order of memory is that of the draws, and a transposed x meets its gradient in another order.
+    mask = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 def _saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -232,7 +235,7 @@ def _saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
     save these costs nothing, and multiplying again gives x bit for bit.
 
     Where hooks on saved tensors are or were in force (checkpointing, offloading), it is x: to look at what another
-    node has saved would set off what they are for.
+    node has saved would set off what they are for. A change of x through `.data` cannot be seen.
     """
     node: Any = x.grad_fn
     # The name is all that Python sees of a built-in node's class. An x of a later version was written into since.

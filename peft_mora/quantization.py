@@ -12,7 +12,9 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from .lean import Base, compute_dtype
 
@@ -87,15 +89,27 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a base layer is one of two classes whose insides are known, with no hook on it and no forward put in its
-    place: its output may be written into, and its gradient is g W. Others pay for one more tensor (T, O)."""
+    """Whether a base layer is one of two classes whose insides are known, and nobody sees its output: no hook on it, no
+    forward put in its place, the class's own and `F.linear` not wrapped, no mode that follows torch's functions. Then
+    the output may be written into, and its gradient is g W. Others pay for one more tensor (T, O)."""
     kind, own = type(layer), layer.__dict__
     everywhere = torch.nn.modules.module.__dict__
     return (
         (kind is nn.Linear or (kind.__name__ == "Linear4bit" and kind.__module__ == "bitsandbytes.nn.modules"))
         and "forward" not in own
         and not any(own[hooks] or everywhere["_global" + hooks] for hooks in _HOOKS)
+        # The module that a function was written in; functools.wraps copies all but that.
+        and kind.forward.__globals__["__name__"] == kind.__module__
+        and kind.__call__.__globals__ is everywhere
+        and F.linear is torch._C._nn.linear
+        and not _follows_functions()
     )
+
+
+def _follows_functions() -> bool:
+    """Whether a function mode is on that is not torch's own default device."""
+    modes = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
 
 
 def frozen_base(layer: Any, x: Tensor) -> Base | None:

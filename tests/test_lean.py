@@ -1,5 +1,6 @@
 """The fast path against its plain twin, what it keeps for the backward, and when it writes into the base's output."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import torch.utils.checkpoint
 from helpers import METHODS, adapted, gradients, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, lean, record_usage
+from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, lean, record_usage, start_task
 from peft_mora.base import AdapterLinear
 from peft_mora.flylora import Columns, SelectionGate
 from peft_mora.lean import NO_GATE, Base, Gate, Parts, Weight, add_update, plain_add_update
@@ -299,6 +302,20 @@ def test_a_product_that_was_written_into_is_kept_itself():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_a_product_changed_through_data_needs_the_plain_path(monkeypatch):
+    """No version counter tells of it: docs/performance.md says so, and what to do."""
+    layer, factors = one_layer(METHODS["mora-dense"], nn.Linear(16, 12)), torch.randn(2, 5, 16).requires_grad_()
+
+    def dA() -> torch.Tensor:
+        x = factors[0] * factors[1]
+        x.data.mul_(2)
+        return torch.autograd.grad(layer(x).sum(), layer.mora_A["default"].weight)[0]
+
+    got = dA()
+    monkeypatch.setattr(AdapterLinear, "lean", False)
+    torch.testing.assert_close(dA(), 2 * got)
+
+
 def test_a_factor_that_was_written_into_is_an_error_as_ever():
     problem = Problem(case_dense)
     up = problem.x * 1.5
@@ -367,11 +384,14 @@ def test_dropout_drops_its_share_and_rescales_the_rest():
     assert (h == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
 
 
-def test_the_backward_of_dropout_has_the_forward_s_mask(case):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_backward_of_dropout_has_the_forward_s_mask(case, transposed):
+    """Also of rows that are columns in memory, as a convolution over time leaves them."""
     problem = Problem(case, (4, 13))
 
     def f(x, *weights):
         torch.manual_seed(5)
+        x = x.t().contiguous().t() if transposed else x
         return add_update(x @ problem.W.T, x, *problem.parts, 1.7, 0.4, True)
 
     assert torch.autograd.gradcheck(f, (problem.x, *problem.weights))
@@ -440,21 +460,9 @@ def one_layer(config, base: nn.Module) -> AdapterLinear:
 def shares_memory(layer: AdapterLinear, x: torch.Tensor) -> bool:
     """Whether the layer's output is its base's output, written into."""
     outputs = []
-    forward = type(layer.base_layer).forward
-
-    class Spy(type(layer.base_layer)):
-        pass
-
-    def spy(self, *args):
-        outputs.append(forward(self, *args))
-        return outputs[-1]
-
-    original, type(layer.base_layer).forward = forward, spy
-    try:
-        y = layer(x)
-    finally:
-        type(layer.base_layer).forward = original
-    return y.data_ptr() == outputs[0].data_ptr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_mora.base.add_update", lambda y0, *args: outputs.append(y0) or add_update(y0, *args))
+        return layer(x).data_ptr() == outputs[0].data_ptr()
 
 
 def test_the_update_is_added_into_the_base_s_own_output(make_config):
@@ -492,6 +500,66 @@ def test_nothing_is_written_into_an_output_that_somebody_saw(make_config):
     layer.base_layer.forward = lambda x: cache.append(forward(x)) or cache[-1]
     y = layer(x)
     assert not torch.allclose(y, cache[0])
+
+
+def keeping(function, kept):
+    """As a profiler or a cache wraps a function."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        kept.append(function(*args, **kwargs))
+        return kept[-1]
+
+    return wrapper
+
+
+class KeepsLinear(TorchFunctionMode):
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is nn.functional.linear:
+            self.kept.append(result)
+        return result
+
+
+@pytest.mark.parametrize("where", ["class forward", "class call", "F.linear", "function mode"])
+def test_an_output_kept_by_what_wraps_the_class_or_the_function_stays_the_base_s(make_config, where, monkeypatch):
+    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
+    x, kept = torch.randn(3, 5, 16, requires_grad=True), []
+    place, name = {
+        "class forward": (nn.Linear, "forward"),
+        "class call": (nn.Module, "__call__"),
+        "F.linear": (nn.functional, "linear"),
+    }.get(where, (None, None))
+    if place:
+        monkeypatch.setattr(place, name, keeping(getattr(place, name), kept))
+    with KeepsLinear(kept) if place is None else nullcontext():
+        (layer.forward if where == "class call" else layer)(x)
+    torch.testing.assert_close(kept[0], x @ layer.base_layer.weight.T)
+
+
+def test_the_default_device_costs_nothing(make_config):
+    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
+    with torch.device("cpu"):
+        assert shares_memory(layer, torch.randn(3, 5, 16, requires_grad=True))
+
+
+def test_selective_checkpointing_that_keeps_the_products_gives_the_same_gradients(make_config, inputs):
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    model = adapted(make_config, base=tiny_llama()).train()
+    if hasattr(model.peft_config["default"], "tasks"):
+        start_task(model, "second")
+        randomize(model)
+    model.enable_input_require_grads()
+    want = gradients(model, inputs)
+    model.gradient_checkpointing_enable(
+        {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, list(products))}
+    )
+    for name, grad in gradients(model, inputs).items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_trained_base_keeps_its_gradient(make_config):
