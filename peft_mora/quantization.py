@@ -89,9 +89,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a base layer is one of two classes whose insides are known, and nobody sees its output: no hook on it, no
-    forward put in its place, the class's own and `F.linear` not wrapped, no mode that follows torch's functions. Then
-    the output may be written into, and its gradient is g W. Others pay for one more tensor (T, O)."""
+    """Whether a base layer is one of two classes whose insides are known, and nobody sees its output: no hook on it,
+    no forward put in its place, the class's own and `F.linear` not wrapped, no mode that follows torch's functions.
+    Then the output may be written into, and its gradient is g W. Others pay for one more tensor (T, O)."""
     kind, own = type(layer), layer.__dict__
     everywhere = torch.nn.modules.module.__dict__
     return (
