@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,14 +56,32 @@ class LoraFile:
     Args:
         folder: where it is.
         config: its adapter_config.json.
-        loras: module's name in the base model -> its ΔW.
+        loras: module's name in the base model -> its ΔW; of a LoRA it is made when it is asked for, so that a large
+            file's tensors stay where they are.
         saved: further tensors (`modules_to_save`), by their keys in the file.
     """
 
     folder: Path
     config: dict[str, Any]
-    loras: dict[str, Lora]
+    loras: Mapping[str, Lora]
     saved: dict[str, Tensor]
+
+
+class _Scaled(Mapping[str, Lora]):
+    """A LoRA's factors as they are in the file, in float32 and with their scale when they are asked for."""
+
+    def __init__(self, stored: dict[str, tuple[Tensor, Tensor, float]]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Lora:
+        A, B, scale = self.stored[name]
+        return Lora(_wide(A), _wide(B) if scale == 1 else scale * _wide(B))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def read_lora(folder: str | Path) -> LoraFile:
@@ -111,7 +129,11 @@ def read_lora(folder: str | Path) -> LoraFile:
 
 def digest(folder: str | Path) -> str:
     """SHA-256 of an adapter's weights file: which weights something is of."""
-    return hashlib.sha256((Path(folder) / TENSORS).read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with open(Path(folder) / TENSORS, "rb") as file:
+        while part := file.read(2**22):
+            found.update(part)
+    return found.hexdigest()
 
 
 def check_plain(config: Mapping[str, Any], folder: str | Path) -> None:
@@ -183,9 +205,10 @@ def write_lora(
     config = LoraConfig(**{"target_modules": sorted(loras), "inference_mode": True, **fields}, r=rank, lora_alpha=rank)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in (saved or {}).items()}
     for name, (A, B) in loras.items():
-        missing = rank - len(A)
-        padded = {"A": nn.functional.pad(A, (0, 0, 0, missing)), "B": nn.functional.pad(B, (0, missing))}
-        state |= {f"{PREFIX}{name}.lora_{x}.weight": t.detach().cpu().contiguous() for x, t in padded.items()}
+        if len(A) < rank:
+            missing = rank - len(A)
+            A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+        state |= {f"{PREFIX}{name}.lora_{x}.weight": t.detach().cpu().contiguous() for x, t in (("A", A), ("B", B))}
     with whole_folder(folder, replace=replace) as written:
         config.save_pretrained(str(written))
         save_file(state, written / TENSORS, {"format": "pt"})
@@ -203,7 +226,7 @@ def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _lora_factors(
     config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
-) -> tuple[dict[str, Lora], dict[str, Tensor]]:
+) -> tuple[Mapping[str, Lora], dict[str, Tensor]]:
     pairs: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -212,7 +235,7 @@ def _lora_factors(
             pairs.setdefault(match[1], {})[match[2]] = tensor
         else:
             rest[key] = tensor
-    loras = {}
+    stored = {}
     ranks = config.get("rank_pattern") or {}
     for name, pair in pairs.items():
         rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r", 8))
@@ -222,9 +245,8 @@ def _lora_factors(
                 f"{folder}: module {name!r} has {shapes} and rank {rank} by {CONFIG}. The file is damaged or not of "
                 "this config: save the adapter again."
             )
-        A, B = _wide(pair["A"]), _wide(pair["B"])
-        loras[name] = Lora(A, lora_scale(config, name, rank) * B)
-    return loras, rest
+        stored[name] = (pair["A"], pair["B"], lora_scale(config, name, rank))
+    return _Scaled(stored), rest
 
 
 def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, Lora], dict[str, Tensor]]:
