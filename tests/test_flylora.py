@@ -221,19 +221,6 @@ def test_the_offset_and_the_sparse_projection_are_saved(tmp_path, inputs):
     assert all(torch.equal(a, b) for a, b in zip(offsets(again), offsets(model), strict=True))
 
 
-def test_without_the_projection_it_is_drawn_again(tmp_path, inputs):
-    model = flylora(save_projection=False).eval()
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "adapter_model.safetensors")
-    assert not any(key.endswith(("flylora_A", "flylora_index")) for key in state)
-    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
-    assert torch.equal(again(inputs).logits, model(inputs).logits)
-    config = FlyLoraConfig.from_pretrained(str(tmp_path))
-    config.seed = 1
-    with pytest.raises(ValueError, match="projection A of module"):
-        PeftModel.from_pretrained(tiny_llama(), str(tmp_path), config=config)
-
-
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(left, lean, inputs, monkeypatch):

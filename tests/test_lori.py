@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import adapted, gradients, randomize, tiny_gpt2, tiny_llama
+from helpers import METHODS, adapted, gradients, randomize, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -69,29 +69,34 @@ def test_the_projection_depends_on_seed_and_module_name_only():
         assert torch.equal(A.bfloat16().float(), A)
 
 
-def test_without_the_projection_the_file_halves_and_loads_to_the_same_outputs(tmp_path, inputs):
+SEEDED = pytest.mark.parametrize("method", ["lori", "flylora"])
+
+
+@SEEDED
+def test_without_the_projection_the_file_is_smaller_and_loads_to_the_same_outputs(method, tmp_path, inputs):
     sizes = {}
     for save in (True, False):
-        model = lori(save_projection=save).eval()
+        model = adapted(method, save_projection=save)
         model.save_pretrained(tmp_path / str(save))
-        file = tmp_path / str(save) / "adapter_model.safetensors"
-        sizes[save] = sum(t.numel() for t in load_file(file).values())
+        state = load_file(tmp_path / str(save) / "adapter_model.safetensors")
+        sizes[save] = sum(t.numel() for t in state.values())
         again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / str(save))).eval()
         assert torch.equal(again(inputs).logits, model(inputs).logits)
-        assert any("lori_A" in key for key in load_file(file)) == save
+        assert any(key.endswith(("_A", "_index")) for key in state) == save
     assert sizes[False] < 0.6 * sizes[True]
 
 
-def test_a_projection_that_differs_is_refused_by_name(tmp_path):
-    lori(save_projection=False).save_pretrained(tmp_path)
-    config = LoriConfig.from_pretrained(str(tmp_path))
+@SEEDED
+def test_a_projection_that_differs_is_refused_by_name(method, tmp_path):
+    adapted(method, save_projection=False).save_pretrained(tmp_path)
+    config = METHODS[method].config.from_pretrained(str(tmp_path))
     config.seed = 5
     with pytest.raises(ValueError, match=r"projection A of module '.*q_proj'.*seed \(here 5\)"):
         PeftModel.from_pretrained(tiny_llama(), str(tmp_path), config=config)
-    lori().save_pretrained(tmp_path)
+    adapted(method).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     state = load_file(file)
-    state["base_model.model.model.layers.0.mlp.down_proj.lori_A"][0, 0] += 1
+    state[f"base_model.model.model.layers.0.mlp.down_proj.{method}_A"][0, 0] += 1
     save_file(state, file)
     with pytest.raises(ValueError, match="projection A of module '.*down_proj'"):
         PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
