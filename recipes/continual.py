@@ -25,7 +25,7 @@ from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base, load_base
 from shared.data import find_task
-from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_task
+from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.training import adapter_config, make_trainer
 from transformers import TrainerCallback, set_seed
 
@@ -53,11 +53,11 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--ways", nargs="+", default=["dense+projection"], choices=[*WAYS, "all"], help="to learn (%(default)s)")
     add("--seeds", nargs="+", type=int, default=[0], help="of the adapter and the order; a run each (%(default)s)")
-    add("--tasks", default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
+    add("--tasks", type=runs.names, default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
     add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
     add("--scorer", default="lm-eval", choices=("lm-eval", "answers"), help="(%(default)s)")
     add("--metrics", nargs="+", default=["greedy"], choices=METRICS, help="write or rank the label (%(default)s)")
-    add("--general", default="", metavar="A,B", help="further lm-eval tasks to watch")
+    add("--general", type=runs.names, default="", metavar="A,B", help="further lm-eval tasks to watch")
     add("--perplexity", metavar="FILE", help="JSON lines of passages to watch the perplexity of")
     add("--save-steps", type=int, default=15, help="steps between checkpoints (%(default)s)")
     add("--adapter", type=json.loads, default={}, metavar="JSON", help="fields of the adapter's config")
@@ -160,11 +160,11 @@ def main() -> None:
 
     output = Path(args.output).resolve()
     runs.claim(output, args, "device", "output", "ways", "seeds", "metrics")
-    names = args.tasks.split(",")
+    names = args.tasks
     learnt = [find_task(name, args.data, args.words) for name in names]
-    tasks = {write_lm_eval_task(task, output / "tasks"): task for task in learnt}
+    tasks = dict(zip(write_lm_eval_tasks(learnt, output / "tasks"), learnt, strict=True))
     of_metric = {metric: [name + "_greedy" * (metric == "greedy") for name in tasks] for metric in args.metrics}
-    general = [name for name in args.general.split(",") if name]
+    general = list(args.general)
     if args.perplexity:
         general.append(write_lm_eval_perplexity(args.perplexity, output / "tasks"))
     columns = [*chain.from_iterable(of_metric.values()), *general]

@@ -19,7 +19,7 @@ from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base
 from shared.data import TASKS, find_task
-from shared.lm_eval_tasks import write_lm_eval_task
+from shared.lm_eval_tasks import write_lm_eval_tasks
 from shared.training import NAMES, adapter_config, comparable, train
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     task = find_task(name, args.data, seed=args.seed)
     output = Path(args.output).resolve()
     tasks = output / "tasks"
-    task_name = write_lm_eval_task(task, tasks)
+    (task_name,) = write_lm_eval_tasks([task], tasks)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     base = find_base(args.model, args.device)
 
@@ -94,10 +94,7 @@ def main() -> None:
     Console().print(table)
     print(f"Saved in {output}: " + ", ".join(f"{method}-{name}" for method in args.method))
     print("Evaluate one again with plain lm-eval:")
-    print(
-        f"  lm_eval --model hf --model_args pretrained={base},peft={folder},dtype=bfloat16,softmax_dtype=float32 "
-        f"--tasks {task_name} --include_path {tasks} --device {args.device}"
-    )
+    print(" ", scores.plain_lm_eval(base, folder, [task_name], tasks, args.device))
 
 
 if __name__ == "__main__":

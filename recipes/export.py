@@ -16,13 +16,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base
 from shared.data import find_task
 
+from peft_mora import METHODS
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 
 
@@ -66,7 +67,14 @@ def error_table(errors: dict[str, float]) -> Any:
 def main() -> None:
     args = parse()
     task = find_task(args.task, args.data)
-    base = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    config = PeftConfig.from_pretrained(args.adapter)
+    kind, ours = PeftType(config.peft_type).value, [method.config.method for method in METHODS.values()]
+    if kind not in ours:
+        why = "a plain LoRA already: serve it as it is" if kind == "LORA" else f"and this exports {', '.join(ours)}"
+        raise SystemExit(f"{args.adapter} is {kind}, {why}")
+    base = args.model or config.base_model_name_or_path
+    if not base:
+        raise SystemExit(f"{args.adapter} does not say which base it is for: give it as --model NAME_OR_DIR")
     model, tokenizer = scores.load(find_base(base, args.device), args.adapter, args.device)
     seen, unseen = (batches(tokenizer, task[split], args.batch_size, args.device) for split in ("train", "test"))
 

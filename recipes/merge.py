@@ -40,7 +40,9 @@ def parse() -> argparse.Namespace:
     parser = runs.parser(
         __doc__, data=None, r=8, steps=40, batch_size=8, lr=1e-3, limit=None, seed=0, output="out/merge"
     )
-    parser.add_argument("--tasks", default="helpdesk,warehouse,museum", metavar="A,B,C", help="(%(default)s)")
+    parser.add_argument(
+        "--tasks", type=runs.names, default="helpdesk,warehouse,museum", metavar="A,B,C", help="(%(default)s)"
+    )
     parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES, help="(all)")
     parser.add_argument(
         "--ways", nargs="+", default=LORA_WAYS, help="LoRA: combination_type; svd takes minutes on a CPU"
@@ -130,7 +132,7 @@ def measure(method: str, base: str, folders: list[Path], tasks: list[dict], args
 
 def main() -> None:
     args = parse()
-    names = args.tasks.split(",")
+    names = args.tasks
     tasks = [find_task(name, args.data, seed=args.seed) for name in names]
     args.weights = args.weights or [1.0, 1 / len(tasks)]
     output = Path(args.output).resolve()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from rich.table import Table
 from shared import runs, scores
 from shared.base_model import EMBEDDED, find_base
 from shared.data import TASKS, find_task
-from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_task
+from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
 
 
 def parse() -> argparse.Namespace:
@@ -41,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--apply_chat_template", action="store_true", help="ask as in a chat (trained on messages)")
     parser.add_argument("--batch_size", type=int, default=8, help="(%(default)s)")
     args = parser.parse_args()
+    args.task = runs.names(",".join(args.task))
     if not args.task and not args.perplexity:
         args.task = ["helpdesk"]
     return args
@@ -49,17 +49,15 @@ def parse() -> argparse.Namespace:
 def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list[str]]:
     """Write the tasks that are not lm-eval's into `folder`; (their names, the names that lm-eval has to know)."""
     folder.mkdir(parents=True, exist_ok=True)
-    written, known = [], []
+    ours, known = [], []
     for name in args.task:
         if args.data and (Path(args.data) / name).is_dir():
-            task = find_task(name, args.data, args.passage_words or None)
+            ours.append(find_task(name, args.data, args.passage_words or None))
         elif name in TASKS:
-            task = find_task(name)
+            ours.append(find_task(name))
         else:
             known.append(name)
-            continue
-        ours = write_lm_eval_task(task, folder)
-        written += [ours, f"{ours}_greedy"]
+    written = [task + kind for task in write_lm_eval_tasks(ours, folder) for kind in ("", "_greedy")]
     return written + ([write_lm_eval_perplexity(args.perplexity, folder)] if args.perplexity else []), known
 
 
@@ -112,18 +110,11 @@ def main() -> None:
     record = {"model": base, "adapter": args.adapter, "limit": args.limit, **results}
     (output / "results.json").write_text(json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n")
     print(f"Everything lm-eval reports: {output / 'results.json'}. The same with plain lm-eval:")
-    arguments = (
-        f"pretrained={base}{f',peft={args.adapter}' if args.adapter else ''},dtype=bfloat16,softmax_dtype=float32"
-    )
+    more = f" --batch_size {args.batch_size}" + (f" --limit {args.limit}" if args.limit else "")
+    more += " --apply_chat_template" if args.apply_chat_template else ""
     for group, folder in ((written, tasks), (known, args.include_path)):  # it takes one folder at a time
         if group:
-            where = f" --include_path {shlex.quote(str(folder))}" if folder else ""
-            where += f" --limit {args.limit}" if args.limit else ""
-            where += " --apply_chat_template" if args.apply_chat_template else ""
-            print(
-                f"  lm_eval --model hf --model_args {shlex.quote(arguments)} --tasks {','.join(group)}{where} "
-                f"--device {args.device} --batch_size {args.batch_size}"
-            )
+            print(" ", scores.plain_lm_eval(base, args.adapter, group, folder, args.device) + more)
 
 
 if __name__ == "__main__":

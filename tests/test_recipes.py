@@ -11,12 +11,13 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from helpers import METHODS, RECIPES, WORDS, load_recipe, quantized, randomize
+from helpers import METHODS, RECIPES, WORDS, adapted, load_recipe, lora_config, quantized, randomize
 from peft import PeftConfig, get_peft_model
-from shared import base_model
+from shared import base_model, scores
 from shared.data import read_task
-from shared.lm_eval_tasks import write_lm_eval_task
+from shared.lm_eval_tasks import write_lm_eval_tasks
 from shared.scores import load
+from transformers import AutoTokenizer
 
 import peft_mora
 
@@ -202,7 +203,7 @@ def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, ad
     passages = tmp_path / "short.jsonl"
     passages.write_text('{"page": "the cat sat on the red mat"}\n{"page": "a dog ran under the log"}\n')
     own = tmp_path / "own"
-    write_lm_eval_task({**read_task(task, "colours"), "name": "mine"}, own)
+    write_lm_eval_tasks([{**read_task(task, "colours"), "name": "mine"}], own)
     arguments = ["--adapter", adapter, "--task", "colours", "peft_mora_mine", "--data", task, "--include_path", own]
     told = run_recipe(
         score, *arguments, "--perplexity", passages, "--baseline", "--device", "cpu", "--output", tmp_path
@@ -228,6 +229,45 @@ def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, ad
         words += len(text.split())
     by_hand = torch.tensor(-total / words).exp().item()
     assert ours[ppl]["word_perplexity,none"] == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_score_asks_with_the_chat_template_of_the_adapter(
+    score, run_recipe, llama_folder, task, tmp_path, monkeypatch
+):
+    adapter = tmp_path / "adapter"
+    model = adapted(lora_config, quantized(llama_folder))
+    model.peft_config["default"].base_model_name_or_path = llama_folder
+    model.save_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.chat_template = "{% for m in messages %}big {{ m['content'] }} small {% endfor %}"
+    tokenizer.save_pretrained(adapter)
+    asked, lm_eval = [], scores.lm_eval
+
+    def spy(model, tokenizer, *rest, **options):
+        asked.append(tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False))
+        return lm_eval(model, tokenizer, *rest, **options)
+
+    monkeypatch.setattr(scores, "lm_eval", spy)
+    arguments = ["--adapter", adapter, "--task", "colours", "--data", task, "--output", tmp_path, "--limit", 1]
+    told = run_recipe(score, *arguments, "--apply_chat_template", "--device", "cpu")
+    assert asked == ["big the cat small "]
+    assert f"peft={adapter},tokenizer={adapter},dtype=bfloat16" in told and "--apply_chat_template" in told
+
+
+def test_score_takes_tasks_with_commas_as_lm_eval_does(score, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["score.py", "--tasks", "helpdesk, mood", "--tasks", "a, b,c"])
+    assert score.parse().task == ["a", "b", "c"]
+    monkeypatch.setattr(sys, "argv", ["merge.py", "--tasks", "helpdesk, mood"])
+    assert load_recipe("merge").parse().tasks == ["helpdesk", "mood"]
+    monkeypatch.setattr(sys, "argv", ["continual.py", "--tasks", "mood, helpdesk,mood"])
+    with pytest.raises(SystemExit):
+        load_recipe("continual").parse()
+
+
+def test_export_says_that_a_plain_lora_is_one_already(run_recipe, llama_folder, tmp_path):
+    adapted(lora_config, quantized(llama_folder)).save_pretrained(tmp_path / "lora")
+    with pytest.raises(SystemExit, match="lora is LORA, a plain LoRA already: serve it as it is"):
+        run_recipe("export", tmp_path / "lora", "--output", tmp_path / "out")
 
 
 def test_score_refuses_an_adapter_that_names_no_base(score, run_recipe, task, tmp_path):

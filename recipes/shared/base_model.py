@@ -53,18 +53,22 @@ def find_base(name_or_dir: str | Path = EMBEDDED, device: str = "cpu", bits: int
     return str(_once(nf4, lambda folder: _quantize(name_or_dir, device, folder)))
 
 
-def load_base(name_or_dir: str | Path, device: str = "cpu", **options: Any) -> tuple[Any, Any]:
-    """(model in bf16, or in NF4 where it was saved so; tokenizer) on one device. `options` are from_pretrained's.
+def load_base(
+    name_or_dir: str | Path, device: str = "cpu", tokenizer: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """(model in bf16, or in NF4 where it was saved so; its tokenizer, or another's) on one device.
+
+    `options` are from_pretrained's.
 
     Its 4-bit layers compute in evaluation what they compute in training: on a CPU with AVX512-BF16 bitsandbytes would
     repack them for the first evaluation, after which scores differ and plain LoRA's gradients are wrong.
     """
     model = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.bfloat16, device_map=device, **options)
     use_exact_4bit_kernels(model)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    loaded = AutoTokenizer.from_pretrained(tokenizer or name_or_dir)
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
+    return model, loaded
 
 
 def nf4_config() -> BitsAndBytesConfig:

@@ -10,53 +10,77 @@ from typing import Any
 from .data import read_jsonl
 
 
-def write_lm_eval_task(task: dict[str, Any], folder: str | Path) -> str:
-    """Write the task for lm-eval (`--include_path folder`) and return its name.
+def write_lm_eval_tasks(tasks: list[dict[str, Any]], folder: str | Path) -> list[str]:
+    """Write tasks for lm-eval (`--include_path folder`) and return their names.
 
-    Two tasks appear: NAME scores the labels against each other (acc), NAME_greedy generates and wants the label first
-    (exact_match), which has no chance floor. JSON is YAML, so the files need no YAML writer.
+    Two appear for each: NAME scores the labels against each other (acc), NAME_greedy generates and wants the label
+    first (exact_match), which has no chance floor. A model that always answers right has 1.0 in both. JSON is YAML, so
+    the files need no YAML writer; the records are parquet, which keeps text as it is (in JSON a date is a timestamp).
+
+    Raises:
+        ValueError: two tasks have one name in lm-eval, a label is no single line, or there twice.
     """
-    name = "peft_mora_" + re.sub(r"\W+", "_", task["name"]).lower()  # the prefix keeps clear of lm-eval's own names
-    folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    # the prefix keeps clear of lm-eval's own names
+    names = ["peft_mora_" + re.sub(r"\W+", "_", task["name"]).lower() for task in tasks]
+    taken: dict[str, str] = {}
+    for task, name in zip(tasks, names, strict=True):
+        for written in (name, f"{name}_greedy"):
+            other = taken.setdefault(written, task["name"])
+            if other is not task["name"]:
+                raise ValueError(
+                    f"the tasks {other!r} and {task['name']!r} would both be {written} in lm-eval: rename one"
+                )
+    for task, name in zip(tasks, names, strict=True):
+        _write_task(task, name, Path(folder).resolve())
+    return names
+
+
+def _write_task(task: dict[str, Any], name: str, folder: Path) -> None:
+    labels = task["labels"]
+    for label in labels:
+        if len(label.splitlines()) != 1 or label != label.strip() or labels.count(label) > 1:
+            raise ValueError(
+                f"task {task['name']!r}: the label {label!r} cannot be scored; labels are one line each, with no "
+                "space around them, and all different"
+            )
     files = {}
     for split in ("train", "test"):
-        path = folder / f"{name}_{split}.jsonl"
-        records = [{**r, "label": task["labels"].index(r["answer"])} for r in task[split]]
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        files[split] = str(path)
+        records = [{**r, "label": labels.index(r["answer"]), "labels": labels} for r in task[split]]
+        files[split] = _write_records(records, folder / f"{name}_{split}.parquet")
+    # Columns by their names: a template would evaluate what looks like a number, a list or a template in a record.
     common = {
-        "dataset_path": "json",
+        "dataset_path": "parquet",
         "dataset_kwargs": {"data_files": files},
         "training_split": "train",
         "test_split": "test",
         "num_fewshot": 0,
-        "doc_to_text": "{{prompt}}",
+        "doc_to_text": "prompt",
         "target_delimiter": " ",
-        "metadata": {"version": 1.0},
+        "metadata": {"version": 2.0},
     }
     choice = {
         "task": name,
         "output_type": "multiple_choice",
-        "doc_to_choice": task["labels"],
+        "doc_to_choice": "labels",
         "doc_to_target": "label",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    longest_first = sorted(map(re.escape, task["labels"]), key=len, reverse=True)
-    pattern = rf"^\s*({'|'.join(longest_first)})\b"
-    regex = {"function": "regex", "regex_pattern": pattern, "group_select": 0, "fallback": "[none]"}
+    longest_first = sorted(labels, key=len, reverse=True)
+    # A word ends where the label does; a label that ends in a sign ends by itself.
+    ends = [re.escape(label) + (r"(?!\w)" if re.match(r"\w", label[-1]) else "") for label in longest_first]
+    pattern = rf"^\s*({'|'.join(ends)})".encode("ascii", "backslashreplace").decode()
+    regex = {"function": "regex", "regex_pattern": pattern, "group_select": 0, "fallback": ""}
+    longest = max(len(label.encode()) for label in labels)  # no tokenizer needs more tokens than bytes
     greedy = {
         "task": f"{name}_greedy",
         "output_type": "generate_until",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 8},
+        "doc_to_target": "answer",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": max(8, longest + 2)},
         "filter_list": [{"name": "label", "filter": [regex, {"function": "take_first"}]}],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     for config in (choice, greedy):
-        path = folder / f"{config['task']}.yaml"
-        path.write_text(json.dumps({**config, **common}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return name
+        _write_config({**config, **common}, folder)
 
 
 def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
@@ -64,7 +88,7 @@ def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
 
     Perplexity of text that no task is about says whether a model keeps its general language.
     """
-    file = Path(file)
+    file, folder = Path(file), Path(folder).resolve()
     name = "peft_mora_perplexity_" + re.sub(r"\W+", "_", f"{file.parent.name}_{file.stem}").strip("_").lower()
     texts = []
     for number, record in read_jsonl(file):
@@ -72,16 +96,13 @@ def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{file}:{number}: no passage; write a non-empty string in the field 'text' or 'page'")
         texts.append(text)
-    folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    path = _write_records([{"text": text} for text in texts], folder / f"{name}.parquet")
     metrics = dict.fromkeys(("word_perplexity", "byte_perplexity"), "weighted_perplexity")
     metrics["bits_per_byte"] = "bits_per_byte"
     config = {
         "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": path}},
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -89,5 +110,18 @@ def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
         "metric_list": [{"metric": m, "aggregation": a, "higher_is_better": False} for m, a in metrics.items()],
         "metadata": {"version": 1.0},
     }
-    (folder / f"{name}.yaml").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_config(config, folder)
     return name
+
+
+def _write_records(records: list[dict[str, Any]], path: Path) -> str:
+    from datasets import Dataset
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(records).to_parquet(path)
+    return str(path)
+
+
+def _write_config(config: dict[str, Any], folder: Path) -> None:
+    path = folder / f"{config['task']}.yaml"
+    path.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -40,6 +40,15 @@ def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
     return made
 
 
+def names(text: str) -> list[str]:
+    """Of "a, b": ["a", "b"]; as the type of an argument."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    for name in found:
+        if found.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name!r} is there twice")
+    return found
+
+
 def claim(output: Path, args: argparse.Namespace, *free: str) -> None:
     """Make the folder of a run that goes on where it was stopped, or refuse one that was begun with other arguments:
     what it holds would be taken for what these give. Those in `free` may differ.

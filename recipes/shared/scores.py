@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers.utils import has_file
 
 from .base_model import load_base
 
 
-def load(base: str | Path, adapter: str | Path | None, device: str, name: str = "default") -> tuple[Any, Any]:
-    """(model, tokenizer) with the adapter as it is on disk, in eval mode: what is scored is what was saved."""
-    model, tokenizer = load_base(base, device)
+def load(base: str, adapter: str | Path | None, device: str, name: str = "default") -> tuple[Any, Any]:
+    """(model, tokenizer) with the adapter as it is on disk, in eval mode: what is scored is what was saved.
+
+    The tokenizer is the adapter's where its folder has one: its chat template is the one that was trained with.
+    """
+    model, tokenizer = load_base(base, device, tokenizer=tokenizer_of(base, adapter))
     model = PeftModel.from_pretrained(model, adapter, name) if adapter is not None else model
     return model.eval(), tokenizer
+
+
+def tokenizer_of(base: str, adapter: str | Path | None) -> str:
+    """Folder or name: of the adapter where it brings a tokenizer, else of the base."""
+    return str(adapter) if adapter is not None and has_file(str(adapter), "tokenizer_config.json") else str(base)
+
+
+def plain_lm_eval(base: str, adapter: str | Path | None, names: list[str], folder: Any, device: str) -> str:
+    """The `lm_eval` command for the tasks `names`, those of `folder` among them."""
+    own = f",peft={adapter},tokenizer={tokenizer_of(base, adapter)}" if adapter is not None else ""
+    arguments = shlex.quote(f"pretrained={base}{own},dtype=bfloat16,softmax_dtype=float32")
+    where = f" --include_path {shlex.quote(str(folder))}" if folder else ""
+    return f"lm_eval --model hf --model_args {arguments} --tasks {','.join(names)}{where} --device {device}"
 
 
 def lm_eval(model: Any, tokenizer: Any, names: list[str], manager: Any, batch_size: int, **options: Any) -> Any:
