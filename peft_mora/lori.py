@@ -132,13 +132,13 @@ class LoriLinear(SeededLinear):
         mask[torch.from_numpy(generator(config.seed or 0, module_name, "mask").permutation(n)[:kept])] = True
         return mask
 
-    def set_packed(self, adapter_name: str, mask: Tensor, values: Tensor) -> None:
-        """Make B packed: `mask` (O·r,) bool says where, `values` (kept,) what."""
-        device, dtype = self._weight_placement()
+    def set_packed(self, adapter_name: str, mask: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Make B packed: `mask` (O·r,) bool says where, `values` (kept,) what, in `dtype` or else the base's."""
+        device, base_dtype = self._weight_placement()
         packed = PackedB(int(mask.sum()))
         if not packed.weight.is_meta:
             packed.weight.data.copy_(values)
-            packed.to(device, dtype)
+            packed.to(device, dtype or base_dtype)
         self.lori_B[adapter_name] = packed
         self.lori_mask[adapter_name] = pack_bits(mask).to(device)
         self.forget_places(adapter_name)
@@ -208,7 +208,7 @@ class LoriLinear(SeededLinear):
                 f"{self.r[adapter_name]}) of this model: the adapter belongs to another base model or has another r."
             )
         else:
-            self.set_packed(adapter_name, unpack_bits(tensors["lori_mask"], n), values)
+            self.set_packed(adapter_name, unpack_bits(tensors["lori_mask"], n), values, current.dtype)
             if frozen is None:
                 self._drop(adapter_name, self.lori_frozen_mask, self.lori_frozen_B)
             else:
@@ -257,8 +257,8 @@ class LoriModel(SeededModel):
                 seed, rank and module); "cat" stacks A's and B's to rank Σr. None takes "linear" where it is possible.
 
         Raises:
-            ValueError: an unknown adapter, a name that is taken, numbers that do not match, or "linear" over different
-                A's.
+            ValueError: an unknown adapter, a name that is taken, numbers that do not match, "linear" over different
+                A's, or an adapter that trains more than its B's.
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters:
@@ -270,6 +270,13 @@ class LoriModel(SeededModel):
         check_field(
             combination_type in (None, "linear", "cat"), "combination_type", combination_type, "'linear' or 'cat'"
         )
+        for field_name in ("modules_to_save", "trainable_token_indices"):
+            having = [name for name in adapters if getattr(self.peft_config[name], field_name)]
+            if having:
+                raise ValueError(
+                    f"Adapter(s) {having} have `{field_name}`: what they have trained there has no weighted sum, and "
+                    "the new adapter would have the base model's. Combine adapters that were trained without it."
+                )
         layers = {
             name: layer
             for name, layer in self.model.named_modules()
@@ -333,7 +340,14 @@ def record_form(model: Any, adapter_name: str, sparsity: float | None = None) ->
         for name, layer in packed.items()
         if adapter_name in layer.lori_frozen_B
     }
-    size = sum(layer.size(adapter_name) for layer in packed.values())
-    actual = 1 - sum(config.kept_entries.values()) / size if packed else None
-    config.sparsity = actual if sparsity is None else sparsity
+    if packed and sparsity is None:
+        size = sum(layer.size(adapter_name) for layer in packed.values())
+        sparsity = _asked_sparsity(sum(config.kept_entries.values()), size)
+    config.sparsity = sparsity
     set_config(model, adapter_name, config)
+
+
+def _asked_sparsity(kept: int, size: int) -> float:
+    """The shortest number that leaves so many: a trainer that resumes has the file's tensors, and not its config."""
+    shortest = (round(1 - kept / size, digits) for digits in range(1, 16))
+    return next((s for s in shortest if max(1, round((1 - s) * size)) == kept), 1 - kept / size)

@@ -115,7 +115,11 @@ class SeededLinear(AdapterLinear):
         """Put in what the seed draws where the file left it out, and check that it is what the file was made with."""
         expected = tensors.get(f"{self.prefix}checksum")
         if expected is None:
-            return False
+            raise ValueError(
+                f"The file has no `{self.prefix}checksum` for module {module_name!r}, which every saved adapter has, "
+                "so it cannot be known whether this projection A is the one that the adapter was trained with. Take the "
+                "file as it was saved."
+            )
         drawn = zip(self.projection_names, self.projection(adapter_name), strict=True)
         found = int(checksum(*(tensors.setdefault(name, tensor) for name, tensor in drawn)))
         if found != int(expected):

@@ -43,14 +43,15 @@ def sparsify(
         sparsity: share of B's entries to drop, in [0, 1).
         adapter_name: which adapter.
         onto: name of a LORI adapter with the same A that holds an earlier task. The result starts from that adapter's
-            B instead of from 0: its entries outside the new mask are kept and frozen, those inside go on training.
+            update instead of from 0: entries of its B outside the new mask are kept and frozen, those inside go on
+            training. Where the two have different alphas, B is scaled so that the update stays the same.
 
     Returns:
         A `SparsitySummary`; `print` it.
 
     Raises:
         ValueError: no such adapter, one that is packed already, merged, untrained (B = 0) or not finite; or `onto` has
-            another A. Nothing is changed then.
+            another A, or modules that the adapter has not. Nothing is changed then.
     """
     check_field(is_number(sparsity) and 0 <= sparsity < 1, "sparsity", sparsity, "a number in [0, 1)")
     layers = adapter_layers(model, adapter_name, LoriLinear)
@@ -73,6 +74,12 @@ def sparsify(
             "B is 0 everywhere, so there is nothing to choose by: train the dense adapter for some steps first, or "
             "use LoriCalibrationCallback."
         )
+    beyond = adapter_layers(model, onto, LoriLinear).keys() - layers.keys() if onto is not None else set()
+    if beyond:
+        raise ValueError(
+            f"Adapter {onto!r} adapts {len(beyond)} modules that {adapter_name!r} does not (e.g. {min(beyond)!r}), "
+            "and what it has learnt there would be missing. Give the new one the same `target_modules`."
+        )
     for name, layer in layers.items():
         if onto is not None and (onto not in layer.r or not share_projection(layer, [adapter_name, onto])):
             raise ValueError(
@@ -86,9 +93,12 @@ def sparsify(
     masks = mask.split([layer.size(adapter_name) for layer in layers.values()])
     for layer, chosen in zip(layers.values(), masks, strict=True):
         old = layer.lori_B[adapter_name].weight
-        start = torch.zeros(chosen.numel()) if onto is None else layer.matrix_B(onto, torch.float32).flatten().cpu()
-        layer.set_packed(adapter_name, chosen, start[chosen])
-        layer.lori_B[adapter_name].to(old.device, old.dtype).requires_grad_(old.requires_grad)
+        start = torch.zeros(chosen.numel())
+        if onto is not None:
+            ratio = layer.scaling[onto] / layer.scaling[adapter_name]
+            start = ratio * layer.matrix_B(onto, torch.float32).flatten().cpu()
+        layer.set_packed(adapter_name, chosen, start[chosen], old.dtype)
+        layer.lori_B[adapter_name].to(old.device).requires_grad_(old.requires_grad)
         rest = (start != 0) & ~chosen
         if rest.any():
             layer.set_frozen(adapter_name, rest, start[rest])

@@ -322,3 +322,64 @@ def test_sparsify_refuses_what_would_be_wrong():
 def test_a_projection_from_nowhere_must_be_saved():
     with pytest.raises(ValueError, match="`save_projection` must be True when `seed` is None"):
         LoriConfig(seed=None, save_projection=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [8, 24])
+def test_a_second_task_starts_as_the_first_whatever_its_alpha_and_the_base_s_dtype(alpha, dtype, inputs):
+    model = lori(tiny_llama().to(dtype))
+    sparsify(model, 0.8)
+    randomize(model, seed=9)
+    model.add_adapter("second", LoriConfig(r=4, alpha=alpha, target_modules="all-linear"))
+    model.set_adapter("second")
+    randomize(model, seed=12)
+    sparsify(model, 0.8, adapter_name="second", onto="default")
+    for layer in layers(model).values():
+        assert layer.lori_B["second"].weight.dtype == torch.float32
+        torch.testing.assert_close(
+            layer.get_delta_weight("second"), layer.get_delta_weight("default"), rtol=1e-6, atol=1e-8
+        )
+
+
+def test_a_second_task_over_fewer_modules_is_refused_and_changes_nothing(inputs):
+    model = lori()
+    model.add_adapter("second", LoriConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("second")
+    randomize(model, seed=12)
+    before = model(inputs).logits
+    with pytest.raises(ValueError, match=r"'default' adapts 10 modules that 'second' does not.*same `target_modules`"):
+        sparsify(model, 0.8, adapter_name="second", onto="default")
+    assert torch.equal(model(inputs).logits, before) and model.peft_config["second"].sparsity is None
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}])
+def test_combining_refuses_what_has_no_weighted_sum(fields):
+    (field,) = fields
+    model = lori(**fields)
+    model.add_adapter("b", LoriConfig(r=4, target_modules="all-linear"))
+    for names in (["default"], ["b", "default"]):
+        with pytest.raises(ValueError, match=rf"\['default'\] have `{field}`.*Combine adapters that were trained"):
+            model.add_weighted_adapter(names, [1.0] * len(names), "sum")
+    assert set(model.peft_config) == {"default", "b"}
+
+
+@pytest.mark.parametrize("config", [LoriConfig, FlyLoraConfig])
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_a_file_without_its_checksum_is_refused(config, save_projection, tmp_path):
+    model = get_peft_model(tiny_llama(), config(r=8, save_projection=save_projection, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "checksum" not in key}, file)
+    with pytest.raises(ValueError, match="no `.*_checksum` for module '.*q_proj'.*Take the file as it was saved"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.333, 0.0])
+def test_a_resumed_adapter_s_config_has_the_sparsity_that_was_asked_for(sparsity, tmp_path):
+    """A trainer that resumes loads the file into the dense adapter of its script."""
+    model = lori()
+    sparsify(model, sparsity)
+    model.save_pretrained(tmp_path)
+    again = lori()
+    again.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert again.peft_config["default"].sparsity == model.peft_config["default"].sparsity == sparsity
