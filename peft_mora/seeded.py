@@ -117,8 +117,8 @@ class SeededLinear(AdapterLinear):
         if expected is None:
             raise ValueError(
                 f"The file has no `{self.prefix}checksum` for module {module_name!r}, which every saved adapter has, "
-                "so it cannot be known whether this projection A is the one that the adapter was trained with. Take the "
-                "file as it was saved."
+                "so it cannot be known whether this projection A is the one that the adapter was trained with. Take "
+                "the file as it was saved."
             )
         drawn = zip(self.projection_names, self.projection(adapter_name), strict=True)
         found = int(checksum(*(tensors.setdefault(name, tensor) for name, tensor in drawn)))
