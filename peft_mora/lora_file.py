@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -56,8 +56,7 @@ class LoraFile:
     Args:
         folder: where it is.
         config: its adapter_config.json.
-        loras: module's name in the base model -> its ΔW; of a LoRA it is made when it is asked for, so that a large
-            file's tensors stay where they are.
+        loras: module's name in the base model -> its ΔW; of a LoRA it is read when it is asked for.
         saved: further tensors (`modules_to_save`), by their keys in the file.
     """
 
@@ -67,21 +66,26 @@ class LoraFile:
     saved: dict[str, Tensor]
 
 
-class _Scaled(Mapping[str, Lora]):
-    """A LoRA's factors as they are in the file, in float32 and with their scale when they are asked for."""
+class _Stored(Mapping[str, Lora]):
+    """A LoRA's factors, read, brought to float32 and scaled when they are asked for.
 
-    def __init__(self, stored: dict[str, tuple[Tensor, Tensor, float]]) -> None:
-        self.stored = stored
+    The file is mapped for that long only: six 8B-sized adapters are 1 GiB that merging has no use for all at once.
+    """
+
+    def __init__(self, file: Path, scales: dict[str, float]) -> None:
+        self.file, self.scales = file, scales
 
     def __getitem__(self, name: str) -> Lora:
-        A, B, scale = self.stored[name]
-        return Lora(_wide(A), _wide(B) if scale == 1 else scale * _wide(B))
+        scale = self.scales[name]
+        with safe_open(self.file, "pt") as file:
+            A, B = (_wide(file.get_tensor(f"{PREFIX}{name}.lora_{x}.weight")) for x in "AB")
+        return Lora(A, B if scale == 1 else scale * B)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
+        return iter(self.scales)
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self.scales)
 
 
 def read_lora(folder: str | Path) -> LoraFile:
@@ -120,10 +124,8 @@ def read_lora(folder: str | Path) -> LoraFile:
                 f"{folder} holds {key!r}, which is no factor of a linear module's update: embeddings, convolutions "
                 "and single parameters are not read. Train the adapter without them."
             )
-    broken = [name for name, lora in loras.items() if not all(t.isfinite().all() for t in lora)]
-    if broken or not loras:
-        what = f"has values that are not finite, e.g. in {broken[0]!r}" if broken else "holds no LoRA weights"
-        raise ValueError(f"{folder} {what}: save the adapter again.")
+    if not loras:
+        raise ValueError(f"{folder} holds no LoRA weights: save the adapter again.")
     return LoraFile(folder, config, loras, rest)
 
 
@@ -235,7 +237,7 @@ def _lora_factors(
             pairs.setdefault(match[1], {})[match[2]] = tensor
         else:
             rest[key] = tensor
-    stored = {}
+    scales = {}
     ranks = config.get("rank_pattern") or {}
     for name, pair in pairs.items():
         rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r", 8))
@@ -245,8 +247,10 @@ def _lora_factors(
                 f"{folder}: module {name!r} has {shapes} and rank {rank} by {CONFIG}. The file is damaged or not of "
                 "this config: save the adapter again."
             )
-        stored[name] = (pair["A"], pair["B"], lora_scale(config, name, rank))
-    return _Scaled(stored), rest
+        if not (pair["A"].isfinite().all() and pair["B"].isfinite().all()):
+            raise ValueError(f"{folder} has values that are not finite, e.g. in {name!r}: save the adapter again.")
+        scales[name] = lora_scale(config, name, rank)
+    return _Stored(folder / TENSORS, scales), rest
 
 
 def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, Lora], dict[str, Tensor]]:
@@ -284,6 +288,8 @@ def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple
             )
         layer.load_state_dict(state, strict=False)
         A, B = layer.factors("default")
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError(f"{folder} has values that are not finite, e.g. in {name!r}: save the adapter again.")
         loras[name] = Lora(_wide(A), layer.scaling["default"] * _wide(B))
     return loras, rest
 

@@ -672,7 +672,7 @@ def test_statistics_are_of_real_tokens_under_the_adapter_and_half_of_last_ones(t
     loaded = Statistics.load(folders[0])
     assert loaded.groups == found.groups
     for name, one in found.spreads.items():
-        torch.testing.assert_close(loaded.spreads[name].Q, one.Q, rtol=0, atol=1e-3)
+        torch.testing.assert_close(loaded.spreads[name].Q.float(), one.Q, rtol=0, atol=1e-3)
         assert torch.equal(loaded.spreads[name].values, one.values) and loaded.spreads[name].rest == one.rest
 
 
@@ -713,6 +713,7 @@ def test_prompts_need_a_base_model_and_every_folder(trained):
     prompts = {path: TEXTS[path.name] for path in folders}
     for arguments, message in (
         ({"prompts": prompts}, "go together"),
+        ({"rule": "tsv", "model": base, "prompts": prompts}, "with rule='inputs'"),
         ({"model": base, "prompts": {folders[0]: ["a"]}}, "`prompts` has no texts for .*task2"),
         ({"model": base, "prompts": prompts, "passes": 0}, "`passes` must be"),
         ({"model": base, "prompts": prompts, "weights": [1, -1]}, "weighs squared errors"),

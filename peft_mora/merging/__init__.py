@@ -46,9 +46,10 @@ class Rule(NamedTuple):
     """How a rule is called: `merge(cores or loras, weights, ...)`, and what it is given besides.
 
     Args:
-        space: "core", "factors" or "inputs" (factors, and what went into the module). elementwise: entries count one
-        by one, so that the basis matters, and the rule can
-            run in the full space instead. ordered: the order of the adapters matters. ranked: it is told the rank.
+        space: "core", "factors", or "inputs": factors, and what went into the module.
+        elementwise: entries count one by one, so that the basis matters; it can run on those of ΔW instead.
+        ordered: the order of the adapters matters.
+        ranked: it is told the rank.
     """
 
     merge: Callable[..., Any]
@@ -119,11 +120,10 @@ def merge_adapters(
             merge_report.json. None writes nothing; the result is in the report's `loras`.
         canonical: bring each adapter to its SVD gauge first, so that the result depends on what it computes only.
             False takes factors as they are, as the papers of "lego" and "robust" do; "slao" always does.
-        model, prompts, tokenizer: the base model, {folder: texts} with a few dozen prompts of each adapter's task,
-        and
-            None for the tokenizer that was saved with the first adapter or the model. With them "inputs" looks at
-            what goes into the modules itself, and again in each further pass, under the merged adapter. The model is
-            as it was afterwards.
+        model, prompts, tokenizer: the base model; {folder: texts}, a few dozen prompts of each adapter's task; None
+            for the tokenizer that was saved with the first adapter, or the model's. With them "inputs" looks at what
+            goes into the modules itself, and in each further pass again, under the merged adapter. The model stays as
+            it is.
         passes: with a model; 1 looks at the adapters on their own only.
         directions: kept of each input's covariance, with a model.
         progress: show a bar.
@@ -141,13 +141,15 @@ def merge_adapters(
     said: list[str] = []
     statistics: list[Statistics] = []
     look = None
+    if (model is None) != (prompts is None) or (model is not None and rule != "inputs"):
+        raise ValueError(
+            "`model` and `prompts` go together, and with rule='inputs': the base model and {folder: texts}."
+        )
     if rule == "inputs":
         rules.check_losses(weights)
         if model is not None and prompts is not None:
             look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, directions, adapters)
             statistics = look.alone()
-        elif (model is None) != (prompts is None):
-            raise ValueError("`model` and `prompts` go together: give the base model and {folder: texts}, or neither.")
         else:
             found = [Statistics.load(folder) for folder in adapters.folders]
             statistics = [one for one in found if one is not None]
@@ -176,7 +178,7 @@ def merge_adapters(
             A, B = merge(module, updates(module))
             if "match" in after:
                 B = B * scaling.match(Lora(A, B), adapters.updates(module))
-            merged[module] = Lora(A.float(), B.float())
+            merged[module] = Lora(A.float().contiguous(), B.float().contiguous())
         if "lines" in after:
             merged = _lines(adapters, merged, options.get("beta", 1.0))
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged

@@ -34,7 +34,7 @@ VERSION = 1
 
 
 class Spread(NamedTuple):
-    """C = rest·I + Q diag(values - rest) Qᵀ: Q (I, k) orthonormal, values (k,) >= rest >= 0."""
+    """C = rest·I + Q diag(values - rest) Qᵀ: Q (I, k) orthonormal, of any float dtype, values (k,) >= rest >= 0."""
 
     Q: Tensor
     values: Tensor
@@ -116,7 +116,7 @@ class Statistics:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             groups = {name: tuple(modules) for name, modules in text["groups"].items()}
             spreads = {
-                name: Spread(found[f"{name}.directions"].float(), values[:-1], float(values[-1]))
+                name: Spread(found[f"{name}.directions"], values[:-1], float(values[-1]))
                 for name in groups
                 for values in [found[f"{name}.values"]]
             }
