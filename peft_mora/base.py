@@ -455,6 +455,7 @@ class AdapterModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._dtype_settled: set[str] = set()
         self._original: str | None = None  # of the adapter that is being added; see `create_weights`
+        registry.guard_optimizers()
         super().__init__(*args, **kwargs)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

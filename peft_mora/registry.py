@@ -7,6 +7,7 @@ place, in the fields that CPython has used for members since 3.4, and the rest g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -101,3 +102,44 @@ def does_not_fit(error: Exception) -> ImportError:
         f"peft_mora was checked with peft {CHECKED} and does not fit peft {peft.__version__} "
         f"({type(error).__name__}: {error}). Install a peft from that range, or a newer peft_mora."
     )
+
+
+def guard_optimizers() -> None:
+    """Let PEFT's optimizers for LoRA refuse the registered methods, whose A and B they do not find, or find amiss.
+
+    LoRA+ tells B by "lora_B" in a parameter's name or by its having one dimension, LoRA-FA pairs all that have "lora"
+    in theirs. Called when a model is made: by then PEFT is imported, and this costs 3 ms.
+    """
+    try:
+        from peft.optimizers import lorafa, loraplus
+
+        parameter_names, init = loraplus.get_parameter_names, lorafa.LoraFAOptimizer.__init__
+    except (ImportError, AttributeError):  # another PEFT, with other optimizers
+        return
+    if parameter_names.__module__ == __name__:
+        return
+
+    def refuse(names: Iterable[str], optimizer: str) -> None:
+        found = {m.name.upper() for m in registered.values() if any(f".{m.model.prefix}" in name for name in names)}
+        if found:
+            raise ValueError(
+                f"{optimizer} finds A and B by the names that LoRA has for them, and would not treat those of this "
+                f"{found.pop()} adapter as its A and B. Make the groups yourself:\n"
+                "    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}\n"
+                '    A = [p for n, p in trained.items() if "_B." not in n]  # empty where A is frozen\n'
+                '    B = [p for n, p in trained.items() if "_B." in n]\n'
+                '    torch.optim.AdamW([{"params": A, "lr": lr}, {"params": B, "lr": ratio * lr}])'
+            )
+
+    # What the functions call, and not they: a script may have imported them already.
+    def get_parameter_names(model: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse([name for name, p in model.named_parameters() if p.requires_grad], "create_loraplus_optimizer")
+        return parameter_names(model, *args, **kwargs)
+
+    def __init__(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        groups = params = list(params)
+        refuse([name for group in groups for name in group.get("names", ())], "create_lorafa_optimizer")
+        init(self, params, *args, **kwargs)
+
+    loraplus.get_parameter_names = get_parameter_names
+    lorafa.LoraFAOptimizer.__init__ = __init__  # type: ignore[method-assign]

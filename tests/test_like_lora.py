@@ -3,6 +3,7 @@ a check that LoRA fails would be a wrong check, and one that only ours fail woul
 
 import copy
 import sys
+import textwrap
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -364,3 +366,23 @@ def test_the_reference_of_a_preference_trainer_is_the_adapter_as_it_is(method, m
     want = model.eval()(inputs).logits
     model.set_adapter("ref")
     assert torch.equal(model(inputs).logits, want)
+
+
+def test_lora_plus_gives_b_its_ratio_or_is_refused_with_the_lines_that_do(method, make_config):
+    model = adapted(make_config)
+    fields = {"lr": 1e-3, "loraplus_lr_ratio": 16.0}
+    if method == "lora":
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **fields)
+    else:
+        with pytest.raises(ValueError, match="create_loraplus_optimizer finds A and B by the names") as refusal:
+            create_loraplus_optimizer(model, torch.optim.AdamW, **fields)
+        with pytest.raises(ValueError, match="create_lorafa_optimizer finds A and B by the names"):
+            create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
+        *lines, last = textwrap.dedent(str(refusal.value).split("\n", 1)[1]).splitlines()
+        scope = {"model": model, "torch": torch, "lr": 1e-3, "ratio": 16.0}
+        exec("\n".join([*lines, f"optimizer = {last}"]), scope)
+        optimizer = scope["optimizer"]
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(16e-3 if "_B." in name else 1e-3)
