@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from hashlib import sha256
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,11 @@ def main() -> None:
     from lm_eval.tasks import TaskManager
 
     output = Path(args.output).resolve()
-    runs.claim(output, args, "device", "output", "ways", "seeds", "metrics")
     names = args.tasks
     learnt = [find_task(name, args.data, args.words) for name in names]
+    base = find_base(args.model, args.device)
+    content = {"base": Path(base).name, "records": sha256(json.dumps(learnt).encode()).hexdigest()[:12]}
+    runs.claim(output, args, "device", "output", "ways", "seeds", "metrics", **content)
     tasks = dict(zip(write_lm_eval_tasks(learnt, output / "tasks"), learnt, strict=True))
     of_metric = {metric: [name + "_greedy" * (metric == "greedy") for name in tasks] for metric in args.metrics}
     general = list(args.general)
@@ -170,7 +173,6 @@ def main() -> None:
     columns = [*chain.from_iterable(of_metric.values()), *general]
     head = [*(f"{name} {metric}" for metric in args.metrics for name in names), *general]
     manager = TaskManager(include_path=str(output / "tasks"), include_defaults=bool(args.general))
-    base = find_base(args.model, args.device)
 
     common = (tasks, columns, base, manager, args)
     zero_shot = score(None, output / "zero_shot.json", *common)

@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
@@ -145,7 +146,11 @@ def main() -> None:
         for method in args.methods:
             folders = [output / f"{method}-{name}" for name in names]
             for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):
-                if not (args.reuse and (folder / "adapter_config.json").exists()):
+                if args.reuse and (folder / "adapter_config.json").exists():
+                    there = PeftConfig.from_pretrained(folder).base_model_name_or_path
+                    if there != base:
+                        raise SystemExit(f"{folder} was trained on {there}, not on {base}: give another --output")
+                else:
                     # A seed for each: random projections of their own keep the updates apart.
                     config = adapter_config(method, seed=args.seed + i, **comparable(method, args.r))
                     train(base, config, task["train"], folder, args)

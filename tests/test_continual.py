@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,9 +97,16 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
     assert [task["name"] for task in memory.tasks] == ["colours", "winds"]
 
 
-def test_other_arguments_in_the_same_folder_are_refused(run, tmp_path):
-    arguments = ("--ways", "growing", "--scorer", "answers")
+def test_other_arguments_and_other_records_in_the_same_folder_are_refused(run, tasks, tmp_path):
+    data, tmp_path = shutil.copytree(tasks, tmp_path / "data"), tmp_path / "run"
+    arguments = ("--ways", "growing", "--scorer", "answers", "--data", data)
     run(tmp_path, *arguments)
+    file = data / "winds" / "test.jsonl"
+    with file.open("a") as more:
+        more.write(file.read_text().splitlines()[0] + "\n")
+    with pytest.raises(SystemExit, match=r"\(there, here\): \{'records'"):
+        run(tmp_path, *arguments)
+    shutil.copyfile(tasks / "winds" / "test.jsonl", file)
     with pytest.raises(SystemExit, match=r"'steps': \(4, 5\)"):
         run(tmp_path, *arguments, "--steps", 5)
     with pytest.raises(SystemExit, match=r"'adapter': \(\{\}, \{'alpha': 8\}\)"):

@@ -168,16 +168,18 @@ def test_text_in_another_encoding_is_refused_with_file_and_line(data, line, kind
         read_dataset(tmp_path)
 
 
-def test_a_single_file_may_be_gzipped_parquet_or_csv(tmp_path):
+def test_a_single_file_may_be_gzipped_or_parquet(tmp_path):
     record = {"prompt": "the cat", "completion": " sat"}
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(record).encode()))
     Dataset.from_list([record]).to_parquet(tmp_path / "a.parquet")
-    Dataset.from_list([record]).to_csv(tmp_path / "a.csv")
-    for name in ("a.jsonl.gz", "a.parquet", "a.csv"):
+    for name in ("a.jsonl.gz", "a.parquet"):
         assert list(read_dataset(tmp_path / name)) == [record]
     (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[:-9])
     with pytest.raises(ValueError, match="b.jsonl.gz is gzip, and broken"):
         read_dataset(tmp_path / "b.jsonl.gz")
+    (tmp_path / "c.parquet").write_text("the cat")
+    with pytest.raises(ValueError, match="c.parquet cannot be read as parquet"):
+        read_dataset(tmp_path / "c.parquet")
     Dataset.from_list([record, {**record, "completion": ""}]).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match="b.parquet, row 1: 'completion' is missing or empty"):
         read_dataset(tmp_path / "b.parquet")
@@ -354,6 +356,9 @@ def test_a_task_with_a_bad_record_is_refused_with_file_and_line(tmp_path):
         read_task(tmp_path, "colours")
     (tmp_path / "colours" / "labels.json").write_text("[0, 1]")
     with pytest.raises(ValueError, match=r"labels.json is \[0, 1\]; write a list of the answers, as strings"):
+        read_task(tmp_path, "colours")
+    (tmp_path / "colours" / "labels.json").write_text("[")
+    with pytest.raises(ValueError, match="labels.json is no JSON in UTF-8"):
         read_task(tmp_path, "colours")
 
 

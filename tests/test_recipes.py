@@ -264,6 +264,16 @@ def test_score_takes_tasks_with_commas_as_lm_eval_does(score, monkeypatch):
         load_recipe("continual").parse()
 
 
+def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, tmp_path):
+    """A folder's name says method and task, and not which base it was trained on."""
+    model = adapted(lora_config, quantized(llama_folder))
+    model.peft_config["default"].base_model_name_or_path = "another/base"
+    model.save_pretrained(tmp_path / "lora-colours")
+    arguments = ["--model", llama_folder, "--data", task, "--tasks", "colours", "--methods", "lora"]
+    with pytest.raises(SystemExit, match="lora-colours was trained on another/base, not on .*: give another --output"):
+        run_recipe("merge", *arguments, "--output", tmp_path, "--reuse")
+
+
 def test_export_says_that_a_plain_lora_is_one_already(run_recipe, llama_folder, tmp_path):
     adapted(lora_config, quantized(llama_folder)).save_pretrained(tmp_path / "lora")
     with pytest.raises(SystemExit, match="lora is LORA, a plain LoRA already: serve it as it is"):

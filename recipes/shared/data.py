@@ -41,7 +41,7 @@ def read_dataset(
     keeps the arguments that it has: no null for those of other records' calls.
 
     Args:
-        source: a file of JSON lines (also gzipped), parquet or csv, a folder with SPLIT.jsonl, a folder that
+        source: a file of JSON lines (also gzipped) or parquet, a folder with SPLIT.jsonl, a folder that
             `datasets` wrote (save_to_disk), an embedded task, or what else `datasets.load_dataset` takes: a name on
             the Hub, a folder of parquet or csv files.
         split: which part; a single file has only "train".
@@ -100,7 +100,7 @@ def _open(source: str | Path, split: str, config: str | None) -> tuple[Iterator[
         raise ValueError(
             f"{path} is one file, without a {split!r} part: give a folder with train.jsonl and test.jsonl"
         )
-    table = path.suffix[1:] if path.is_file() and path.suffix in (".parquet", ".csv") else None
+    table = path.is_file() and path.suffix == ".parquet"
     if not table and (path.is_file() or (path / f"{split}.jsonl").is_file()):
         path = path if path.is_file() else path / f"{split}.jsonl"
         return ((f"{path}:{number}", record) for number, record in read_jsonl(path)), str(path)
@@ -108,9 +108,13 @@ def _open(source: str | Path, split: str, config: str | None) -> tuple[Iterator[
     if not path.exists() and source in TASKS:
         return ((f"{name}, row {i}", r) for i, r in enumerate(make_task(str(source))[split])), name
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     if table:
-        dataset = load_dataset(table, data_files={"train": str(path)}, split="train")
+        try:
+            dataset = load_dataset("parquet", data_files={"train": str(path)}, split="train")
+        except (DatasetsError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as parquet ({error.__cause__ or error})") from error
     elif any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
         try:
             dataset = load_from_disk(path)
@@ -294,7 +298,10 @@ def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 4
     folder = Path(data_dir) / name
     task: dict[str, Any] = {"name": name}
     labels_file = folder / "labels.json"
-    labels = json.loads(labels_file.read_text(encoding="utf-8")) if labels_file.exists() else None
+    try:
+        labels = json.loads(labels_file.read_text(encoding="utf-8")) if labels_file.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{labels_file} is no JSON in UTF-8 ({error})") from error
     if labels is not None and not (isinstance(labels, list) and all(isinstance(x, str) and x.strip() for x in labels)):
         raise ValueError(f"{labels_file} is {str(labels)[:80]}; write a list of the answers, as strings")
     for split in ("train", "test"):

@@ -49,12 +49,12 @@ def names(text: str) -> list[str]:
     return found
 
 
-def claim(output: Path, args: argparse.Namespace, *free: str) -> None:
+def claim(output: Path, args: argparse.Namespace, *free: str, **content: str) -> None:
     """Make the folder of a run that goes on where it was stopped, or refuse one that was begun with other arguments:
-    what it holds would be taken for what these give. Those in `free` may differ.
+    what it holds would be taken for what these give. Those in `free` may differ; `content` says what is behind a name.
     """
     output.mkdir(parents=True, exist_ok=True)
-    given = {key: value for key, value in vars(args).items() if key not in free}
+    given = {key: value for key, value in vars(args).items() if key not in free} | content
     if (output / "run.json").exists():
         there = json.loads((output / "run.json").read_text(encoding="utf-8"))
         differs = {key: (there.get(key), value) for key, value in given.items() if there.get(key) != value}

@@ -51,6 +51,11 @@ def lm_eval(model: Any, tokenizer: Any, names: list[str], manager: Any, batch_si
     return simple_evaluate(lm, tasks=names, task_manager=manager, log_samples=False, **options)
 
 
+def common_length(one: list[int], other: list[int]) -> int:
+    """How far two lists are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def answers(
     model: Any, tokenizer: Any, records: list[dict[str, str]], batch_size: int, labels: list[str] | None = None
 ) -> dict[str, float]:
@@ -77,8 +82,8 @@ def answers(
         rows = records[start : start + batch_size]
         texts = [f"{row['prompt']} {row['answer']}" for row in rows]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-        prompts = tokenizer([row["prompt"] for row in rows]).input_ids
-        lengths = [len(ids) - len(prompt) for ids, prompt in zip(tokenizer(texts).input_ids, prompts, strict=True)]
+        pairs = zip(tokenizer(texts).input_ids, tokenizer([row["prompt"] for row in rows]).input_ids, strict=True)
+        lengths = [len(ids) - common_length(ids, prompt) for ids, prompt in pairs]  # as TRL masks
         positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
         with torch.no_grad():
             logits = model(**batch, position_ids=positions, logits_to_keep=max(lengths) + 1).logits.float().cpu()
