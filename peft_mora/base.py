@@ -512,8 +512,10 @@ class AdapterModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's own also copies `weight`, which trained tokens and some quantised layers do not have, and moves the
-        adapter to the base's device, where it has been made."""
+        adapter to the base's device, where it has been made; on a base on meta it has not."""
         setattr(parent, child_name, new_module)
+        if isinstance(new_module, AdapterLinear) and any(p.is_meta for p in new_module.get_base_layer().parameters()):
+            new_module.to("meta")
 
     def _wrap(self, target: nn.Module, config: AdapterConfig, module_name: str) -> AdapterLinear:
         kwargs = get_quantization_kwargs(self)

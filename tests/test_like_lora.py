@@ -157,6 +157,8 @@ def test_named_adapters_merge_and_the_rest_stays(make_config):
         torch.testing.assert_close(merged(X), want, rtol=1e-4, atol=1e-5)
     model.merge_adapter()
     torch.testing.assert_close(model(X), both, rtol=1e-4, atol=1e-5)
+    model.merge_adapter()  # both are there already
+    torch.testing.assert_close(model(X), both, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()
     torch.testing.assert_close(model(X), both, rtol=1e-5, atol=1e-6)
 
