@@ -1,11 +1,13 @@
-"""Every Python block of README.md and docs/ runs, over a tiny 4-bit model in place of the one it names."""
+"""Every Python block of README.md and docs/ runs, over a tiny 4-bit model, and every command is one that exists."""
 
 import re
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import quantized
+from helpers import RECIPES, load_recipe, quantized
 from peft import PeftModel, get_peft_model
 from test_trl import texts
 from transformers import AutoTokenizer
@@ -37,6 +39,31 @@ def test_code_block_runs(block, llama_folder, tmp_path, monkeypatch):
         "get_peft_model": get_peft_model,
     }
     exec(compile(block.replace("Qwen/Qwen3-0.6B", llama_folder), "docs", "exec"), names)
+
+
+PROGRAMS = [path for path in (*RECIPES.glob("*.py"), *RECIPES.glob("measure/*.py")) if path.is_file()]
+
+
+def test_every_command_on_the_pages_and_in_the_programs_is_one_that_they_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        shlex.split(command, comments=True)
+        for page in (*PAGES, *PROGRAMS)
+        for command in re.findall(r"(?:^|`)python (recipes/[^`\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        if not command.endswith("\\")
+    ]
+    recipes = {program: load_recipe(program[len("recipes/") : -len(".py")]) for program, *_ in commands}
+    for program, *arguments in commands:
+        if arguments and hasattr(recipes[program], "parse"):  # not sft.py, whose flags are TRL's
+            monkeypatch.setattr(sys, "argv", [program, *arguments])
+            recipes[program].parse()
+    assert len(commands) > 30 and len(recipes) == len(PROGRAMS)
+
+
+def test_every_program_that_a_page_names_is_there():
+    text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "Makefile", ROOT / "CHANGELOG.md"])
+    named = set(re.findall(r"recipes/[\w/]+\.py", text))
+    assert len(named) > 10 and not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_every_config_field_with_its_default_is_on_its_page():

@@ -89,7 +89,7 @@ def _quantize(name_or_dir: str | Path, device: str, folder: Path) -> None:
 
 def _content(name_or_dir: str | Path, config: Any) -> str:
     """12 hex digits of all that a model is made of: its weights, config and tokenizer, or its commit on the Hub."""
-    digest = hashlib.sha256(repr(sorted(nf4_config().to_dict().items())).encode())
+    digest = hashlib.blake2b(repr(sorted(nf4_config().to_dict().items())).encode())
     folder = Path(name_or_dir)
     if not folder.is_dir():
         digest.update(f"{name_or_dir} {config._commit_hash}".encode())
