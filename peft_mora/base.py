@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -509,6 +510,14 @@ class AdapterModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable until it is set active
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """What PEFT refuses for LoRA: Mamba's fused kernels take the weights of some modules and never call them."""
+        try:
+            as_lora: Any = SimpleNamespace(peft_type="LORA")
+            super()._check_target_module_compatiblity(as_lora, model, target_name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("PEFT:LORA", f"PEFT:{peft_config.method}")) from None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's own also copies `weight`, which trained tokens and some quantised layers do not have, and moves the

@@ -171,8 +171,8 @@ def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[s
     """The adapted layers, by their names in the base model.
 
     Raises:
-        ValueError: there is none, another adapter is active beside this one or instead of it, or the adapter trains
-            more than linear modules.
+        ValueError: there is none, another adapter is active beside this one or instead of it, the adapter trains more
+            than linear modules, or one whose weight is the embeddings' too.
     """
     layers = [m for m in model.modules() if isinstance(m, AdapterLinear) and adapter_name in m.r]
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
@@ -190,7 +190,17 @@ def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[s
             f"Adapter {adapter_name!r} is to be exported as it works alone: call model.set_adapter({adapter_name!r}) "
             "first, unmerged and enabled."
         )
-    return {layer.module_names[adapter_name]: layer for layer in layers}
+    by_name = {layer.module_names[adapter_name]: layer for layer in layers}
+    get_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
+    shared = getattr(get_embeddings(), "weight", None)
+    tied = [n for n, layer in by_name.items() if shared is getattr(layer.get_base_layer(), "weight", layer)]
+    if tied:
+        raise ValueError(
+            f"Adapter {adapter_name!r} adapts {tied[0]!r}, whose weight is the embeddings' too, and no server of LoRA "
+            "files opens that. Train without it in `target_modules`; or, if it merges, serve the merged model "
+            "(merge_and_unload gives the module a weight of its own)."
+        )
+    return by_name
 
 
 def _visit(

@@ -27,6 +27,9 @@ from peft_mora import METHODS
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that its --max-lora-rank takes
+
+
 def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, model=None, data=None, batch_size=16)
     parser.add_argument("adapter", type=Path, help="folder of a saved MORA, LORI or FLYLORA adapter")
@@ -92,7 +95,11 @@ def main() -> None:
             'MoraConfig(routing="dense")); or write it all the same with --force, and evaluate it.'
         )
     config = save_lora(model, loras, args.output)
-    print(f"LoRA of rank {config.r} in {args.output}; vLLM: --enable-lora --max-lora-rank {config.r} or more")
+    rank = next((rank for rank in VLLM_RANKS if rank >= config.r), None)
+    options = (
+        f"--enable-lora --max-lora-rank {rank}" if rank else f"no: it takes ranks up to {VLLM_RANKS[-1]}, see --rank"
+    )
+    print(f"LoRA of rank {config.r} in {args.output}; vLLM: {options}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from peft_mora import record_usage, sparsify, start_task
 
@@ -388,3 +389,18 @@ def test_lora_plus_gives_b_its_ratio_or_is_refused_with_the_lines_that_do(method
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[id(parameter)] == pytest.approx(16e-3 if "_B." in name else 1e-3)
+
+
+@pytest.mark.parametrize("targets", [["in_proj"], ["in_proj", "out_proj"], "all-linear"], ids=str)
+def test_modules_that_a_fused_kernel_never_calls_are_refused(method, make_config, targets, inputs):
+    torch.manual_seed(0)
+    mamba = MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4)
+    base = AutoModelForCausalLM.from_config(mamba)
+    if targets != ["in_proj"]:
+        with pytest.raises(ValueError, match="Module 'out_proj' is incompatible with Mamba-based models") as refusal:
+            get_peft_model(base, make_config(target_modules=targets))
+        assert method.split("-")[0].upper() in str(refusal.value)
+        return
+    model = get_peft_model(base, make_config(target_modules=targets)).train()
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

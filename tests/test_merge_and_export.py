@@ -19,7 +19,7 @@ from shared.scores import answers
 from transformers import AutoTokenizer
 
 from peft_mora import start_task
-from peft_mora.export import effect_error, exact_lora, fit_lora, lora_errors, save_lora
+from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -219,7 +219,7 @@ def test_the_export_recipe_writes_what_peft_opens(method, llama_folder, tasks, t
     printed = capsys.readouterr().out
     assert "exact, but for rounding in 16 bits" in printed
     assert float(re.search(r"other texts: (\S+)", printed).group(1)) < 0.05
-    assert "vLLM: --enable-lora --max-lora-rank 4" in printed
+    assert "vLLM: --enable-lora --max-lora-rank 8\n" in printed  # of rank 4; it does not take 4
     lora = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
     assert_same(lora, PeftModel.from_pretrained(tiny_llama(), adapter), inputs)
     with pytest.raises(SystemExit):
@@ -295,3 +295,17 @@ def test_the_merge_recipe_counts_the_answers_that_greedy_decoding_would_write(ll
     assert answers(model, tokenizer, records, 5) == {"greedy": pytest.approx(1 / 3)}
     assert answers(model, tokenizer, records[::3], 4) == {"greedy": 1}
     assert answers(model, tokenizer, records[1::3], 4) == {"greedy": 0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapted_output_layer_is_exported_where_its_weight_is_its_own(method, tmp_path):
+    config = tiny_llama().config
+    for tied in (False, True):
+        config.tie_word_embeddings = tied
+        model = get_peft_model(type(tiny_llama())(config), METHODS[method](target_modules=["q_proj", "lm_head"]))
+        randomize(model)
+        if tied:
+            with pytest.raises(ValueError, match="'lm_head', whose weight is the embeddings' too.*`target_modules`"):
+                exportable_layers(model)
+        else:
+            assert "lm_head" in exportable_layers(model)

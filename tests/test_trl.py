@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import METHODS, adapted, gradients, losses, quantized, sft, texts
+from helpers import LORA, METHODS, adapted, gradients, losses, quantized, sft, texts, tiny_llama
 from peft import PeftModel
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -94,3 +94,10 @@ def test_dpo_s_reference_equals_the_trained_adapter(method, tasks, llama_folder,
     model.set_adapter("default")
     assert not torch.equal(model(inputs).logits, trained)
     assert gradients(model.train(), inputs)
+
+
+def test_sft_refuses_an_adapted_output_layer_as_for_lora(llama_folder, tmp_path):
+    """README.md says so."""
+    for method in (LORA, METHODS["mora"]):
+        with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+            sft(tiny_llama(), llama_folder, tmp_path, method(target_modules=["q_proj", "lm_head"]))
