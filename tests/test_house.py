@@ -22,7 +22,7 @@ HOUSE = f"""
     trl_callbacks: metrics logs host usage_report
     trl_callbacks: factors subspace
     trl_callbacks: constraint sources
-    trl_callbacks: protect
+    trl_callbacks: general_text
     trl_callbacks: drift
     trl_callbacks: projection surgery penalties budget calibration
     trl_callbacks: __init__

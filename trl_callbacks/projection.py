@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,7 @@ from peft_mora.linalg import contrast_directions, leading_directions, project_ou
 
 from .constraint import Constraint, check_held, constraints, sharing
 from .factors import Factors, trainable_factors
+from .general_text import TOKENS, add_text
 from .host import HostCallback, calibration_batches, output_folder
 from .sources import SOURCES, Run
 from .subspace import Subspace, fingerprint
@@ -50,7 +51,10 @@ class OrthogonalProjectionCallback(HostCallback):
     to bfloat16 on a quantised base, before the optimizer is made (in bfloat16, A·V could only be 0 to about 1e-3).
 
     Args:
-        memory: the folder that an earlier task's training wrote, or None for the first task.
+        memory: the folder that an earlier task's training, or `protect`, wrote; several, which are joined; or None for
+            the first task.
+        protect: text on which the model is to stay as it is from this task on: what `trl_callbacks.protect` takes,
+            "self" too. A text that the memory holds already is not looked at again, so that every task may have it.
         source: how directions are found: "inputs", "gradients", "base_weights" or "past_adapters".
         energy: share of the inputs' (gradients', weight's) squared norm that the bases hold, in (0, 1]. None: all, up
             to max_rank; for "base_weights" a share that depends on the layer.
@@ -77,8 +81,9 @@ class OrthogonalProjectionCallback(HostCallback):
 
     def __init__(
         self,
-        memory: str | Path | None = None,
+        memory: str | Path | Sequence[str | Path] | None = None,
         *,
+        protect: Any = None,
         source: str = "inputs",
         energy: float | None = 0.95,
         max_rank: int | None = None,
@@ -87,7 +92,11 @@ class OrthogonalProjectionCallback(HostCallback):
         room: int | None = None,
         adapter_name: str | None = None,
     ) -> None:
-        check_field(memory is None or isinstance(memory, (str, Path)), "memory", memory, "a folder or None")
+        folders = [memory] if isinstance(memory, (str, Path)) else memory
+        several = (
+            isinstance(folders, (list, tuple)) and bool(folders) and all(isinstance(f, (str, Path)) for f in folders)
+        )
+        check_field(memory is None or several, "memory", memory, "a folder, a list of folders, or None")
         check_field(source in SOURCES, "source", source, "one of " + ", ".join(map(repr, SOURCES)))
         check_field(
             energy is None or (is_number(energy) and 0 < energy <= 1), "energy", energy, "a number in (0, 1], or None"
@@ -112,10 +121,11 @@ class OrthogonalProjectionCallback(HostCallback):
         )
         check_field(room is None or (is_int(room) and room >= 1), "room", room, "an integer >= 1, or None")
         check_field(room is None or start != "random", "room", room, "None with start='random', which gives all")
-        self.memory = Path(memory) if memory is not None else None
+        check_field(protect is None or self.source.knows_inputs, "protect", protect, "None with this source")
+        self.memory, self.protect = [Path(folder) for folder in folders or []], protect
         self.calibration_batches, self.adapter_name = calibration_batches, adapter_name
         self.start, self.room = start, room
-        self._constrains = self.memory is not None or self.source.protects_from_start
+        self._constrains = bool(self.memory) or protect is not None or self.source.protects_from_start
         self._run: Run | None = None
         self._constraints: list[Constraint] = []
         self._room: dict[str, Tensor] = {}  # group -> (I, m) the directions that A may move in, if not all
@@ -150,9 +160,9 @@ class OrthogonalProjectionCallback(HostCallback):
         super().on_train_begin(args, state, control)
         adapter_name, factors = trainable_factors(model, self.adapter_name)
         output = output_folder(args) / "subspace"
-        if self.memory is not None and self.memory.resolve() == output.resolve():
+        if any(folder.resolve() == output.resolve() for folder in self.memory):
             raise ValueError(
-                f"`memory` is {self.memory}, where this run will write its own subspace: an interrupted run would "
+                f"`memory` is {output}, where this run will write its own subspace: an interrupted run would "
                 "lose it. Give each task an output_dir of its own."
             )
         use_exact_4bit_kernels(model)  # forwards in eval mode follow, which would repack 4-bit weights on a CPU
@@ -160,14 +170,8 @@ class OrthogonalProjectionCallback(HostCallback):
             train_dataloader, args, self.calibration_batches, "Use source='gradients' or 'past_adapters'."
         )
         run = Run(model, adapter_name, factors, batches)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if self.memory is not None:
-            subspace = Subspace.load(self.memory)
-            subspace.check_model(fingerprint(base), self.memory)
-            _check_memory(subspace, self.source.name, factors, self.memory)
-        else:
-            subspace = Subspace(self.source.name, fingerprint(base))
         resumed = state.global_step > 0
+        subspace = self._remembered(args, run, resumed, kwargs.get("processing_class"))
         self._room = {}
         if resumed:
             self._restore(args, state)
@@ -278,7 +282,8 @@ class OrthogonalProjectionCallback(HostCallback):
             if found is not None:
                 lead = next(lead for lead, modules in found.groups.items() if names[0] in modules)
                 r = max(len(run.factors[name].A) for name in names)
-                self._room[group] = self._directions(group, found.covariance[lead], self.room or 2 * r)
+                # In rows, as a checkpoint gives them back: products of another layout differ in their last bits.
+                self._room[group] = self._directions(group, found.covariance[lead], self.room or 2 * r).contiguous()
             for name in names:
                 A = run.factors[name].A.data
                 norms = A.norm(dim=1, keepdim=True)
@@ -289,6 +294,27 @@ class OrthogonalProjectionCallback(HostCallback):
                 rows = rows * (norms / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
                 A.copy_(project_out(rows, V))
 
+    def _remembered(self, args: TrainingArguments, run: Run, resumed: bool, tokenizer: Any) -> Subspace:
+        """What the memories and the protected text hold. A resumed run cannot see the text as the untrained adapter
+        did: with a text, what is found goes to `<output_dir>/protected`, and comes from there."""
+        found = output_folder(args) / "protected"
+        model: Any = run.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        known, subspace = fingerprint(base), None
+        folders = self.memory if self.protect is None or not resumed else [found]
+        if folders:
+            subspaces = [Subspace.load(folder) for folder in folders]
+            for folder, one in zip(folders, subspaces, strict=True):
+                one.check_model(known, folder)
+                _check_memory(one, self.source.name, run.factors, folder)
+            subspace = subspaces[0] if len(subspaces) == 1 else Subspace.join(subspaces)
+        subspace = subspace or Subspace(self.source.name, known)
+        if self.protect is not None and not resumed:
+            add_text(subspace, model, run.layers, self.protect, tokenizer, self.source.energy, TOKENS)
+            if args.process_index == 0:
+                subspace.save(found)
+        return subspace
+
     def _directions(self, group: str, new: Tensor, count: int) -> Tensor:
         V = self._subspace.right[group].to(new)
         if self.start == "inputs" or group not in self._subspace.seen:
@@ -296,7 +322,7 @@ class OrthogonalProjectionCallback(HostCallback):
         return contrast_directions(new, self._subspace.old_covariance(group).to(new), V, count)
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        needed = self.source.keeps_state or (self.memory is not None and self.start != "random")
+        needed = self.source.keeps_state or ((self.memory or self.protect is not None) and self.start != "random")
         tensors = self.saved(args, state)
         if tensors is None and needed:
             raise ValueError(

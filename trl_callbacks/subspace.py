@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from peft_mora.files import whole_folder
 from peft_mora.inputs import InputStatistics
-from peft_mora.linalg import leading_directions
+from peft_mora.linalg import leading_directions, orthonormal
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Subspace:
             modules: of a new group; none are the module that it is named after.
             outputs: (O, k) orthonormal, the module's directions in `left`, in the place of those there.
         """
-        directions = directions.float().cpu()
+        directions = directions.float().cpu().contiguous()
         self.groups.setdefault(group, tuple(modules) or (group,))
         held = self.right.get(group)
         self.right[group] = directions if held is None else torch.cat([held, directions], dim=1)
@@ -111,16 +111,16 @@ class Subspace:
             self.append(group, new, found.groups[name])
             self.remember(group, covariance)
 
-    def remember(self, group: str, covariance: Tensor) -> None:
-        """Add a task's inputs (I, I) to what is known of all tasks' inputs, every task with the same weight."""
-        total = covariance / covariance.trace()
+    def remember(self, group: str, covariance: Tensor, tasks: int = 1) -> None:
+        """Add the inputs (I, I) of so many tasks to what is known of all, every task with the same weight."""
+        total = tasks * covariance / covariance.trace()
         if group in self.seen:
             total = total + self.old_covariance(group).to(total)
         values, vectors = torch.linalg.eigh(total)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         kept = int((values.cumsum(0) < SEEN_ENERGY * values.sum()).sum()) + 1
         self.seen[group] = (vectors[:, :kept] * values[:kept].sqrt()).float().cpu().contiguous()
-        self.weights[group] = self.weights.get(group, 0) + 1
+        self.weights[group] = self.weights.get(group, 0) + tasks
 
     def old_covariance(self, group: str) -> Tensor:
         """(I, I) what is known of all tasks' inputs: F·Fᵀ, and what F has left out alike in all other directions."""
@@ -186,6 +186,40 @@ class Subspace:
         if any(tuple(right[name].shape) != shape for name, shape in shapes.items()):
             raise ValueError(f"{folder / TENSORS} and {folder / DESCRIPTION} are not of the same run.")
         return subspace
+
+    @classmethod
+    def join(cls, subspaces: Sequence[Subspace]) -> Subspace:
+        """One memory of several of one base model: what any of them holds, of the inputs that all of them know.
+
+        Inputs that one does not know are left out, so that an adapter of modules with such inputs is refused.
+
+        Raises:
+            ValueError: they are of different sources or models, hold outputs, or group a module's input differently.
+        """
+        first = subspaces[0]
+        joined = cls(first.source, first.model)
+        known = set.intersection(*({name for group in s.groups.values() for name in group} for s in subspaces))
+        for one in subspaces:
+            joined.check_model(one.model, "a `memory` behind the first")
+            if one.source != first.source or one.left:
+                raise ValueError(
+                    f"Memories of source {first.source!r} and {one.source!r} cannot be joined: give several only "
+                    "where all are of one source, and that is not 'base_weights'."
+                )
+            for group, modules in one.groups.items():
+                if known.isdisjoint(modules):
+                    continue
+                place = joined.group_of(modules[0]) or group
+                if set(joined.groups.get(place, modules)) != set(modules):
+                    raise ValueError(
+                        f"The memories group the modules that share an input differently: {joined.groups[place]} and "
+                        f"{modules}. Make them with the same target_modules."
+                    )
+                joined.append(place, orthonormal(one.right[group], joined.right.get(place)), modules)
+                if group in one.seen:
+                    joined.remember(place, one.old_covariance(group), one.weights[group])
+            joined.tasks += one.tasks
+        return joined
 
     def check_model(self, model: dict[str, Any], folder: str | Path) -> None:
         """Refuse another base model than the one the bases were found on.

@@ -1,0 +1,277 @@
+"""A memory of general text, made without training: what the base model does with it is kept from the first task on.
+
+The inputs that a text brings to each module are what an earlier task's inputs are: directions that a later task must
+leave alone. So protected text is a `Subspace` like any other, with the text in the place of a task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from peft_mora import use_exact_4bit_kernels
+from peft_mora.checks import check_field, is_int, is_number
+from peft_mora.inputs import eval_mode, input_statistics, visit
+
+from .subspace import Subspace, fingerprint
+
+
+# SmolLM2-135M in NF4 on WikiText pages: docs/general-ability.md has what other settings give.
+ENERGY = 0.95
+TOKENS = 10_240
+LENGTH = 256  # tokens of one sample: many short ones say more than a few long ones
+Batch = dict[str, Tensor]
+
+
+def protect(
+    model: Any,
+    source: Any,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    energy: float = ENERGY,
+    tokens: int = TOKENS,
+    adapter_name: str | None = None,
+) -> Subspace:
+    """Write a memory of `source` for `OrthogonalProjectionCallback(memory=folder)`. Trains nothing, changes nothing.
+
+    Args:
+        model: a base model, in any precision, or a PEFT model: then it is protected as it is with its active adapters.
+        source: text to keep the model's behaviour on: a list of strings, of conversations (lists of role and content)
+            or of records, a `datasets.Dataset`, the path of a JSON Lines file; or "self": text that the model samples
+            itself, half of it through the chat template where there is one. Records have "text" (or "page"),
+            "messages", or "prompt" and "completion".
+        folder: where the memory goes; what was there is replaced as a whole.
+        tokenizer: of the model; None loads it from where the model came from.
+        energy: share of the inputs' squared norm that the bases hold, in (0, 1].
+        tokens: how many tokens to look at; texts are cut to 256 each and taken in their order.
+        adapter_name: protect the inputs of the modules that this adapter adapts; None is every linear layer but the
+            output head, which serves adapters with any `target_modules`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: a wrong argument, a record without text, no text at all, a module whose inputs are not seen.
+        FileNotFoundError: `source` is a path, and nothing is there.
+
+    Example:
+        >>> protect(model, "self", "out/general")
+        >>> OrthogonalProjectionCallback("out/general")
+    """
+    check_arguments(energy, tokens)
+    tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model.config.name_or_path)
+    use_exact_4bit_kernels(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    subspace = Subspace("inputs", fingerprint(base))
+    add_text(subspace, model, _layers(model, adapter_name), source, tokenizer, energy, tokens)
+    subspace.save(folder)
+    return subspace
+
+
+def check_arguments(energy: Any, tokens: Any) -> None:
+    check_field(is_number(energy) and 0 < energy <= 1, "energy", energy, "a number in (0, 1]")
+    check_field(is_int(tokens) and tokens >= 1, "tokens", tokens, "an integer >= 1")
+
+
+def add_text(
+    subspace: Subspace,
+    model: Any,
+    layers: Mapping[str, nn.Module],
+    source: Any,
+    tokenizer: Any,
+    energy: float | None,
+    tokens: int,
+) -> None:
+    """Add what `source` needs of `layers` to a subspace, once: a text that is in there already is not added again."""
+    if source == "self" and any(task.get("text") == "self" for task in subspace.tasks):
+        return
+    batches = sample(model, tokenizer, tokens) if source == "self" else read(source, tokenizer, tokens)
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch["input_ids"].cpu().numpy().tobytes())
+    text = "self" if source == "self" else digest.hexdigest()
+    if any(task.get("text") == text for task in subspace.tasks):
+        return
+    seen = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    subspace.add_inputs(input_statistics(model, layers, batches), energy, None)
+    subspace.tasks.append({"name": "general text", "text": text, "tokens": seen, "energy": energy, "max_rank": None})
+
+
+def read(source: Any, tokenizer: Any, tokens: int) -> list[Batch]:
+    """The first `tokens` tokens of a source, as batches of one sequence each."""
+    batches: list[Batch] = []
+    left = tokens
+    for ids in _encoded(source, tokenizer):
+        ids = ids[: min(LENGTH, left)]
+        if len(ids) > 1:  # a beginning-of-text token alone is no text
+            batches.append(_batch(torch.tensor([ids])))
+            left -= len(ids)
+        if left <= 1:
+            break
+    if not batches:
+        raise ValueError("`protect` has no text in it: nothing would be protected. Give texts, or 'self'.")
+    return batches
+
+
+def _encoded(source: Any, tokenizer: Any) -> Iterator[list[int]]:
+    for number, record in enumerate(_records(source)):
+        if isinstance(record, Mapping) and isinstance(record.get("messages"), Sequence):
+            record = record["messages"]
+        if isinstance(record, Mapping):
+            prompt, completion = record.get("prompt"), record.get("completion", record.get("answer"))
+            if isinstance(prompt, str) and isinstance(completion, str):
+                record = prompt + completion
+            elif isinstance(prompt, list) and isinstance(completion, list):
+                record = [*prompt, *completion]
+            else:
+                record = next((record[key] for key in ("text", "page") if isinstance(record.get(key), str)), record)
+        if isinstance(record, str):
+            yield tokenizer(record).input_ids
+        elif isinstance(record, list) and record and all(isinstance(m, Mapping) and "role" in m for m in record):
+            if tokenizer.chat_template is None:
+                raise ValueError("`protect` has messages, and the tokenizer has no chat template to write them with.")
+            yield tokenizer(tokenizer.apply_chat_template(record, tokenize=False), add_special_tokens=False).input_ids
+        else:
+            has = f"fields {sorted(record)}" if isinstance(record, Mapping) else f"type {type(record).__name__}"
+            raise ValueError(
+                f"Record {number} of `protect` ({has}) is no text: give strings, messages (lists of role and content) "
+                "or records with 'text', 'messages', or 'prompt' and 'completion'."
+            )
+
+
+def _records(source: Any) -> Iterable[Any]:
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`protect` is {str(source)!r}, and there is no such file. Give the path of a JSON Lines file, a list "
+                "of texts, a data set, or 'self' for text that the model samples itself."
+            )
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"{path}:{number} is no JSON: {error}.") from error
+    else:
+        check_field(isinstance(source, Iterable), "protect", source, "texts, a data set, a file, or 'self'")
+        yield from source
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch]:
+    """Text that the model samples itself, at temperature 1 from the start of a text: (16, 256) a batch.
+
+    With a chat template, every second batch is conversations: the user's turn is the model's own too, sampled behind
+    what the template puts before it (Magpie, arXiv 2406.08464), and then the answer.
+    """
+    rows = 16
+    count = max(1, -(-tokens // (rows * LENGTH)))
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    check_field(start is not None, "protect", "self", "text: the tokenizer has no token that begins or ends one")
+    turns = _turns(tokenizer)
+    batches = []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), eval_mode(model):
+        torch.manual_seed(seed)
+        for i in range(count):
+            if turns is None or i % 2 == 0:
+                batches.append(_go_on(model, tokenizer, torch.full((rows, 1), start), LENGTH))
+            else:
+                before, between = turns
+                asked = _go_on(model, tokenizer, before.repeat(rows, 1), before.shape[1] + LENGTH // 4, stop=True)
+                batches += _answered(model, tokenizer, asked, between)
+    return batches
+
+
+def _turns(tokenizer: Any) -> tuple[Tensor, Tensor] | None:
+    """(1, n) tokens that the chat template puts before a user's words, and (m,) between these and the answer."""
+    if tokenizer.chat_template is None:
+        return None
+    mark = "¤"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # a template that wants something else: its text alone is sampled
+        return None
+    if text.count(mark) != 1:
+        return None
+    before, between = (tokenizer(part, add_special_tokens=False).input_ids for part in text.split(mark))
+    return (torch.tensor([before]), torch.tensor(between)) if before and between else None
+
+
+def _go_on(model: Any, tokenizer: Any, ids: Tensor, length: int, stop: bool = False) -> Batch:
+    """Sample behind (B, n) tokens up to `length`; with `stop`, what follows an end-of-text token is padding."""
+    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    options: dict[str, Any] = {"max_new_tokens": length - ids.shape[1], "pad_token_id": pad}
+    if not stop:
+        options["min_new_tokens"] = options["max_new_tokens"]
+    ids = ids.to(device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        **options,
+    )
+    batch = _batch(out)
+    if stop:
+        ended = (out[:, ids.shape[1] :] == pad).cumsum(1) > 0
+        batch["attention_mask"][:, ids.shape[1] :] = (~ended).long()
+    return batch
+
+
+def _answered(model: Any, tokenizer: Any, asked: Batch, between: Tensor) -> list[Batch]:
+    """The questions of a batch, each with what the template puts behind it and an answer."""
+    found = []
+    for ids, mask in zip(asked["input_ids"], asked["attention_mask"], strict=True):
+        whole = torch.cat([ids[mask.bool()], between.to(ids)])[None]
+        found.append(_go_on(model, tokenizer, whole, LENGTH))
+    return found
+
+
+def _batch(ids: Tensor) -> Batch:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _layers(model: Any, adapter_name: str | None) -> dict[str, nn.Module]:
+    """Module name in the base model -> layer: those of an adapter, or the linear ones that text reaches (no head)."""
+    head = model.get_output_embeddings()
+    found: dict[str, nn.Module] = {}
+    inside = "\n"  # the wrapper that the walk is in; no name begins so
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        layer = module
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside = name + "."
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if adapter_name is not None:
+            wanted = isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
+        else:
+            wanted = isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
+        if wanted:
+            found[name.removeprefix("base_model.model.")] = module
+    if adapter_name is not None:
+        check_field(bool(found), "adapter_name", adapter_name, f"one of {sorted(getattr(model, 'peft_config', {}))}")
+        return found
+    reached: set[str] = set()
+    start = torch.zeros(1, 2, dtype=torch.long)
+    visit(model, found, [_batch(start)], lambda name, *_: reached.add(name))
+    return {name: layer for name, layer in found.items() if name in reached}
