@@ -8,10 +8,10 @@ import helpers
 import pytest
 import torch
 from helpers import losses, quantized, ranks, texts, tiny_llama
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
@@ -379,24 +379,39 @@ def test_wrong_arguments_are_refused(arguments, message):
         OrthogonalProjectionCallback(**arguments)
 
 
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 2)
+
+
+def tiny_moe():
+    return AutoModelForCausalLM.from_config(
+        MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    )
+
+
 @pytest.mark.parametrize(
-    "config",
+    "base, config, match",
     [
-        LoriConfig(r=4, target_modules=["q_proj"]),
-        FlyLoraConfig(r=4, top_k=2, target_modules=["q_proj"]),
-        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
-        LoraConfig(target_modules=["q_proj"], use_dora=True),
-        LoraConfig(target_modules=["q_proj"], lora_bias=True),
-        LoraConfig(target_modules=["q_proj", "embed_tokens"]),
+        (tiny_llama, LoriConfig(r=4, target_modules=["q_proj"]), "Use MoraConfig .*A of LORI and FLYLORA is frozen"),
+        (tiny_llama, FlyLoraConfig(r=4, top_k=2, target_modules=["q_proj"]), "A of LORI and FLYLORA is frozen"),
+        (tiny_llama, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "Use MoraConfig"),
+        (tiny_llama, LoraConfig(target_modules=["q_proj"], use_dora=True), "DoraLinearVariant.*Use LoraConfig"),
+        (tiny_llama, LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5]), "ALoraLinearVariant"),
+        (tiny_llama, LoraConfig(target_modules=["q_proj"], lora_bias=True), "Use LoraConfig without it"),
+        (tiny_llama, LoraConfig(target_modules=["q_proj", "embed_tokens"]), "Leave embeddings out"),
+        (tiny_llama, AdaLoraConfig(target_modules=["q_proj"], total_step=9), "singular values and ranks"),
+        (tiny_moe, LoraConfig(target_parameters=["experts.down_proj"]), "'down_proj', whose input.*target_parameters"),
+        (Attention, LoraConfig(target_modules=["attention"]), "Leave nn.MultiheadAttention out"),
     ],
-    ids=["lori", "flylora", "prompt", "dora", "bias", "embedding"],
+    ids=["lori", "flylora", "prompt", "dora", "alora", "bias", "embedding", "adalora", "parameters", "attention"],
 )
-def test_adapters_that_it_cannot_protect_are_refused_with_what_would_work(config, llama_folder, tmp_path):
-    model = get_peft_model(quantized(llama_folder), config)
-    with pytest.raises(
-        ValueError, match="Use MoraConfig .*A of LORI and FLYLORA is frozen|Use LoraConfig|Leave embeddings out"
-    ):
-        sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback()).train()
+def test_adapters_that_it_cannot_protect_are_refused_with_what_would_work(base, config, match, tmp_path):
+    model = get_peft_model(base(), config)
+    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=match):
+        OrthogonalProjectionCallback().on_init_end(arguments, None, None, model=model)
 
 
 @pytest.mark.parametrize("kind", ["task", "lora"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from peft_mora import registry
@@ -35,8 +37,10 @@ def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[s
     found: dict[str, dict[str, Factors]] = {}
     for module_name, layer in model.named_modules():
         for adapter in configs:
+            name = module_name.removeprefix("base_model.model.")
+            _check_linear(layer, adapter, name)
             if trained := trained_factors(layer, adapter):
-                found.setdefault(adapter, {})[module_name.removeprefix("base_model.model.")] = Factors(*trained, layer)
+                found.setdefault(adapter, {})[name] = Factors(*trained, layer)
     if adapter_name is None and len(found) > 1:
         raise ValueError(
             f"Several adapters are in training ({', '.join(map(repr, sorted(found)))}), of which one alone can be "
@@ -58,7 +62,7 @@ def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[s
             "reads every input, and prompts change the inputs of all layers."
         )
     if isinstance(configs[name], LoraConfig):
-        _check_plain_lora(model, name)
+        _check_biases(configs[name], name)
     return name, found[name]
 
 
@@ -75,17 +79,44 @@ def trained_factors(layer: nn.Module, adapter_name: str) -> Trained | None:
     return Trained(A, B, tuple(past)) if A.requires_grad or B.requires_grad else None
 
 
-def _check_plain_lora(model: Any, name: str) -> None:
-    config = model.peft_config[name]
-    for option, what in (("use_dora", "rescales the base's own weight"), ("lora_bias", "adds a bias to every output")):
-        if getattr(config, option, False):
-            raise ValueError(
-                f"Adapter {name!r} has {option}=True, which {what}, for old inputs too. Use LoraConfig without it."
-            )
-    if any(isinstance(layer, LoraLayer) and name in layer.lora_embedding_A for layer in model.modules()):
+def _check_linear(layer: nn.Module, adapter: str, name: str) -> None:
+    """Refuse an adapter that PEFT's LoRA trains on a layer where its update is not B·A·x of the layer's own input x.
+
+    Raises:
+        ValueError: naming the module, why, and what to leave out.
+    """
+    if not isinstance(layer, LoraLayer):
+        return
+    weights = [p for key, p in layer.named_parameters() if key.startswith("lora_") and adapter in key.split(".")]
+    if not any(p.requires_grad for p in weights):
+        return
+    down = dict(layer.lora_A.items()).get(adapter)
+    instead = "Use LoraConfig without it"
+    if isinstance(layer, AdaLoraLayer):
+        what, instead = "is of AdaLoRA, which changes singular values and ranks as it trains", "Use LoraConfig"
+    elif isinstance(layer, Embedding) or down is None:
+        what = "is on an embedding, whose input is a token and no vector that directions could be kept from"
+        instead = "Leave embeddings out of target_modules"
+    elif isinstance(layer, ParamWrapper):
+        what = f"is on the parameter {layer.parameter_name!r}, whose input inside of the module cannot be seen"
+        instead = "Leave out target_parameters, and modules that keep a fused weight"
+    elif isinstance(layer, MultiheadAttention):
+        what = "is merged into the attention's weights at each call, whose inputs cannot be seen"
+        instead = "Leave nn.MultiheadAttention out of target_modules"
+    elif variant := layer.lora_variant.get(adapter):
+        what = f"has PEFT's {getattr(variant, '__name__', type(variant).__name__)}, which is more than B·A·x"
+    elif not isinstance(down, nn.Linear) or down.in_features != layer.in_features:
+        what, instead = f"has an A of type {type(down).__name__}", "Leave the module out of target_modules"
+    else:
+        return
+    raise ValueError(f"Adapter {adapter!r} {what} (module {name!r}): old inputs cannot be kept from it. {instead}.")
+
+
+def _check_biases(config: LoraConfig, name: str) -> None:
+    if config.lora_bias:
         raise ValueError(
-            f"Adapter {name!r} is on an embedding too, whose input is a token and no vector that directions could be "
-            "kept from. Leave embeddings out of target_modules."
+            f"Adapter {name!r} has lora_bias=True, which adds a bias to every output, for old inputs too. Use "
+            "LoraConfig without it."
         )
-    if getattr(config, "bias", "none") != "none":
+    if config.bias != "none":
         raise ValueError(f"Adapter {name!r} trains biases (bias={config.bias!r}): use bias='none'.")
