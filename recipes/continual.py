@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base, load_base
-from shared.data import find_task
 from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
+from shared.tasks import find_task
 from shared.training import adapter_config, make_trainer
 from transformers import TrainerCallback, set_seed
 

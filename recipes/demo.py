@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base
-from shared.data import TASKS, find_task
+from shared.embedded_tasks import TASKS
 from shared.lm_eval_tasks import write_lm_eval_tasks
+from shared.tasks import find_task
 from shared.training import NAMES, adapter_config, comparable, train
 
 

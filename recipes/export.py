@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base
-from shared.data import find_task
+from shared.tasks import find_task
 
 from peft_mora import METHODS
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base, load_base
-from shared.data import find_task
+from shared.tasks import find_task
 from shared.training import NAMES, adapter_config, comparable, train
 
 from peft_mora import METHODS

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import EMBEDDED, find_base
-from shared.data import TASKS, find_task
+from shared.embedded_tasks import TASKS
 from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
+from shared.tasks import find_task
 
 
 def parse() -> argparse.Namespace:

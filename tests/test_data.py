@@ -10,9 +10,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from helpers import RECIPES, quantized
 from PIL import Image
-from shared.data import read_dataset, read_task
+from shared.data import read_dataset
 from shared.embedded_tasks import make_task
 from shared.lm_eval_tasks import write_lm_eval_perplexity
+from shared.tasks import read_task
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 

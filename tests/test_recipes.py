@@ -14,9 +14,9 @@ from datasets import Dataset
 from helpers import METHODS, RECIPES, WORDS, adapted, load_recipe, lora_config, quantized, randomize
 from peft import PeftConfig, get_peft_model
 from shared import base_model, scores
-from shared.data import read_task
 from shared.lm_eval_tasks import write_lm_eval_tasks
 from shared.scores import load
+from shared.tasks import read_task
 from transformers import AutoTokenizer
 
 import peft_mora

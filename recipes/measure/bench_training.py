@@ -35,7 +35,7 @@ from peft_mora import METHODS
 sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
 from shared import runs, training
 from shared.base_model import find_base, load_base
-from shared.data import find_task
+from shared.tasks import find_task
 
 
 ARMS = (*training.BENCH, *(f"{name}-plain" for name in METHODS))

@@ -26,7 +26,8 @@ from trl_callbacks import ActivationBudgetCallback
 sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
 from shared import runs, scores, training
 from shared.base_model import find_base, load_base
-from shared.data import TASKS, find_task
+from shared.embedded_tasks import TASKS
+from shared.tasks import find_task
 
 
 ROUTED = [name for name, method in METHODS.items() if hasattr(method.config, "top_k")]

@@ -26,7 +26,7 @@ from trl_callbacks.subspace import Subspace, fingerprint
 sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
 from shared import runs
 from shared.base_model import find_base, load_base
-from shared.data import find_task
+from shared.tasks import find_task
 from shared.training import adapter_config, make_trainer
 
 

@@ -1,4 +1,4 @@
-"""Records of any form for SFTTrainer, checked one by one, and tasks with labels.
+"""Records of any form for SFTTrainer, each of them checked.
 
 >>> dataset = read_dataset("my_data/train.jsonl")  # or a folder, a Hub name, the name of an embedded task
 my_data/train.jsonl: 500 records, columns prompt, answer
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 from collections.abc import Iterator
 from inspect import signature
 from itertools import chain
@@ -73,7 +72,7 @@ def read_dataset(
     rows = []
     for place, record in chain([first], records):
         columns |= dict.fromkeys(record)
-        _check(record, form, place)
+        check_record(record, form, place)
         row = {key: record[key] for key in form} | _beside(record, place)
         if "answer" in row:
             row["completion"] = " " + row.pop("answer").strip()
@@ -184,7 +183,7 @@ def _own_keys(record: dict[str, Any], features: Any) -> dict[str, Any]:
     return {key: own(value, features[key]) for key, value in record.items()}
 
 
-def _check(record: dict[str, Any], form: tuple[str, ...], place: str) -> None:
+def check_record(record: dict[str, Any], form: tuple[str, ...], place: str) -> None:
     """Refuse a record with nothing in one of the columns of `form`, or with messages that hold no answer."""
     for key in form:
         value = record.get(key)
@@ -267,61 +266,3 @@ def _check_length(row: dict[str, Any], tokenizer: Any, max_length: int, place: s
             f"{place}: the prompt alone has {used} tokens: truncation to {max_length} leaves nothing of the answer; "
             "give a larger max_length, or shorten the prompt"
         )
-
-
-def cut_passage(prompt: str, max_words: int) -> str:
-    """Keep the question (the first line, and the `Option` line) and `Answer:`; cut what is between to max_words words.
-
-    A passage is also cut at 8 * max_words characters, else one unbroken run of signs is 1,400 tokens (yahoo has it).
-    """
-    body, answer = (prompt[: -len("Answer:")], "Answer:") if prompt.rstrip().endswith("Answer:") else (prompt, "")
-    head = re.match(r"[^\n]*\n(?:[ \t]*Options?:[^\n]*\n)?", body)
-    start = head.end() if head else 0
-    words = list(re.finditer(r"\S+", body[start:]))
-    if len(words) <= max_words and len(body) - start <= 8 * max_words:
-        return prompt
-    length = min(words[:max_words][-1].end(), 8 * max_words)
-    return body[: start + length].rstrip() + ("\n" if head else " ") + answer
-
-
-def find_task(name: str, data_dir: str | Path | None = None, max_passage_words: int | None = 48, seed: int = 0) -> Any:
-    """The task of `read_task` where there is a data_dir, else the embedded one."""
-    return read_task(data_dir, name, max_passage_words) if data_dir else make_task(name, seed=seed)
-
-
-def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 48) -> dict[str, Any]:
-    """Read DATA_DIR/NAME/{train,test}.jsonl (fields prompt, answer) and labels.json into make_task's layout.
-
-    Raises:
-        FileNotFoundError: a split is missing. ValueError: a record is empty or wrong, with its file and line number.
-    """
-    folder = Path(data_dir) / name
-    task: dict[str, Any] = {"name": name}
-    labels_file = folder / "labels.json"
-    try:
-        labels = json.loads(labels_file.read_text(encoding="utf-8")) if labels_file.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{labels_file} is no JSON in UTF-8 ({error})") from error
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(x, str) and x.strip() for x in labels)):
-        raise ValueError(f"{labels_file} is {str(labels)[:80]}; write a list of the answers, as strings")
-    for split in ("train", "test"):
-        path = folder / f"{split}.jsonl"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: a task is a folder with train.jsonl, test.jsonl, labels.json")
-        task[split] = []
-        for number, record in read_jsonl(path):
-            _check(record, ("prompt", "answer"), f"{path}:{number}")
-            prompt, answer = record["prompt"], record["answer"].strip()
-            if labels is not None and answer not in labels:
-                raise ValueError(f"{path}:{number}: answer {answer!r} is not in {labels_file}: {labels}")
-            prompt = prompt if max_passage_words is None else cut_passage(prompt, max_passage_words)
-            task[split].append({"prompt": prompt, "answer": answer})
-    task["labels"] = labels if labels is not None else sorted({r["answer"] for r in task["train"] + task["test"]})
-    return task
-
-
-def to_dataset(records: list[dict[str, str]]) -> Any:
-    """A datasets.Dataset with TRL's prompt and completion columns: SFTTrainer then puts the loss on the completion."""
-    from datasets import Dataset
-
-    return Dataset.from_list([{"prompt": r["prompt"], "completion": " " + r["answer"]} for r in records])

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_mora import METHODS
 
 from .base_model import load_base
-from .data import to_dataset
+from .tasks import to_dataset
 
 
 NAMES = ("lora", *METHODS)
