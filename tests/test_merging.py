@@ -242,6 +242,15 @@ def test_three_and_more_are_warned_of_the_plain_sum(three):
         assert not merge_adapters(three[:2], "sum").warnings
 
 
+def test_adapters_that_were_not_trained_merge_to_nothing(tmp_path):
+    for seed in (1, 2):
+        zero = {name: Lora(A, 0 * B) for name, (A, B) in loras(seed).items()}
+        write_lora(tmp_path / f"zero{seed}", zero)
+    for rule in RULES:
+        report = merge_adapters([tmp_path / "zero1", tmp_path / "zero2"], rule, output=tmp_path / rule)
+        assert report.norm == 0 and all(not delta.any() for delta in dense(tmp_path / rule).values()), rule
+
+
 # The report
 
 
@@ -416,8 +425,11 @@ def test_slao_takes_the_newest_A_and_moves_B(tmp_path):
 def test_lego_clusters_pairs_whatever_their_sign():
     a, b = torch.tensor([[1.0, 0, 0, 0]]).double(), torch.tensor([[2.0], [0], [0]]).double()
     c, d = torch.tensor([[0, 1.0, 0, 0]]).double(), torch.tensor([[0], [3.0], [0]]).double()
-    A, B = lego([Lora(a, b), Lora(-1.1 * a, -1.1 * b), Lora(c, d)], [1.0] * 3, rank=2)
-    want = 1.05**2 * b @ a + d @ c
+    near = a + 0.1 * c
+    A, B = lego([Lora(a, b), Lora(-near, -b), Lora(c, d)], [1.0] * 3, rank=2)
+    pairs = torch.stack([torch.cat([x.flatten(), b.flatten()]) for x in (a, near)])
+    center = pairs.mean(0) * pairs.norm(dim=1).mean() / pairs.mean(0).norm()
+    want = center[4:, None] @ center[None, :4] + d @ c
     torch.testing.assert_close(B @ A, want / 2**0.5)  # √(r / k), r = 1
     A, B = lego([Lora(a, b), Lora(a, b)], [1.0, -1.0], rank=2)
     torch.testing.assert_close(B @ A, torch.zeros(3, 4).double())
@@ -468,6 +480,15 @@ def test_dare_draws_by_seed_and_adapter_and_keeps_the_expectation(three, tmp_pat
             mean[name] += delta / 60
     assert torch.equal(torch.get_rng_state(), state)
     close(mean, dense(merge_adapters(three, "sum")), 0.2)
+
+
+def test_dare_draws_for_each_adapter_on_its_own(three, tmp_path):
+    write_lora(
+        tmp_path / "same", {n: Lora(2 * A, B / 2) for n, (A, B) in loras(1).items()}, base_model_name_or_path="base"
+    )
+    twice = {name: 2 * delta for name, delta in dense(merge_adapters(three[:1], "dare")).items()}
+    both = dense(merge_adapters([three[0], tmp_path / "same"], "dare"))
+    assert all((both[name] - delta).norm() > 0.1 * delta.norm() for name, delta in twice.items())
 
 
 def test_rules_that_peft_has_too_give_what_its_classes_give(tmp_path):
