@@ -2,6 +2,7 @@
 
 from .budget import ActivationBudgetCallback
 from .calibration import LoriCalibrationCallback
+from .drift import DriftCallback, drift
 from .general_text import protect
 from .metrics import continual_metrics
 from .projection import OrthogonalProjectionCallback
@@ -9,8 +10,10 @@ from .projection import OrthogonalProjectionCallback
 
 __all__ = [
     "ActivationBudgetCallback",
+    "DriftCallback",
     "LoriCalibrationCallback",
     "OrthogonalProjectionCallback",
     "continual_metrics",
+    "drift",
     "protect",
 ]

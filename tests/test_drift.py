@@ -1,0 +1,99 @@
+"""How far an adapter has carried the model from its base on general text, in the logs and within a bound."""
+
+import math
+
+import pytest
+import torch
+from helpers import LORA, adapted, quantized, sft, tiny_llama
+from peft import get_peft_model
+from transformers import AutoTokenizer
+
+from peft_mora import MoraConfig
+from trl_callbacks import DriftCallback, OrthogonalProjectionCallback
+from trl_callbacks.drift import drift
+from trl_callbacks.general_text import read
+
+
+TEXT = ["the cat sat on the mat", "a dog ran under the log", "north south east west yes no"]
+
+
+def batch(rows=5, length=9):
+    ids = torch.randint(4, 24, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0  # padding on the right, and on the left
+    mask[3, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("config", ["mora-dense", "mora", LORA])
+def test_drift_is_perplexity_and_kl_of_real_next_tokens(config):
+    model = adapted(config)
+    given = batch()
+    wanted = (given["attention_mask"][:, 1:] * given["attention_mask"][:, :-1]).bool()
+    with torch.no_grad():
+        new = model(**given).logits[:, :-1][wanted].double().log_softmax(-1)
+        with model.disable_adapter():
+            old = model(**given).logits[:, :-1][wanted].double().log_softmax(-1)
+    target = given["input_ids"][:, 1:][wanted]
+    at = torch.arange(len(target))
+    expected = {
+        "perplexity": math.exp(-new[at, target].mean()),
+        "base_perplexity": math.exp(-old[at, target].mean()),
+        "kl": float((old.exp() * (old - new)).sum(-1).mean()),
+    }
+    model.train()
+    found = drift(model, [given])
+    assert model.training and found == pytest.approx(expected, rel=1e-4) and found["kl"] > 1e-3
+
+
+def test_a_fresh_adapter_has_not_drifted():
+    model = get_peft_model(tiny_llama(), MoraConfig(r=4, target_modules="all-linear"))
+    found = drift(model, [batch()])
+    assert found["kl"] < 1e-6 and found["perplexity"] == pytest.approx(found["base_perplexity"], rel=1e-6)
+
+
+def trained(llama_folder, output, *callbacks, **arguments):
+    torch.manual_seed(0)
+    model = get_peft_model(quantized(llama_folder), MoraConfig(r=4, routing="dense", target_modules="all-linear"))
+    trainer = sft(model, llama_folder, output, callbacks=list(callbacks), save_strategy="no", **arguments)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("source", [TEXT, "self"])
+def test_drift_is_logged_at_each_interval_and_at_the_last_step(source, llama_folder, tmp_path, capsys):
+    trainer = trained(llama_folder, tmp_path, DriftCallback(source, interval=4, tokens=32))
+    steps = {entry["step"]: entry["drift_kl"] for entry in trainer.state.log_history if "drift_kl" in entry}
+    assert list(steps) == [4, 6] and steps[6] > 0.01
+    assert f"KL {steps[6]:.4f} nats a token" in capsys.readouterr().out
+
+
+def test_an_adapter_is_held_within_the_bound_and_within_its_constraints(llama_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    held_out = read(TEXT, tokenizer, 100)
+    free = drift(trained(llama_folder, tmp_path / "free").model, held_out)["kl"]
+    projection = OrthogonalProjectionCallback(protect=["a small red dog", "the big blue cat"], energy=0.5)
+    callback = DriftCallback(TEXT, interval=2, tokens=100, max_kl=free / 20)
+    trainer = trained(llama_folder, tmp_path / "held", projection, callback)
+    assert 0 < drift(trainer.model, held_out)["kl"] <= free / 20
+    entries = [entry for entry in trainer.state.log_history if "drift_kept" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4, 6] and min(entry["drift_kept"] for entry in entries) < 1
+    assert all(entry["leakage"] < 1e-5 for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"interval": 0}, "interval.*an integer >= 1"),
+        ({"tokens": 1}, "tokens.*an integer >= 2"),
+        ({"max_kl": 0}, "max_kl.*a number > 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DriftCallback(TEXT, **arguments)
+
+
+def test_a_model_without_an_adapter_is_refused(llama_folder, tmp_path):
+    with pytest.raises(ValueError, match="by switching the adapter off, and this model has none"):
+        sft(tiny_llama(), llama_folder, tmp_path, callbacks=[DriftCallback(TEXT)]).train()
