@@ -211,7 +211,7 @@ def input_statistics(
         budget_gib: GiB of matrices held at a time; at least one is.
 
     Raises:
-        ValueError: a module was never called, or its tokens are not those of the attention mask.
+        ValueError: a module was never called, its tokens are not those of the attention mask, or it got NaN or inf.
     """
     groups, sizes = shared_inputs(model, modules, batches[0])
     covariance: dict[str, Tensor] = {}
@@ -229,6 +229,11 @@ def input_statistics(
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(covariance[name])
             done[name] = covariance.pop(name)
+            if not done[name].isfinite().all():
+                raise ValueError(
+                    f"The inputs of module {name!r} are not finite (NaN, inf, or squares beyond float32): the model "
+                    "has diverged, or a batch is broken."
+                )
     return InputStatistics(done, groups)
 
 

@@ -35,16 +35,22 @@ def leading_directions(
 
     Returns:
         (I, k) orthonormal columns, orthogonal to `held`, strongest first, in the covariance's dtype. k may be 0.
+
+    Raises:
+        ValueError: the covariance, or its Frobenius norm, is not finite.
     """
     size = covariance.shape[0]
     held = covariance.new_zeros(size, 0) if held is None else held.to(covariance)
     total = covariance.diagonal().sum()
     inside = ((held.T @ covariance) * held.T).sum()
+    norm = torch.linalg.matrix_norm(covariance)
+    if not norm.isfinite():
+        raise ValueError("The covariance has NaN or inf, or a norm beyond its dtype: it has no leading directions.")
     rest = project_out(project_out(covariance, held).T, held)
     values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     # Below the rounding of the largest eigenvalue there is noise and the null space of what is held.
-    noise = 10 * torch.finfo(covariance.dtype).eps * torch.linalg.matrix_norm(covariance)
+    noise = 10 * torch.finfo(covariance.dtype).eps * norm
     most = min(int((values > noise).sum()), size - held.shape[1])
     if energy is not None:
         missing = energy * total - inside - noise

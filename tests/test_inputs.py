@@ -54,6 +54,15 @@ def test_statistics_are_of_real_tokens_and_shared_inputs_share_them(budget_gib):
     assert len(found.groups) == 8
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_inputs_whose_squares_are_not_finite_are_an_error(value):
+    model, layers = adapted(tiny_llama())
+    model.get_input_embeddings().weight.data[4] = value
+    layers = {"embedded": model.get_base_model().model.layers[0]}
+    with pytest.raises(ValueError, match="'embedded' are not finite"):
+        input_statistics(model, layers, [padded_batch()])
+
+
 def test_module_that_saw_no_input_is_an_error():
     model, layers = adapted(tiny_llama())
     with pytest.raises(ValueError, match="saw no input"):

@@ -38,6 +38,14 @@ def test_energy_that_is_held_already_counts():
     assert linalg.leading_directions(first, 0.95, held=both).shape == (17, 0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_covariance_that_is_not_finite_has_no_directions(value):
+    C = covariance(6, 6).float()
+    C[2, 2] = value
+    with pytest.raises(ValueError, match="no leading directions"):
+        linalg.leading_directions(C, 0.95)
+
+
 def test_max_rank_counts_held_and_new_together():
     held = linalg.leading_directions(covariance(17, 6, seed=1), None, max_rank=4)
     assert held.shape[1] == 4

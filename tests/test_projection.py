@@ -193,7 +193,15 @@ def test_checkpoint_that_was_trained_without_the_callback_is_refused(start, matc
 
 
 @pytest.mark.parametrize(
-    "options", [{"gradient_checkpointing": False}, {"max_grad_norm": 1e-3}, {"optim": "adamw_torch"}]
+    "options",
+    [
+        {"gradient_checkpointing": False},
+        {"max_grad_norm": 1e-3},
+        {"optim": "adamw_torch"},
+        {"optim": "lion_32bit"},
+        {"optim": "paged_adamw_8bit"},
+    ],
+    ids=lambda options: "-".join(map(str, *options.items())),
 )
 def test_guarantee_holds_with(options, first_task, llama_folder, tmp_path):
     memory = first_task["task"] / "subspace"
@@ -201,6 +209,114 @@ def test_guarantee_holds_with(options, first_task, llama_folder, tmp_path):
     model = second_task("task", first_task, llama_folder)
     sft(model, llama_folder, tmp_path / "two", [OrthogonalProjectionCallback(memory), worst], **options).train()
     assert worst.moved > 0 and worst.leak <= 1e-5
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """z steps, x is the mean of all z, and the weights are .9 x + .1 z in training and x in evaluation."""
+
+    def __init__(self, model, key):
+        self.key = key
+        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": 0.03, "train_mode": True, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                z = self.state[p].setdefault(self.key, p.detach().clone())
+                x = p.lerp(z, 1 - 1 / 0.9)
+                z.sub_(group["lr"] * p.grad.sign())
+                p.copy_(x.lerp_(z, 1 / group["k"]).lerp_(z, 0.1))
+
+    @torch.no_grad()
+    def _swap(self, mode, share):
+        for group in self.param_groups:
+            if group["train_mode"] != mode:
+                for p in group["params"]:
+                    p.lerp_(self.state[p].get(self.key, p), share)
+            group["train_mode"] = mode
+
+    def eval(self):
+        self._swap(False, 1 - 1 / 0.9)
+
+    def train(self):
+        self._swap(True, 0.1)
+
+
+def leak_of_file(folder, memory):
+    """The largest ‖ΔW V‖ / ‖ΔW‖ in a saved LoRA."""
+    tensors, subspace = load_file(folder / "adapter_model.safetensors"), Subspace.load(memory)
+    found = []
+    for group, names in subspace.groups.items():
+        for name in names:
+            A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
+            found.append((B @ A @ subspace.right[group].double()).norm().item() / (B @ A).norm().item())
+    return max(found)
+
+
+@pytest.mark.parametrize("key", ["z", "unknown"])
+def test_weights_that_are_saved_are_held_also_where_others_are_stepped(key, first_task, llama_folder, tmp_path):
+    """A schedule-free optimizer saves an average; where its parts cannot be reached, the run is refused."""
+    memory = first_task["lora"] / "subspace"
+    model = second_task("lora", first_task, llama_folder)
+    options = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps"}
+    trainer = sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(memory), **options)
+    trainer.optimizer = ScheduleFree(model, key)
+    if key == "z":
+        trainer.train()
+        assert leak_of_file(tmp_path / "checkpoint-3" / "two", memory) <= 1e-5
+        assert leak_of_file(tmp_path / "checkpoint-6" / "two", memory) <= 1e-5
+    else:
+        with pytest.raises(ValueError, match="saved are not those that were projected"):
+            trainer.train()
+        assert leak_of_file(tmp_path / "checkpoint-3" / "two", memory) >= 5e-3
+    leakage = [entry["leakage"] for entry in trainer.state.log_history if "leakage" in entry]
+    assert max(leakage) <= 1e-5 if key == "z" else leakage[-1] >= 5e-3  # of what is saved
+
+
+def test_an_average_over_the_steps_starts_where_they_start(first_task, llama_folder, tmp_path):
+    class Average(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.average = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            for p, average in self.average.items():
+                average.lerp_(p.detach(), 0.1)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            for p, average in self.average.items():
+                p.data.copy_(average)
+
+    memory = first_task["lora"] / "subspace"
+    model = second_task("lora", first_task, llama_folder)
+    worst = Worst(memory)
+    callbacks = [Average(), OrthogonalProjectionCallback(memory)]
+    sft(model, llama_folder, tmp_path, callbacks).train()
+    worst.on_step_end(None, None, None, model=model)
+    assert worst.leak <= 1e-5 and worst.moved > 0
+
+
+def test_a_run_that_begins_anew_with_a_smaller_batch_goes_on(first_task, llama_folder, tmp_path):
+    """auto_find_batch_size: memory runs out in step 3, and the trainer begins again with the weights as they are."""
+
+    class OutOfMemory(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3 and not self.done:
+                self.done = True
+                raise RuntimeError("CUDA out of memory.")
+
+    memory, out = first_task["lora"] / "subspace", OutOfMemory()
+    out.done = False
+    model = second_task("lora", first_task, llama_folder)
+    worst = Worst(memory)
+    callbacks = [OrthogonalProjectionCallback(memory, room=6), worst, out]
+    trainer = sft(model, llama_folder, tmp_path, callbacks, auto_find_batch_size=True)
+    trainer.train()
+    assert out.done and trainer.state.global_step == 6
+    assert worst.leak <= 1e-5 and worst.moved > 1e-2
+    for pair in trainable_factors(model, None)[1].values():
+        assert torch.linalg.matrix_rank(pair.A.detach(), rtol=1e-4) <= 6
+    assert len(Subspace.load(tmp_path / "subspace").tasks) == 2
 
 
 def test_a_skipped_step_moves_nothing_and_leaves_the_metrics_finite(first_task, llama_folder, tmp_path):
@@ -358,6 +474,99 @@ def test_gradients_are_sketched_and_the_sketch_survives_a_resume(llama_folder, t
     (tmp_path / "whole" / "checkpoint-3" / "orthogonal_projection.safetensors").unlink()
     with pytest.raises(ValueError, match="has no orthogonal_projection.safetensors"):
         elsewhere.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_gradients_that_are_not_finite_are_no_directions(skipped, llama_folder, tmp_path):
+    """Of a step that fp16's scaler skips nothing is taken, also where one module's gradient is finite; of one that was
+    made the run has diverged."""
+
+    class Broken(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                self.before = dict(source.sketches)
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == 2:
+                pair = trainable_factors(model, None)[1]["model.layers.1.self_attn.q_proj"]
+                pair.A.grad.fill_(math.nan)
+                if skipped:
+                    optimizer.step = lambda *args, **kwargs: None
+                    optimizer._is_overflow = True
+
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 3:
+                self.after = dict(source.sketches)
+                del optimizer.step
+                optimizer._is_overflow = False
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), MoraConfig(r=4, target_modules=["q_proj"]))
+    callback, broken = OrthogonalProjectionCallback(source="gradients"), Broken()
+    source = callback.source
+    trainer = sft(model, llama_folder, tmp_path, [callback, broken])
+    if not skipped:
+        with pytest.raises(ValueError, match="layers.1.self_attn.q_proj' is NaN or inf"):
+            trainer.train()
+        return
+    trainer.train()
+    assert broken.before.keys() == broken.after.keys()
+    assert all(torch.equal(broken.before[name], broken.after[name]) for name in broken.before)
+    assert all(V.shape[1] > 0 for V in Subspace.load(tmp_path / "subspace").right.values())
+
+
+def test_inputs_that_are_not_finite_are_refused_and_leave_no_memory(llama_folder, tmp_path):
+    class Broken(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.get_input_embeddings().weight.data[5] = math.inf
+
+    model = get_peft_model(tiny_llama(), MoraConfig(r=4, target_modules=["q_proj"]))
+    trainer = sft(model, llama_folder, tmp_path, [OrthogonalProjectionCallback(), Broken()], max_steps=1)
+    with pytest.raises(ValueError, match=r"inputs of module 'model\.layers\.0\.self_attn\.q_proj' are not finite"):
+        trainer.train()
+    assert not (tmp_path / "subspace").exists()
+
+
+def test_a_task_that_adapts_fewer_modules_is_remembered_in_all(llama_folder, tmp_path):
+    """Its inputs to the others go through what the first task made of them, and the third may change that."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), adapter_name="one")
+    sft(model, llama_folder, tmp_path / "one", OrthogonalProjectionCallback(max_rank=2)).train()
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["one", "two"])
+    model.set_requires_grad("one", requires_grad=False)
+    callback = OrthogonalProjectionCallback(tmp_path / "one" / "subspace", energy=0.9, calibration_batches=12)
+    trainer = sft(model, llama_folder, tmp_path / "two", callback)
+    trainer.train()
+    one, two = (Subspace.load(tmp_path / name / "subspace") for name in ("one", "two"))
+    assert one.groups == two.groups and set(two.weights.values()) == {2}
+    layer = model.get_base_model().model.layers[1].mlp.down_proj
+    rows: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
+    model.eval()
+    with torch.no_grad():
+        for batch in trainer.get_train_dataloader():
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            rows[-1] = rows[-1][batch["attention_mask"].bool()]
+    handle.remove()
+    x, V = torch.cat(rows), two.right["model.layers.1.mlp.down_proj"]
+    assert (x @ V).square().sum() >= 0.9 * (1 - 1e-5) * x.square().sum()
+    one.source = "gradients"
+    one.save(tmp_path / "gradients")
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    callback = OrthogonalProjectionCallback(tmp_path / "gradients", source="gradients")
+    with pytest.raises(ValueError, match="adapted 2 modules that this adapter does not.*down_proj"):
+        sft(model, llama_folder, tmp_path / "three", callback).train()
+
+
+def test_the_first_tasks_run_is_as_without_the_callback_also_with_dropout(llama_folder, tmp_path):
+    def run(name, callback=None):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5))
+        trainer = sft(model, llama_folder, tmp_path / name, callback, max_steps=3)
+        trainer.train()
+        return losses(trainer)
+
+    assert run("with", OrthogonalProjectionCallback()) == run("without")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,34 @@ def test_inputs_go_behind_the_directions_of_the_group_that_has_the_modules():
     assert subspace.groups["new"] == ("new",) and subspace.left["new"].shape == (3, 1)
 
 
+def test_each_group_learns_of_the_inputs_of_its_modules_and_counts_the_task_once():
+    """q, k and v get copies of their input in one task and one tensor in the next, and the other way round."""
+    one, two = covariance(8, 3, seed=1).float(), covariance(8, 4, seed=2).float()
+    qkv = ("q", "k", "v")
+    copies = InputStatistics(dict.fromkeys(qkv, one), {name: (name,) for name in qkv})
+    shared = InputStatistics({"q": two}, {"q": (*qkv, "new")})
+    for parts, groups in (
+        ((copies, shared), {"q": ("q",), "k": ("k",), "v": ("v",), "new": ("new",)}),
+        ((shared, copies), {"q": (*qkv, "new")}),
+    ):
+        subspace = S.Subspace("inputs", {})
+        for part in parts:
+            subspace.add_inputs(part, 0.99, None)
+        assert subspace.groups == groups
+        assert subspace.weights == {group: 1 if group == "new" else 2 for group in groups}
+        for group in groups:
+            V = subspace.right[group]
+            for C in (two,) if group == "new" else (one, two):
+                assert (V.T @ C @ V).trace() >= 0.99 * C.trace() - 1e-5
+            total = two / two.trace() if group == "new" else one / one.trace() + two / two.trace()
+            assert torch.linalg.eigvalsh(total - subspace.old_covariance(group)).abs().max() < 0.05
+
+
+def test_a_module_whose_inputs_are_all_padding_is_refused():
+    with pytest.raises(ValueError, match="module 'q' are 0 or padding"):
+        make_subspace().add_inputs(InputStatistics({"q": torch.zeros(8, 8)}, {"q": ("q",)}), 0.95, None)
+
+
 def test_subspace_comes_back_from_its_files_as_it_was(tmp_path):
     subspace = make_subspace()
     subspace.remember("q", covariance(8, 5).float())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +72,28 @@ def constraints(
             yield Constraint(U.to(factors[name].B.device, torch.float32), (factors[name].B,), columns=True)
 
 
-def check_held(constraints: Sequence[Constraint]) -> None:
-    if any(constraint.violation() > 1e-3 for constraint in constraints):
-        raise ValueError(
-            "The checkpoint's A is not in the complement of the protected directions: it was trained without this "
-            "callback, or with another memory. Resume with the callback that the run began with."
-        )
+def are_held(constraints: Sequence[Constraint]) -> bool:
+    """Whether all weights are where they may be. NaN is nowhere."""
+    return all(constraint.violation() <= 1e-3 for constraint in constraints)
+
+
+def averages(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The second sequence z of a schedule-free optimizer (arXiv 2405.15682), of the parameters that have one. What it
+    evaluates and saves lies on the line through the stepped weights and z."""
+    state = getattr(getattr(optimizer, "optimizer", optimizer), "state", {})  # accelerate's wrapper has it inside
+    return [state[p]["z"] for p in parameters if "z" in state.get(p, ())]
+
+
+@contextmanager
+def as_evaluated(optimizer: Any) -> Iterator[None]:
+    """The weights that are evaluated and saved, for the length of a block, where the optimizer steps others."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    swaps = all(callable(getattr(inner, name, None)) for name in ("train", "eval"))
+    swaps = swaps and all(group.get("train_mode", True) for group in inner.param_groups)
+    if swaps:
+        inner.eval()
+    try:
+        yield
+    finally:
+        if swaps:
+            inner.train()

@@ -10,13 +10,16 @@ batches      a few of the training data's, without moving the trainer's own orde
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -145,10 +148,23 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+@contextmanager
+def unmoved_generators() -> Iterator[None]:
+    """The global generators of Python, NumPy and torch go on after the block as if it had drawn nothing."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
+
+
 def calibration_batches(
     loader: DataLoader, args: TrainingArguments, count: int, otherwise: str
 ) -> Callable[[], list[dict[str, Any]]]:
-    """A function that returns the same `count` batches at each call, and leaves the trainer's own order alone.
+    """A function that returns the same `count` batches at each call, and leaves the trainer's own order and the global
+    generators alone (a loader draws a seed, some collators and data sets draw too).
 
     Args:
         loader: the trainer's; its data set and collator are used, each process draws its own share.
@@ -160,6 +176,7 @@ def calibration_batches(
     """
     drawn: list[dict[str, Any]] = []
 
+    @unmoved_generators()
     def batches() -> list[dict[str, Any]]:
         if drawn:
             return drawn

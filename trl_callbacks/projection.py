@@ -25,10 +25,10 @@ from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.linalg import contrast_directions, leading_directions, project_out, update_norms
 
-from .constraint import Constraint, check_held, constraints, sharing
+from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
 from .factors import Factors, trainable_factors
 from .general_text import TOKENS, add_text
-from .host import HostCallback, calibration_batches, output_folder
+from .host import HostCallback, ahead_of_reporters, calibration_batches, output_folder
 from .sources import SOURCES, Run
 from .subspace import Subspace, fingerprint
 
@@ -127,6 +127,7 @@ class OrthogonalProjectionCallback(HostCallback):
         self.start, self.room = start, room
         self._constrains = bool(self.memory) or protect is not None or self.source.protects_from_start
         self._run: Run | None = None
+        self._optimizer: Any = None
         self._constraints: list[Constraint] = []
         self._room: dict[str, Tensor] = {}  # group -> (I, m) the directions that A may move in, if not all
 
@@ -142,6 +143,7 @@ class OrthogonalProjectionCallback(HostCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self.refuse(args)
+        ahead_of_reporters(self)  # and of callbacks that average weights: they begin with what this one has placed
         _, factors = trainable_factors(model, self.adapter_name)
         if self._constrains:
             for pair in factors.values():
@@ -154,10 +156,12 @@ class OrthogonalProjectionCallback(HostCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        optimizer: Any = None,
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         super().on_train_begin(args, state, control)
+        self._optimizer = optimizer
         adapter_name, factors = trainable_factors(model, self.adapter_name)
         output = output_folder(args) / "subspace"
         if any(folder.resolve() == output.resolve() for folder in self.memory):
@@ -170,12 +174,16 @@ class OrthogonalProjectionCallback(HostCallback):
             train_dataloader, args, self.calibration_batches, "Use source='gradients' or 'past_adapters'."
         )
         run = Run(model, adapter_name, factors, batches)
-        resumed = state.global_step > 0
+        before = self._run.factors if self._run is not None else {}
+        # The trainer begins anew, with a smaller batch, where memory has run out: the weights are this run's already.
+        again = bool(before) and all(name in before and before[name].A is pair.A for name, pair in factors.items())
+        resumed = again or state.global_step > 0
         subspace = self._remembered(args, run, resumed, kwargs.get("processing_class"))
-        self._room = {}
-        if resumed:
+        if state.global_step > 0:
             self._restore(args, state)
-        self.source.check(run)
+        elif not again:
+            self._room = {}
+        self.source.check(run, subspace)
         self.source.at_begin(run, subspace)
         self._subspace, self._run = subspace, run
         self._constraints = []
@@ -184,8 +192,11 @@ class OrthogonalProjectionCallback(HostCallback):
             if not resumed:
                 self._place(run)
             self._constraints = list(constraints(subspace, factors, self._room))
-            if resumed:
-                check_held(self._constraints)
+            if resumed and not are_held(self._constraints):
+                raise ValueError(
+                    "The checkpoint's A is not in the complement of the protected directions: it was trained without "
+                    "this callback, or with another memory. Resume with the callback that the run began with."
+                )
             _report_room(subspace, "left to this task")
         self._removed = self._total = torch.zeros((), device=next(iter(factors.values())).A.device)
 
@@ -202,15 +213,37 @@ class OrthogonalProjectionCallback(HostCallback):
             total = before.square().sum()
             self._total = self._total + total.to(self._total.device)
             self._removed = self._removed + (total - after.square().sum()).to(self._total.device)
-        self.source.at_step(self._run)
 
     @torch.no_grad()
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
+        assert self._run is not None
         # A step that was skipped (fp16 overflow) has moved nothing, and projecting twice is projecting once.
         for constraint in self._constraints:
             constraint.apply([p.data for p in constraint.parameters])
+            if further := averages(optimizer, constraint.parameters):
+                constraint.apply(further)
+        if not getattr(optimizer, "step_was_skipped", False):
+            self.source.at_step(self._run)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._check_saved()
+        super().on_save(args, state, control, **kwargs)
+
+    def _check_saved(self) -> None:
+        """Refuse weights that something has put in the place of those that were projected."""
+        if not are_held(self._constraints):
+            raise ValueError(
+                "The weights that are saved are not those that were projected, and reach the protected directions: an "
+                "average (EMA, SWA) of unprojected steps, or NaN. Average after each step, in a callback behind this "
+                "one, or train without it."
+            )
 
     def metrics(self) -> dict[str, float]:
         if self._run is None or not self._constraints:
@@ -219,8 +252,9 @@ class OrthogonalProjectionCallback(HostCallback):
         found = {
             "protected_rank_mean": sum(ranks) / len(ranks),
             "protected_rank_max": float(max(ranks)),
-            "leakage": self.leakage(),
         }
+        with as_evaluated(self._optimizer):
+            found["leakage"] = self.leakage()
         removed, total = float(self._removed), float(self._total)
         if math.isfinite(total) and total > 0:  # a skipped fp16 step has gradients that are not finite
             found["gradient_removed"] = math.sqrt(max(0.0, removed) / total)
@@ -234,9 +268,10 @@ class OrthogonalProjectionCallback(HostCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        run, self._run = self._run, None
+        run, self._run, self._optimizer = self._run, None, None
         if run is None:
             return
+        self._check_saved()
         self._constraints, self._room = [], {}
         subspace = self._subspace
         self.source.at_end(run, subspace)
@@ -271,7 +306,7 @@ class OrthogonalProjectionCallback(HostCallback):
                 inside.append(protected.to(self._total.device))
                 whole.append(size.to(self._total.device))
         total = float(torch.stack(whole).sum()) if whole else 0.0
-        return math.sqrt(float(torch.stack(inside).sum()) / total) if total > 0 else 0.0
+        return math.sqrt(float(torch.stack(inside).sum()) / total) if total != 0 else 0.0
 
     @torch.no_grad()
     def _place(self, run: Run) -> None:

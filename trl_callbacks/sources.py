@@ -40,9 +40,21 @@ class Run:
     def layers(self) -> dict[str, nn.Module]:
         return {name: factors.layer for name, factors in self.factors.items()}
 
-    def statistics(self) -> InputStatistics:
-        """What goes into each module now, over `batches`."""
-        return input_statistics(self.model, self.layers, self.batches())
+    def statistics(self, also: Mapping[str, nn.Module] | None = None) -> InputStatistics:
+        """What goes into each module now, and into others by name, over `batches`."""
+        return input_statistics(self.model, {**self.layers, **(also or {})}, self.batches())
+
+    def remembered(self, subspace: Subspace) -> dict[str, nn.Module]:
+        """The modules that any task so far has changed, or may change, by the memory.
+
+        Raises:
+            ValueError: the model has no such module.
+        """
+        modules = {n.removeprefix("base_model.model."): module for n, module in self.model.named_modules()}
+        names = [name for group in subspace.groups.values() for name in group]
+        if missing := [name for name in names if name not in modules]:
+            raise ValueError(f"The memory is of a model with a module {missing[0]!r}, which this one has not.")
+        return {name: modules[name] for name in names}
 
 
 class Source:
@@ -56,14 +68,14 @@ class Source:
     def __init__(self, energy: float | None, max_rank: int | None) -> None:
         self.energy, self.max_rank = energy, max_rank
 
-    def check(self, run: Run) -> None:
+    def check(self, run: Run, subspace: Subspace) -> None:
         """Raise before the training what would else be raised after it."""
 
     def at_begin(self, run: Run, subspace: Subspace) -> None:
         """Add to `subspace` what this run must leave alone from its first step on."""
 
     def at_step(self, run: Run) -> None:
-        """See A's gradients, as the optimizer is about to get them."""
+        """See A's gradients, which the optimizer has just stepped by."""
 
     def at_end(self, run: Run, subspace: Subspace) -> None:
         """Add to `subspace` what the tasks after this one must leave alone."""
@@ -77,16 +89,20 @@ class Source:
 
 
 class Inputs(Source):
-    """The leading directions of Σ x xᵀ over this task's training inputs, at the end of it."""
+    """The leading directions of Σ x xᵀ over this task's training inputs, at the end of it.
+
+    Of every module in the memory, also of one that this task leaves alone: earlier tasks have changed what it does,
+    and a later one may change it again.
+    """
 
     name = "inputs"
     knows_inputs = True
 
-    def check(self, run: Run) -> None:
-        shared_inputs(run.model, run.layers, run.batches()[0])
+    def check(self, run: Run, subspace: Subspace) -> None:
+        shared_inputs(run.model, {**run.layers, **run.remembered(subspace)}, run.batches()[0])
 
     def at_end(self, run: Run, subspace: Subspace) -> None:
-        subspace.add_inputs(run.statistics(), self.energy, self.max_rank)
+        subspace.add_inputs(run.statistics(run.remembered(subspace)), self.energy, self.max_rank)
 
 
 class Gradients(Source):
@@ -99,11 +115,29 @@ class Gradients(Source):
         super().__init__(energy, max_rank)
         self.sketches: dict[str, Tensor] = {}
 
+    def check(self, run: Run, subspace: Subspace) -> None:
+        if missing := [name for name in run.remembered(subspace) if name not in run.factors]:
+            raise ValueError(
+                f"Earlier tasks have adapted {len(missing)} modules that this adapter does not, e.g. {missing[0]!r}: "
+                "without gradients there, a later task could not keep this one. Give this adapter the same "
+                "target_modules, or use source='inputs'."
+            )
+
     def at_step(self, run: Run) -> None:
-        for name, factors in run.factors.items():
-            grad = factors.A.grad
-            if grad is None:
-                continue
+        grads = {name: f.A.grad for name, f in run.factors.items() if f.A.grad is not None}
+        if not grads:
+            raise ValueError(
+                "source='gradients' found no gradients after the step: an optimizer that steps inside backward "
+                "(layer-wise, LOMO) has dropped them. Use another `optim`, or source='inputs'."
+            )
+        norms = torch.stack([grad.norm().cpu() for grad in grads.values()])
+        if not norms.isfinite().all():
+            broken = list(grads)[int(norms.isfinite().int().argmin())]
+            raise ValueError(
+                f"The gradient of A in module {broken!r} is NaN or inf, and the step was taken: the run has diverged. "
+                "Start again with a lower learning rate."
+            )
+        for name, grad in grads.items():
             known = self.sketches.get(name, grad[:0]).to(grad.device, torch.float32)
             rows = torch.cat([known, grad.float()])
             # Shrunk only when twice as long, so that the decomposition is not paid at each step.
@@ -111,6 +145,11 @@ class Gradients(Source):
             self.sketches[name] = rows if len(rows) < 2 * size else shrink_sketch(rows, size)
 
     def at_end(self, run: Run, subspace: Subspace) -> None:
+        if missing := [name for name in run.factors if name not in self.sketches]:
+            raise ValueError(
+                f"A of {len(missing)} modules had no gradient in any step, e.g. in {missing[0]!r}, so what this task "
+                "needs of them is not known. Leave them out of target_modules."
+            )
         for name, rows in self.sketches.items():
             new = leading_directions(rows.T @ rows, self.energy, self.max_rank, subspace.right.get(name))
             subspace.append(name, new)
@@ -143,6 +182,8 @@ class BaseWeights(Source):
             weight = factors.layer.get_base_weight().float()
             if isinstance(factors.layer.get_base_layer(), Conv1D):
                 weight = weight.T
+            if not weight.isfinite().all():
+                raise ValueError(f"The base's weight of module {name!r} has NaN or inf: it has no directions to keep.")
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
             if self.energy is None:
                 k = round(keep[name] * len(S))

@@ -104,15 +104,32 @@ class Subspace:
             self.left[group] = outputs.float().cpu().contiguous()
 
     def add_inputs(self, found: InputStatistics, energy: float | None, max_rank: int | None) -> None:
-        """Add what a task's inputs need beyond what is held (`leading_directions`), and remember the inputs."""
+        """Add what a task's inputs need beyond what is held (`leading_directions`), and remember the inputs.
+
+        Modules that share a tensor in one task may get copies of it in another: each group of the memory learns of
+        every input that goes into one of its modules, and counts the task once.
+        """
+        parts: dict[str, list[Tensor]] = {}
         for name, covariance in found.covariance.items():
-            group = self.group_of(found.groups[name][0]) or name
-            new = leading_directions(covariance, energy, max_rank, self.right.get(group))
-            self.append(group, new, found.groups[name])
-            self.remember(group, covariance)
+            fresh = tuple(module for module in found.groups[name] if self.group_of(module) is None)
+            groups = {self.group_of(module) or fresh[0] for module in found.groups[name]}
+            for group in sorted(groups):
+                new = leading_directions(covariance, energy, max_rank, self.right.get(group))
+                self.append(group, new, fresh)
+                parts.setdefault(group, []).append(covariance)
+        for group, covariances in parts.items():
+            total = covariances[0] / covariances[0].trace()
+            for further in covariances[1:]:
+                total += further / further.trace()
+            self.remember(group, total)
 
     def remember(self, group: str, covariance: Tensor, tasks: int = 1) -> None:
         """Add the inputs (I, I) of so many tasks to what is known of all, every task with the same weight."""
+        if not covariance.trace() > 0:
+            raise ValueError(
+                f"All inputs of module {group!r} are 0 or padding, so what must be kept of them cannot be known. Look "
+                "at the training data's attention_mask, or leave the module out of `target_modules`."
+            )
         total = tasks * covariance / covariance.trace()
         if group in self.seen:
             total = total + self.old_covariance(group).to(total)
