@@ -254,6 +254,14 @@ def test_adapters_that_were_not_trained_merge_to_nothing(tmp_path):
 # The report
 
 
+def test_two_folders_of_one_name_are_two_adapters(tmp_path):
+    first, second = folder(tmp_path / "a", 1), tmp_path / "b" / "task1"
+    write_lora(second, loras(2), base_model_name_or_path="base")
+    report = merge_adapters([first, second], "sum")
+    close(dense(report), {name: dense(first)[name] + dense(second)[name] for name in LAYERS})
+    assert "a/task1" in str(report) and "b/task1" in str(report)
+
+
 def test_the_report_has_norms_angles_and_what_truncation_kept_of_each(three, tmp_path):
     report = merge_adapters(three, "mean", rank=3, weights=[1, 2, 0], output=tmp_path / "merged")
     deltas = [torch.cat([delta.flatten() for delta in dense(path).values()]) for path in three]

@@ -84,12 +84,12 @@ class MergeReport:
     def __str__(self) -> str:
         steps = " → ".join([*self.before, self.rule, *self.after])
         lines = [f"{steps}, rank {self.rank}; ‖ΔW‖ {self.norm:.4g}, mean of the adapters' {self.mean_norm:.4g}"]
-        lines.append("adapter                  weight  rank     norm  share   kept  error   cosine to the others")
+        lines.append("                 adapter weight  rank     norm  share   kept  error   cosine to the others")
         for i, a in enumerate(self.adapters):
             error = "" if a.output_error is None else f"{a.output_error:.2f}"
             others = " ".join(f"{value:5.2f}" for j, value in enumerate(self.cosine[i]) if j != i)
             lines.append(
-                f"{Path(a.folder).name[-24:]:<24} {a.weight:6.3g} {a.rank:5d} {a.norm:8.4g} {a.share:6.1%} "
+                f"{a.folder[-24:]:>24} {a.weight:6.3g} {a.rank:5d} {a.norm:8.4g} {a.share:6.1%} "
                 f"{a.kept:6.1%} {error:>6}   {others}"
             )
         return "\n".join([*lines, *self.warnings])
