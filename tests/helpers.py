@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    TrainerCallback,
+)
 
 import peft_mora
 from peft_mora import start_task
@@ -184,6 +191,21 @@ def sft(model: nn.Module, folder: str, output, peft_config=None, callbacks=None,
         peft_config=peft_config,
         callbacks=callbacks,
     )
+
+
+class At(TrainerCallback):
+    """Do something once, at the end of a step: stop the run, or run out of memory as CUDA does."""
+
+    def __init__(self, step: int, what: str) -> None:
+        self.step, self.what, self.done = step, what, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and not self.done:
+            self.done = True
+            if self.what == "stop":
+                control.should_training_stop = True
+            else:
+                raise RuntimeError("CUDA out of memory.")
 
 
 def losses(trainer) -> list[float]:

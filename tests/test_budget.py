@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from helpers import losses, quantized, randomize, ranks, sft, texts, tiny_llama
+from helpers import At, losses, quantized, randomize, ranks, sft, texts, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -197,6 +197,25 @@ def test_a_budget_of_another_run_with_a_checkpoint_of_that_step_is_not_taken(lla
     resumed.add_callback(watch)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert sum(watch.seen[0]) == math.floor(annealed(6, 2, 2 / 4, "cosine") * MODULES + 0.5)
+
+
+def test_a_run_that_begins_anew_with_a_smaller_batch_anneals_from_the_beginning(llama_folder, tmp_path):
+    watch, out = Watch(), At(3, "memory")
+    callback = ActivationBudgetCallback(2, until=1.0)
+    run = trainer(llama_folder, tmp_path, callback, config(), auto_find_batch_size=True)
+    run.add_callback(watch)
+    run.add_callback(out)
+    run.train()
+    want = [math.floor(annealed(6, 2, step / 8, "cosine") * MODULES + 0.5) for step in range(9)]
+    assert out.done and [sum(ks) for ks in watch.seen][-9:] == want
+
+
+def test_a_run_that_is_stopped_before_the_target_says_so(llama_folder, tmp_path):
+    run = trainer(llama_folder, tmp_path, ActivationBudgetCallback(2, until=0.5), config())
+    run.add_callback(At(3, "stop"))
+    with pytest.raises(ValueError, match="stopped at step 3, before the budget reached its target at 4.*from 6 to 2"):
+        run.train()
+    assert not (tmp_path / "expert_usage.csv").exists()
 
 
 def test_two_runs_of_one_seed_divide_alike(llama_folder, tmp_path):

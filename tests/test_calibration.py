@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import losses, quantized, sft
-from peft import PeftModel
+from helpers import At, losses, quantized, randomize, sft, tiny_llama
+from peft import PeftModel, get_peft_model
 
 from peft_mora import LoriConfig, MoraConfig
 from trl_callbacks import LoriCalibrationCallback
@@ -64,6 +64,41 @@ def test_it_refuses_runs_that_would_not_do_what_was_asked(llama_folder, tmp_path
         LoriCalibrationCallback(sparsity=1.0)
     with pytest.raises(ValueError, match="`calibration_steps`"):
         LoriCalibrationCallback(calibration_steps=0)
+
+
+def plain(folder, output, *callbacks, **kwargs):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), LoriConfig(r=4, target_modules="all-linear"))
+    return sft(model, folder, output, callbacks=list(callbacks), save_strategy="no", **kwargs)
+
+
+def test_a_trained_adapter_is_refused_for_it_would_start_from_nothing(llama_folder, tmp_path, inputs):
+    run = plain(llama_folder, tmp_path, LoriCalibrationCallback(0.75, calibration_steps=3))
+    randomize(run.model)
+    before = run.model(inputs).logits
+    with pytest.raises(ValueError, match="trained already.*sparsify.*without this callback"):
+        run.train()
+    assert torch.equal(run.model(inputs).logits, before)
+
+
+def test_a_run_that_is_stopped_before_the_switch_says_that_the_adapter_is_dense(llama_folder, tmp_path):
+    run = plain(llama_folder, tmp_path, LoriCalibrationCallback(0.75, calibration_steps=3), At(2, "stop"))
+    with pytest.raises(ValueError, match="stopped at step 2, before the switch at 3: the adapter is dense"):
+        run.train()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_that_begins_anew_with_a_smaller_batch_switches_once(step, llama_folder, tmp_path, capsys):
+    out = At(step, "memory")
+    run = plain(
+        llama_folder, tmp_path, LoriCalibrationCallback(0.75, calibration_steps=3), out, auto_find_batch_size=True
+    )
+    run.train()
+    assert out.done and run.state.global_step == 6
+    assert run.model.peft_config["default"].sparsity == 0.75
+    assert capsys.readouterr().out.count("step 3: ") == 1
+    with pytest.raises(ValueError, match="in an earlier train.*remove_callback"):
+        run.train()
 
 
 def test_a_calibration_that_saw_nan_ends_with_advice_and_leaves_the_adapter_dense(llama_folder, tmp_path):

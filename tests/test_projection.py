@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import losses, quantized, ranks, texts, tiny_llama
+from helpers import At, losses, quantized, ranks, texts, tiny_llama
 from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -298,15 +298,7 @@ def test_an_average_over_the_steps_starts_where_they_start(first_task, llama_fol
 
 def test_a_run_that_begins_anew_with_a_smaller_batch_goes_on(first_task, llama_folder, tmp_path):
     """auto_find_batch_size: memory runs out in step 3, and the trainer begins again with the weights as they are."""
-
-    class OutOfMemory(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3 and not self.done:
-                self.done = True
-                raise RuntimeError("CUDA out of memory.")
-
-    memory, out = first_task["lora"] / "subspace", OutOfMemory()
-    out.done = False
+    memory, out = first_task["lora"] / "subspace", At(3, "memory")
     model = second_task("lora", first_task, llama_folder)
     worst = Worst(memory)
     callbacks = [OrthogonalProjectionCallback(memory, room=6), worst, out]

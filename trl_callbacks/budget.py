@@ -98,7 +98,8 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
 
     Raises:
         ValueError: on construction for a wrong argument; at the start of training for an adapter without routing, a
-            target or start that it cannot have, or `prune_below` where pruning is not possible.
+            target or start that it cannot have, or `prune_below` where pruning is not possible; at the end when the
+            run was stopped before the target was reached.
 
     Example:
         >>> callback = ActivationBudgetCallback(4, start=16, rebalance=True, prune_below=0.01)
@@ -137,6 +138,7 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         self.adapter_name = adapter_name
         self.sidecar = f"activation_budget-{adapter_name.replace('/', '_')}.safetensors"
         self._meter: UsageMeter | None = None
+        self._limits: dict[str, int] = {}
         self._saved: dict[str, Any] | None = None  # what an older checkpoint's trainer_state.json has
 
     def refusals(self) -> dict[str, str]:
@@ -192,11 +194,14 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
             raise ValueError(f"`prune_below` cannot be had here: {refusal} Leave it out.")
         self._fixed = sum(layer.fixed_experts(self.adapter_name) for layer in layers.values())
         limits = {name: layer.choices(self.adapter_name) for name, layer in layers.items()}
-        self._limits = {name: limit for name, limit in limits.items() if limit > 0}
+        before, self._limits = self._limits, {name: limit for name, limit in limits.items() if limit > 0}
         self._layers = len(layers)
+        unfinished, self._meter = self._meter, None
         current = {name: min(layers[name].top_k(self.adapter_name), limit) for name, limit in self._limits.items()}
-        self._needs = [float(k) for k in current.values()]
-        self._begin_mean = self.start or (self._fixed + sum(current.values())) / self._layers
+        # The trainer begins anew, with a smaller batch, where memory has run out: K is on this very run's way down.
+        if unfinished is None or before != self._limits or list(unfinished.layers.values()) != list(layers.values()):
+            self._needs = [float(k) for k in current.values()]
+            self._begin_mean = self.start or (self._fixed + sum(current.values())) / self._layers
         meter = UsageMeter(model, self.adapter_name, training_only=True)
         self._logged = meter.hits.clone()
         try:
@@ -240,6 +245,12 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         self._saved = None
         if not (meter.hits - meter.begin).any():  # no step was taken
             return
+        if state.global_step < (settled := self._settled(state)):
+            raise ValueError(
+                f"The run was stopped at step {state.global_step}, before the budget reached its target at {settled}: "
+                f"K is still on its way from {self._begin_mean:g} to {self.target:g}. Resume from a checkpoint, or "
+                "train with a smaller `until`; trainer.save_model() keeps the adapter as it is."
+            )
         usage = expert_usage(model, self.adapter_name)
         top_k = {name: layer.top_k(self.adapter_name) for name, layer in meter.layers.items()}
         if state.is_world_process_zero:

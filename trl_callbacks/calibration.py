@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import sparsify
@@ -29,7 +30,8 @@ class LoriCalibrationCallback(HostCallback):
 
     Raises:
         ValueError: on construction for a wrong argument; at the start of training when the model has no such LORI
-            adapter, when the run is too short to reach the switch, or when it is distributed.
+            adapter, when it has been trained already (the switch starts B from 0), when the run is too short to reach
+            the switch, or when it is distributed; at the end when the run was stopped before the switch.
 
     Example:
         >>> callback = LoriCalibrationCallback(sparsity=0.9, calibration_steps=200)
@@ -55,6 +57,8 @@ class LoriCalibrationCallback(HostCallback):
         self.calibration_steps = calibration_steps
         self.adapter_name = adapter_name
         self.onto = onto
+        self._weights: list[nn.Parameter] = []  # the B's that this callback has seen last
+        self._running = False
 
     def refusals(self) -> dict[str, str]:
         replaces = (
@@ -73,20 +77,35 @@ class LoriCalibrationCallback(HostCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control)
-        layers = adapter_layers(model, self.adapter_name, LoriLinear).values()
-        packed = any(layer.is_packed(self.adapter_name) for layer in layers)
+        weights = self._all_B(model)
+        packed = self._is_packed(model)
+        own = len(weights) == len(self._weights) and all(a is b for a, b in zip(weights, self._weights, strict=True))
+        # The trainer begins anew, with a smaller batch, where memory has run out: B is as this very run left it.
+        again = own and self._running
+        self._weights, self._running = weights, True
         if not packed and state.global_step >= self.calibration_steps:
             raise ValueError(
                 f"The run resumes at step {state.global_step}, after the switch at {self.calibration_steps}, with an "
                 "adapter that is still dense: its checkpoint is of a run without this callback. Call "
                 "peft_mora.sparsify(model) and train without the callback, or raise calibration_steps."
             )
-        if packed and state.global_step < self.calibration_steps:
+        if packed and own and not again and state.global_step == 0:
+            raise ValueError(
+                f"Adapter {self.adapter_name!r} has been calibrated by this callback in an earlier train(). To train "
+                "it further take the callback out: trainer.remove_callback(LoriCalibrationCallback)."
+            )
+        if packed and not again and state.global_step < self.calibration_steps:
             raise ValueError(
                 f"Adapter {self.adapter_name!r} is sparse already, so there is nothing to calibrate. Leave `sparsity` "
                 "out of LoriConfig, or leave this callback out."
             )
-        if state.max_steps <= self.calibration_steps:
+        if not packed and not again and state.global_step == 0 and any(bool(B.detach().any()) for B in weights):
+            raise ValueError(
+                f"Adapter {self.adapter_name!r} has been trained already, and the switch would start B from 0: all "
+                "that it has learnt would be lost. Call peft_mora.sparsify(model), which takes its mask from what was "
+                "learnt, and train without this callback; or add a fresh adapter."
+            )
+        if not packed and state.max_steps <= self.calibration_steps:
             raise ValueError(
                 f"The run has {state.max_steps} steps and calibration_steps={self.calibration_steps}: the adapter "
                 "would never be trained sparse. Lower calibration_steps or train for longer."
@@ -101,12 +120,11 @@ class LoriCalibrationCallback(HostCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if state.global_step != self.calibration_steps:
+        if state.global_step != self.calibration_steps or self._is_packed(model):
             return
-        layers = list(adapter_layers(model, self.adapter_name, LoriLinear).values())
-        before = [layer.lori_B[self.adapter_name].weight for layer in layers]
+        before = self._all_B(model)
         summary = sparsify(model, self.sparsity, self.adapter_name, self.onto)
-        after = [layer.lori_B[self.adapter_name].weight for layer in layers]
+        after = self._weights = self._all_B(model)
         successor = {id(old): new for old, new in zip(before, after, strict=True)}
         for group in optimizer.param_groups:
             group["params"] = [successor.get(id(parameter), parameter) for parameter in group["params"]]
@@ -114,3 +132,22 @@ class LoriCalibrationCallback(HostCallback):
             optimizer.state.pop(parameter, None)
         if state.is_world_process_zero:
             print(f"step {state.global_step}: {summary}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._running = False
+        if not self._is_packed(model):
+            raise ValueError(
+                f"The run was stopped at step {state.global_step}, before the switch at {self.calibration_steps}: the "
+                "adapter is dense. Resume from a checkpoint, or call peft_mora.sparsify(model) and train without this "
+                "callback; trainer.save_model() keeps it as it is."
+            )
+
+    def _all_B(self, model: Any) -> list[nn.Parameter]:
+        layers = adapter_layers(model, self.adapter_name, LoriLinear).values()
+        return [layer.lori_B[self.adapter_name].weight for layer in layers]
+
+    def _is_packed(self, model: Any) -> bool:
+        layers = adapter_layers(model, self.adapter_name, LoriLinear).values()
+        return any(layer.is_packed(self.adapter_name) for layer in layers)
