@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import adapted
 from peft import PeftModel, PeftType
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from peft_mora import __main__
 from peft_mora.registry import CHECKED
@@ -25,7 +25,7 @@ from peft_mora.registry import CHECKED
 ROOT = Path(__file__).parent.parent
 OURS = "[name for name in sys.modules if name.startswith('peft_mora')]"
 
-# What a user's program would have in it: {base} and {adapter} are folders, `logits` is what gets compared.
+# What a user's program would have in it: {base}, {adapter} and {sparse} are folders, `logits` is what gets compared.
 OPEN = """
 def logits(model):
     model.eval()
@@ -48,11 +48,14 @@ out["AutoModelForCausalLM"] = logits(AutoModelForCausalLM.from_pretrained({adapt
 pipe = pipeline("text-generation", model={adapter!r}, tokenizer={base!r}, dtype=torch.float32)
 out["pipeline"] = logits(pipe.model)
 out["text"] = pipe("the cat sat on", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+
+from lm_eval.models.huggingface import HFLM
+out["lm_eval"] = logits(HFLM({base!r}, peft={sparse!r}, dtype="float32", device="cpu", batch_size=1).model)
 """
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen:
-    """A fresh Python in the repository's root; without `environment`, in the state a user's shell has."""
+    """A fresh Python outside the checkout; without `environment`, in the state a user's shell has."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PEFT_MORA_AUTOLOAD", "PYTHONWARNINGS")}
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -60,19 +63,14 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=ROOT.parent,  # not ROOT: nothing may be found only because the checkout is the working directory
+        cwd=ROOT.parent,
     )
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+def answers(process: subprocess.Popen):
+    """What a program that ran to its end printed last, as JSON."""
     out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def answers(process: subprocess.Popen) -> dict:
-    """What a program that ran to its end collected in `out`."""
-    code, out, err = finish(process)
-    assert code == 0, err
+    assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
 
 
@@ -83,46 +81,46 @@ def program(body: str, **names: str) -> str:
 
 @pytest.fixture(scope="module")
 def folders(llama_folder, tmp_path_factory) -> dict[str, str]:
-    """`base` and a trained `adapter` that names it."""
-    adapter = str(tmp_path_factory.mktemp("adapter"))
-    save_adapter("mora", llama_folder, adapter)
-    assert json.loads(Path(adapter, "adapter_config.json").read_text())["base_model_name_or_path"] == llama_folder
-    return {"base": llama_folder, "adapter": adapter}
-
-
-def save_adapter(method: str, base: str, folder: str) -> None:
-    base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    adapted(method, base, task_type="CAUSAL_LM").save_pretrained(folder)
+    """`base`, a trained `adapter` that names it, and a `sparse` LORI that draws its projection again."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for name, method in (("adapter", "mora"), ("sparse", "lori-sparse")):
+        base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+        adapted(method, base, task_type="CAUSAL_LM").save_pretrained(folder / name)
+    saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == llama_folder
+    return {"base": llama_folder, "adapter": str(folder / "adapter"), "sparse": str(folder / "sparse")}
 
 
 @pytest.fixture(scope="module")
-def want(folders) -> torch.Tensor:
-    """The logits of `logits`, from this process."""
-    base = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32).eval()
+def want(folders) -> dict[str, torch.Tensor]:
+    """The logits of `logits` with `adapter` and `sparse`, from this process."""
     tokens = torch.tensor([[4, 5, 6, 7, 8]])
+    base = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32).eval()
+    found = {}
     with torch.no_grad():
         before = base(tokens).logits.flatten()
-        after = PeftModel.from_pretrained(base, folders["adapter"]).eval()(tokens).logits.flatten()
-    assert not torch.allclose(before, after, atol=0.1)  # a route that forgets the adapter would be seen
-    return after
+        for name in ("adapter", "sparse"):
+            model = PeftModel.from_pretrained(base, folders[name]).eval()
+            found[name] = model(tokens).logits.flatten()
+            assert not torch.allclose(before, found[name], atol=0.1)  # a route that forgets the adapter would be seen
+            base = model.unload()
+    return found
 
 
 def assert_same(got: list[float], want: torch.Tensor) -> None:
     torch.testing.assert_close(torch.tensor(got), want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_program_that_never_names_us_opens_an_adapter_by_every_route(folders, want):
-    processes = [start("-c", program(body, **folders)) for body in (WITH_PEFT, WITHOUT_PEFT)]
-    with_peft, without_peft = [answers(process) for process in processes]
-    assert without_peft["no peft yet"]
-    assert without_peft["text"].startswith("the cat sat on")
-    assert_same(with_peft["PeftModel"], want)
-    assert_same(with_peft["AutoPeftModelForCausalLM"], want)
-    assert_same(without_peft["AutoModelForCausalLM"], want)
-    assert_same(without_peft["pipeline"], want)
+def test_a_program_that_names_neither_us_nor_peft_opens_an_adapter_also_in_lm_eval(folders, want):
+    out = answers(start("-c", program(WITHOUT_PEFT, **folders)))
+    assert out["no peft yet"] and out["text"].startswith("the cat sat on")
+    assert_same(out["AutoModelForCausalLM"], want["adapter"])
+    assert_same(out["pipeline"], want["adapter"])
+    words = len(out["lm_eval"]) // 5  # lm_eval cuts the model's vocabulary down to the tokenizer's
+    assert_same(out["lm_eval"], want["sparse"].view(5, -1)[:, :words].flatten())
 
 
-def test_a_spawned_child_opens_an_adapter(folders, want, tmp_path, monkeypatch):
+def test_a_spawned_child_that_names_peft_alone_opens_an_adapter(folders, want, tmp_path, monkeypatch):
     Path(tmp_path, "child_of_autoload.py").write_text(
         f"import sys, torch\n{OPEN}\n"
         "def work(method, base, adapter):\n"  # `method` is an enum member: unpickling it needs the registration too
@@ -137,56 +135,63 @@ def test_a_spawned_child_opens_an_adapter(folders, want, tmp_path, monkeypatch):
         task = pool.submit(child_of_autoload.work, PeftType.MORA, folders["base"], folders["adapter"])
         method, out = task.result(timeout=300)
     assert method == "MORA"
-    assert_same(out["PeftModel"], want)
+    for got in out.values():
+        assert_same(got, want["adapter"])
+    assert len(out) == 2
 
 
-# --- switched off, and `python -m peft_mora` ---
-
+# Switched off, and `python -m peft_mora`
 
 OFF = """
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32)
 try:
-    PeftModel.from_pretrained(model, {adapter!r})
+    PeftModel.from_pretrained(torch.nn.Linear(1, 1), {adapter!r})
 except KeyError as error:
     out["opening"] = repr(error)
 
+def hosts():
+    return [name for name in ("trl", "matplotlib", "triton", "bitsandbytes", "trl_callbacks") if name in sys.modules]
+before = hosts()
 import peft.tuners._buffer_dict as moved
+BufferDict = moved.BufferDict
 del moved.BufferDict
 try:
     import peft_mora
 except ImportError as error:
     out["importing"] = str(error)
+moved.BufferDict = BufferDict
+import peft_mora
+out["new hosts"] = [name for name in hosts() if name not in before]
 """
 
 
 @pytest.fixture(scope="module")
-def off_and_runner(folders, tmp_path_factory) -> tuple[dict, dict, Path]:
-    """With autoload switched off: a program that fails to open an adapter, and one under `python -m peft_mora`."""
-    script = tmp_path_factory.mktemp("program") / "evaluate.py"
-    script.write_text(program("out['argv'], out['path'] = sys.argv, sys.path[0]\n" + WITH_PEFT, **folders))
-    off = start("-c", program(OFF, **folders), PEFT_MORA_AUTOLOAD="0")
-    run = start("-m", "peft_mora", str(script), "--lr", "1", PEFT_MORA_AUTOLOAD="0")
-    return answers(off), answers(run), script
+def off(folders) -> dict:
+    return answers(start("-c", program(OFF, **folders), PEFT_MORA_AUTOLOAD="0"))
 
 
-def test_switched_off_it_is_off(off_and_runner):
-    assert off_and_runner[0]["opening"] == "KeyError('MORA')"
+def test_switched_off_it_is_off(off):
+    assert off["opening"] == "KeyError('MORA')"
 
 
-def test_the_runner_needs_no_autoload(off_and_runner, want):
-    _, out, script = off_and_runner
-    assert out["argv"] == [str(script), "--lr", "1"] and out["path"] == str(script.parent)
-    assert_same(out["PeftModel"], want)
-    assert_same(out["AutoPeftModelForCausalLM"], want)
-
-
-def test_a_peft_without_what_we_build_on_is_named_in_one_line(off_and_runner):
-    message = off_and_runner[0]["importing"]
+def test_a_peft_without_what_we_build_on_is_named_in_one_line(off):
+    message = off["importing"]
     assert "\n" not in message and f"checked with peft {CHECKED} and does not fit peft {peft.__version__} " in message
     assert "BufferDict" in message
+
+
+def test_importing_the_package_brings_no_host_along(off):
+    assert off["new hosts"] == []
+
+
+def test_the_runner_needs_no_autoload(folders, want, tmp_path):
+    script = tmp_path / "evaluate.py"
+    script.write_text(program("out['argv'], out['path'] = sys.argv, sys.path[0]\n" + WITH_PEFT, **folders))
+    out = answers(start("-m", "peft_mora", str(script), "--lr", "1", PEFT_MORA_AUTOLOAD="0"))
+    assert out["argv"] == [str(script), "--lr", "1"] and out["path"] == str(script.parent)
+    assert_same(out["PeftModel"], want["adapter"])
+    assert_same(out["AutoPeftModelForCausalLM"], want["adapter"])
 
 
 @pytest.fixture
@@ -244,11 +249,11 @@ def test_the_runner_explains_itself(runner):
     )
 
 
-# --- what it costs and what it leaves alone ---
+# What it costs and what it leaves alone
 
 
 def test_a_python_without_torch_loads_nothing_of_ours():
-    assert finish(start("-c", f"import sys; print({OURS})"))[:2] == (0, "[]\n")
+    assert answers(start("-c", f"import sys; print({OURS})")) == []
 
 
 QUIET = f"""
@@ -361,57 +366,3 @@ def test_a_broken_peft_mora_is_one_warning_and_peft_works(quiet):
     assert "peft_mora could not load" in message and "this one is broken" in message
     assert "PEFT_MORA_AUTOLOAD=0" in message
     assert quiet["broken knows"] == [True, False]
-
-
-def test_plain_lm_eval_opens_an_adapter(llama_folder, tmp_path):
-    """A sparse LORI without its projection in the file, which is the farthest from a LoRA."""
-    pytest.importorskip("lm_eval")
-    folders = {"base": llama_folder, "adapter": str(tmp_path / "adapter")}
-    save_adapter("lori-sparse", llama_folder, folders["adapter"])
-    docs = [{"q": "the cat sat on the", "right": 0}, {"q": "a big red dog ran", "right": 1}, {"q": "no", "right": 0}]
-    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps(doc) for doc in docs))
-    (tmp_path / "tiny.yaml").write_text(
-        f"""
-task: tiny_of_autoload
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "docs.jsonl"}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: ["log", "mat"]
-doc_to_target: right
-"""
-    )
-    code, _, err = finish(
-        start(
-            *("-m", "lm_eval", "--model", "hf", "--tasks", "tiny_of_autoload", "--include_path", str(tmp_path)),
-            *("--model_args", f"pretrained={folders['base']},peft={folders['adapter']},dtype=float32"),
-            *("--device", "cpu", "--batch_size", "1", "--log_samples", "--output_path", str(tmp_path / "results")),
-            HF_DATASETS_OFFLINE="1",
-            HF_DATASETS_CACHE=str(tmp_path / "cache"),
-        )
-    )
-    assert code == 0, err
-    (file,) = (tmp_path / "results").rglob("samples_*.jsonl")
-    samples = [json.loads(line) for line in file.read_text().splitlines()]
-
-    tokenizer = AutoTokenizer.from_pretrained(folders["base"])
-    base = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, folders["adapter"]).eval()
-    choices = tokenizer(["log", "mat"], return_tensors="pt").input_ids.flatten()
-    assert len(samples) == len(docs)
-    for sample in samples:
-        tokens = tokenizer(sample["doc"]["q"], return_tensors="pt").input_ids
-        got = torch.tensor([float(response[0][0]) for response in sample["resps"]])
-        with torch.no_grad(), model.disable_adapter():
-            base_alone = log_probabilities(model, tokens, len(tokenizer))[choices]
-        with torch.no_grad():
-            torch.testing.assert_close(
-                got, log_probabilities(model, tokens, len(tokenizer))[choices], rtol=0, atol=1e-4
-            )
-        assert (got - base_alone).abs().max() > 1e-3
-
-
-def log_probabilities(model, tokens: torch.Tensor, words: int) -> torch.Tensor:
-    """Of the next token. lm_eval cuts the model's vocabulary down to the tokenizer's."""
-    return model(tokens).logits[0, -1, :words].log_softmax(-1)

@@ -1,9 +1,6 @@
 """The fast path against its plain twin, what it keeps for the backward, and when it writes into the base's output."""
 
 import functools
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -29,65 +26,29 @@ def pairs(*blocks, gate=NO_GATE):
     return Parts(weights[::2], weights[1::2], gate)
 
 
-def case_dense(new):
-    return pairs(new(5, 13), new(11, 5))
+def fixed(t):
+    return t.requires_grad_(False)
 
 
-def case_dense_frozen_A(new):
-    return pairs(new(5, 13).requires_grad_(False), new(11, 5))
+def bank(new, r):
+    return fixed(new(r, 13)), fixed(new(11, r))
 
 
-def case_dense_bank(new):
-    bank = new(4, 13).requires_grad_(False), new(11, 4).requires_grad_(False)
-    return pairs(*bank, new(5, 13), new(11, 5))
+def softmax(*top_k, threshold=0.0, bank=None):
+    return SoftmaxGate(list(top_k), 0.3, threshold, bank, None)
 
 
-def case_softmax(new):
-    return pairs(new(5, 13), new(11, 5), gate=SoftmaxGate([5], 0.3, 0.0, None, None))
-
-
-def case_softmax_top_k(new):
-    return pairs(new(5, 13), new(11, 5), gate=SoftmaxGate([2], 0.3, 0.0, None, None))
-
-
-def case_softmax_threshold(new):
-    return pairs(new(5, 13), new(11, 5), gate=SoftmaxGate([4], 0.3, 0.2, None, None))
-
-
-def case_softmax_by_task(new):
-    """Two frozen blocks, one of them pruned to nothing."""
-    frozen = [t.requires_grad_(False) for r in (3, 0) for t in (new(r, 13), new(11, r))]
-    return pairs(*frozen, new(5, 13), new(11, 5), gate=SoftmaxGate([2, 2, 3], 0.3, 0.0, None, None))
-
-
-def case_softmax_bank(new):
-    """One softmax over frozen and trainable experts: the gradient couples them."""
-    frozen = new(3, 13).requires_grad_(False), new(11, 3).requires_grad_(False)
-    return pairs(*frozen, new(5, 13), new(11, 5), gate=SoftmaxGate([4], 0.3, 0.0, [3, 5], None))
-
-
-def case_selection(new):
-    gate = SelectionGate("magnitude", 2, torch.linspace(-0.3, 0.3, 7), None, None)
-    return pairs(new(7, 13).requires_grad_(False), new(11, 7), gate=gate)
-
-
-def case_selection_of_most(new):
-    """6 of 7: values and indices would be more than all of h."""
-    gate = SelectionGate("signed", 6, torch.zeros(7), None, None)
-    return pairs(new(7, 13).requires_grad_(False), new(11, 7), gate=gate)
-
-
-def case_sparse_A(new):
-    index = torch.tensor([[0, 4, 12], [1, 2, 3], [5, 6, 11], [0, 7, 8]], dtype=torch.int32)
-    A = Weight(new(4, 3).requires_grad_(False), Columns(index, 13))
-    return pairs(A, new(11, 4), gate=SelectionGate("magnitude", 2, torch.zeros(4), None, None))
-
-
-def case_packed_B(new):
+def packed_B(new):
     """With entries frozen by an earlier task."""
     places = torch.randperm(55, generator=torch.Generator().manual_seed(1))
     form = Packed((11, 5), places[:9], places[9:14], torch.linspace(-1, 1, 5))
-    return pairs(new(5, 13).requires_grad_(False), Weight(new(9), form))
+    return pairs(fixed(new(5, 13)), Weight(new(9), form))
+
+
+def sparse_A(new):
+    index = torch.tensor([[0, 4, 12], [1, 2, 3], [5, 6, 11], [0, 7, 8]], dtype=torch.int32)
+    A = Weight(fixed(new(4, 3)), Columns(index, 13))
+    return pairs(A, new(11, 4), gate=SelectionGate("magnitude", 2, torch.zeros(4), None, None))
 
 
 class LearnedRouter(Gate):
@@ -132,29 +93,47 @@ class Mixture(Gate):
         return us, [dh], [p * (dp - (p * dp).sum()) if wanted.gate[0] else None]
 
 
-def case_learned_router(new):
-    A, W, B = new(5, 13), new(5, 13), new(11, 5)
-    return Parts([Weight(A), Weight(W)], [Weight(B)], LearnedRouter())
-
-
-def case_several_ups(new):
-    ups = [Weight(new(11, 5)) for _ in range(3)]
-    return Parts([Weight(new(5, 13))], ups, Mixture(new(3)))
-
-
-def case_several_ups_on_a_frozen_A(new):
-    """Of which one is frozen: the mixing weights need the ups' gradients all the same."""
-    ups = [Weight(new(11, 5)), Weight(new(11, 5).requires_grad_(False))]
-    return Parts([Weight(new(5, 13).requires_grad_(False))], ups, Mixture(new(2)))
-
-
-CASES = {name.removeprefix("case_"): case for name, case in globals().items() if name.startswith("case_")}
+# Each makes Parts of tensors that `new(*shape)` gives.
+CASES = {
+    "dense": lambda new: pairs(new(5, 13), new(11, 5)),
+    "dense_frozen_A": lambda new: pairs(fixed(new(5, 13)), new(11, 5)),
+    "dense_bank": lambda new: pairs(*bank(new, 4), new(5, 13), new(11, 5)),
+    "softmax": lambda new: pairs(new(5, 13), new(11, 5), gate=softmax(5)),
+    "softmax_top_k": lambda new: pairs(new(5, 13), new(11, 5), gate=softmax(2)),
+    "softmax_threshold": lambda new: pairs(new(5, 13), new(11, 5), gate=softmax(4, threshold=0.2)),
+    # two frozen blocks, one of them pruned to nothing
+    "softmax_by_task": lambda new: pairs(*bank(new, 3), *bank(new, 0), new(5, 13), new(11, 5), gate=softmax(2, 2, 3)),
+    # one softmax over frozen and trainable experts: the gradient couples them
+    "softmax_bank": lambda new: pairs(*bank(new, 3), new(5, 13), new(11, 5), gate=softmax(4, bank=[3, 5])),
+    "selection": lambda new: pairs(
+        fixed(new(7, 13)), new(11, 7), gate=SelectionGate("magnitude", 2, torch.linspace(-0.3, 0.3, 7), None, None)
+    ),
+    # 6 of 7: values and indices would be more than all of h
+    "selection_of_most": lambda new: pairs(
+        fixed(new(7, 13)), new(11, 7), gate=SelectionGate("signed", 6, torch.zeros(7), None, None)
+    ),
+    "sparse_A": sparse_A,
+    "packed_B": packed_B,
+    "learned_router": lambda new: Parts(
+        [Weight(new(5, 13)), Weight(new(5, 13))], [Weight(new(11, 5))], LearnedRouter()
+    ),
+    "several_ups": lambda new: Parts([Weight(new(5, 13))], [Weight(new(11, 5)) for _ in "abc"], Mixture(new(3))),
+    # of which one is frozen: the mixing weights need the ups' gradients all the same
+    "several_ups_on_a_frozen_A": lambda new: Parts(
+        [Weight(fixed(new(5, 13)))], [Weight(new(11, 5)), Weight(fixed(new(11, 5)))], Mixture(new(2))
+    ),
+}
 SHAPES = [(3, 7, 13), (5, 13), (13,), (2, 0, 13)]
 
 
 @pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]
+
+
+def assert_close(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 class Problem:
@@ -181,15 +160,21 @@ class Problem:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients_equal_the_plain_twin_s(case, shape, in_place):
     problem = Problem(case, shape)
-    for want, got in zip(problem.run(plain_add_update), problem.run(add_update, 0.0, in_place), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    want = problem.run(plain_add_update)
+    assert_close(problem.run(add_update, 0.0, in_place), want)
+    with torch.no_grad():
+        assert_close([add_update(problem.x @ problem.W.T, problem.x, *problem.parts, 1.7, 0.0, in_place)], want[:1])
 
 
-def test_the_gradient_passes_gradcheck(case):
-    problem = Problem(case, (4, 13))
+@pytest.mark.parametrize(("dropout", "transposed"), [(0.0, False), (0.4, False), (0.4, True)])
+def test_the_gradient_passes_gradcheck_also_with_the_forward_s_dropout_mask(case, dropout, transposed):
+    """Also of rows that are columns in memory, as a convolution over time leaves them."""
+    problem = Problem(case, (2, 13))
 
     def f(x, *weights):
-        return add_update(x @ problem.W.T, x, *problem.parts, 1.7, 0.0, True)
+        torch.manual_seed(5)
+        x = x.t().contiguous().t() if transposed else x
+        return add_update(x @ problem.W.T, x, *problem.parts, 1.7, dropout, True)
 
     assert torch.autograd.gradcheck(f, (problem.x, *problem.weights))
 
@@ -200,9 +185,7 @@ def test_a_base_outside_of_autograd_gives_the_same_gradients(case):
     y0 = (problem.x @ problem.W.T).detach()
     y = add_update(y0, problem.x, *problem.parts, 1.7, 0.0, True, Base(problem.W))
     assert y.data_ptr() == y0.data_ptr()
-    got = [y, *torch.autograd.grad(y, [problem.x, *problem.weights], problem.g)]
-    for w, g in zip(want, got, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
+    assert_close([y, *torch.autograd.grad(y, [problem.x, *problem.weights], problem.g)], want)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
@@ -221,14 +204,6 @@ def test_rounding_stays_within_the_dtype_s(case, dtype, tolerance):
         if i < 2:  # y and dx, token by token
             error = error.flatten(0, -2).amax(-1).sort().values[: int(0.9 * 190)]
         assert got.dtype == dtype and error.max() < tolerance * (1 if i < 2 else 3), (i, error.max())
-
-
-def test_in_the_absence_of_gradients_the_result_is_the_same(case):
-    problem = Problem(case)
-    (want, *_) = problem.run(plain_add_update)
-    with torch.no_grad():
-        got = add_update(problem.x @ problem.W.T, problem.x, *problem.parts, 1.7)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_second_derivatives_are_refused_with_what_to_do(case):
@@ -255,14 +230,19 @@ def test_weights_are_cast_down_to_the_input(case):
 # An input that is a product
 
 
+def saved(y) -> set[int]:
+    """Where in memory what y's backward keeps begins."""
+    return {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
+
+
 def of_product(problem, add, after=lambda x: x, *args):
     """y over x = silu(gate) · up, as in front of a down_proj, and every gradient."""
     gate, up = (problem.x.detach() + shift for shift in (0.5, -0.25))
     leaves = [gate.requires_grad_(), up.requires_grad_()]
     x = after(nn.functional.silu(gate) * up)
     y = add(x @ problem.W.T, x, *problem.parts, 1.7, *args)
-    saved = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None} if add is add_update else set()
-    return [y, *torch.autograd.grad(y, [*leaves, *problem.weights], problem.g)], x.data_ptr() in saved
+    kept = add is add_update and x.data_ptr() in saved(y)
+    return [y, *torch.autograd.grad(y, [*leaves, *problem.weights], problem.g)], kept
 
 
 def doubled_behind_autograd_s_back(x):
@@ -275,13 +255,12 @@ def test_a_product_is_made_again_from_factors_that_autograd_keeps_anyhow(case):
     want, _ = of_product(problem, plain_add_update)
     got, keeps_x = of_product(problem, add_update)
     assert not keeps_x
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_the_product_made_again_is_the_same_bit_for_bit(dropout, monkeypatch):
-    problem = Problem(case_softmax_bank, dtype=torch.bfloat16)
+    problem = Problem(CASES["softmax_bank"], dtype=torch.bfloat16)
 
     def run():
         torch.manual_seed(2)
@@ -294,12 +273,11 @@ def test_the_product_made_again_is_the_same_bit_for_bit(dropout, monkeypatch):
 
 
 def test_a_product_that_was_written_into_is_kept_itself():
-    problem = Problem(case_dense)
+    problem = Problem(CASES["dense"])
     want, _ = of_product(problem, plain_add_update, doubled_behind_autograd_s_back)
     got, keeps_x = of_product(problem, add_update, doubled_behind_autograd_s_back)
     assert keeps_x
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert_close(got, want)
 
 
 def test_a_product_changed_through_data_needs_the_plain_path(monkeypatch):
@@ -317,7 +295,7 @@ def test_a_product_changed_through_data_needs_the_plain_path(monkeypatch):
 
 
 def test_a_factor_that_was_written_into_is_an_error_as_ever():
-    problem = Problem(case_dense)
+    problem = Problem(CASES["dense"])
     up = problem.x * 1.5
     x = torch.sigmoid(problem.x) * up
     y = add_update(x @ problem.W.T, x, *problem.parts, 1.7)
@@ -327,18 +305,18 @@ def test_a_factor_that_was_written_into_is_an_error_as_ever():
 
 
 def test_a_product_whose_factors_are_freed_is_kept_itself():
-    problem = Problem(case_dense)
+    problem = Problem(CASES["dense"])
     x = torch.sigmoid(problem.x) * problem.x
     x.sum().backward()
     y = add_update(x.detach() @ problem.W.T, x, *problem.parts, 1.7)
-    assert x.data_ptr() in {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
+    assert x.data_ptr() in saved(y)
 
 
 @pytest.mark.parametrize("product_inside", [False, True])
 @pytest.mark.parametrize("layer_inside", [False, True])
 def test_hooks_on_saved_tensors_are_not_set_off(product_inside, layer_inside):
     """The layer, the product in front of it or both under hooks: x is kept as ever, and nothing is unpacked early."""
-    problem, unpacked = Problem(case_dense), []
+    problem, unpacked = Problem(CASES["dense"]), []
     hooks = (lambda t: t.clone(), lambda t: unpacked.append(1) or t)
     x, W = problem.x, problem.W
     with torch.autograd.graph.saved_tensors_hooks(*hooks) if product_inside else nullcontext():
@@ -346,8 +324,8 @@ def test_hooks_on_saved_tensors_are_not_set_off(product_inside, layer_inside):
     with torch.autograd.graph.saved_tensors_hooks(*hooks) if layer_inside else nullcontext():
         y = add_update(x.detach() @ W.T, x, *problem.parts, 1.7)
     assert not unpacked
-    saved = [t for t in y.grad_fn.saved_tensors if t is not None]
-    kept = any(torch.equal(t, x) for t in saved if t.shape == x.shape)
+    tensors = [t for t in y.grad_fn.saved_tensors if t is not None and t.shape == x.shape]
+    kept = any(torch.equal(t, x) for t in tensors)
     assert kept == (product_inside or layer_inside)
     y.sum().backward()
 
@@ -355,7 +333,7 @@ def test_hooks_on_saved_tensors_are_not_set_off(product_inside, layer_inside):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_product_out_of_a_checkpoint_gives_the_same_gradients(use_reentrant):
     """Activation functions are often all that is checkpointed."""
-    problem = Problem(case_dense)
+    problem = Problem(CASES["dense"])
 
     def product(x):
         return torch.sigmoid(x) * x
@@ -382,19 +360,6 @@ def test_dropout_drops_its_share_and_rescales_the_rest():
     h = add_update(torch.zeros(400, 50), x, *pairs(torch.eye(50), torch.eye(50)), 1.0, 0.3)
     torch.testing.assert_close(h.unique(), torch.tensor([0.0, 1 / 0.7]))
     assert (h == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_backward_of_dropout_has_the_forward_s_mask(case, transposed):
-    """Also of rows that are columns in memory, as a convolution over time leaves them."""
-    problem = Problem(case, (4, 13))
-
-    def f(x, *weights):
-        torch.manual_seed(5)
-        x = x.t().contiguous().t() if transposed else x
-        return add_update(x @ problem.W.T, x, *problem.parts, 1.7, 0.4, True)
-
-    assert torch.autograd.gradcheck(f, (problem.x, *problem.weights))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -661,7 +626,7 @@ def test_a_gated_mlp_s_product_is_not_kept(make_config, inputs):
     found = []
 
     def look(module, args, y):
-        found.append(args[0].data_ptr() in {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None})
+        found.append(args[0].data_ptr() in saved(y))
 
     downs = [m for n, m in model.named_modules() if n.endswith("down_proj") and isinstance(m, AdapterLinear)]
     hooks = [m.register_forward_hook(look) for m in downs]
@@ -682,18 +647,3 @@ def test_bytes_that_peft_s_lora_keeps():
     assert kept(lora(), autocast=True) == pytest.approx(3.19, abs=0.02)
     assert kept(lora(), dropout=0.1) == pytest.approx(12.09, abs=0.02)  # x after dropout and its mask, float32
     assert kept(lora(), dropout=0.1, autocast=True) == pytest.approx(9.19, abs=0.02)
-
-
-# Import
-
-
-def test_importing_the_package_brings_no_host_along():
-    program = "import sys, peft{}; print([m for m in {!r} if m in sys.modules])"
-    hosts = ("trl", "matplotlib", "triton", "bitsandbytes", "trl_callbacks")
-    with_us, bare = (
-        subprocess.check_output(
-            [sys.executable, "-c", program.format(more, hosts)], env={**os.environ, "PEFT_MORA_AUTOLOAD": "0"}
-        )
-        for more in (", peft_mora", "")
-    )
-    assert with_us == bare
