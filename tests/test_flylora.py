@@ -23,14 +23,23 @@ def offsets(model) -> list[torch.Tensor]:
     return [layer.flylora_offset["default"].clone() for layer in layers(model)]
 
 
+def unbalanced(use_reentrant: bool | None = None) -> PeftModel:
+    """A large rate: a recompute that saw a moved offset would select other experts. Checkpointing unless None."""
+    model = flylora(balance_rate=0.5, alpha=60)
+    if use_reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return model
+
+
+def grads(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def reference(layer: FlyLoraLinear, x: torch.Tensor, selection: str, k: int) -> torch.Tensor:
     """The rule, one token and one expert at a time, in float64."""
     A = torch.zeros(layer.r["default"], layer.in_features, dtype=torch.float64)
-    for i, (columns, values) in enumerate(
-        zip(layer.flylora_index["default"], layer.flylora_A["default"], strict=True)
-    ):  # fmt: skip
-        for column, value in zip(columns, values, strict=True):
-            A[i, column] = value
+    A.scatter_(1, layer.flylora_index["default"].long(), layer.flylora_A["default"].double())
     B, d = layer.flylora_B["default"].weight, layer.flylora_offset["default"]
     rows = []
     for token in x.reshape(-1, layer.in_features):
@@ -112,42 +121,33 @@ def test_the_offset_moves_once_per_training_backward_and_not_otherwise(inputs):
     assert moved()
     for offset in offsets(model):  # one step of ±rate or 0 from zero
         assert set((offset / 0.01).round(decimals=4).tolist()) <= {-1.0, 0.0, 1.0}
-    frozen = flylora(balance_rate=0.0).train()
-    frozen(input_ids=inputs, labels=inputs).loss.backward()
-    assert all((offset == 0).all() for offset in offsets(frozen))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_selects_the_same_in_forward_and_recompute_and_counts_once(use_reentrant, inputs, monkeypatch):
-    """A large balance_rate: a recompute that saw a moved offset would select other experts."""
-
     def run(checkpointing: bool):
-        model = flylora(balance_rate=0.5, alpha=60).train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model = unbalanced(use_reentrant if checkpointing else None)
         selections: dict[int, list[torch.Tensor]] = {}
-        import peft_mora.flylora as module
 
         def spy(h, offset, k):
             index = select_by_magnitude(h, offset, k)
             selections.setdefault(offset.data_ptr(), []).append(index.clone())
             return index
 
-        monkeypatch.setattr(module, "select_by_magnitude", spy)
-        grads = []
+        monkeypatch.setattr("peft_mora.flylora.select_by_magnitude", spy)
+        steps = []
         for _ in range(2):
             selections.clear()
             model.zero_grad()
             model(input_ids=inputs, labels=inputs).loss.backward()
-            grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            steps.append(grads(model))
             seen = 2 if checkpointing else 1
             assert len(selections) == len(layers(model))
             for indices in selections.values():
                 # non-reentrant recomputation stops once it has what backward needs, so the last layer may be skipped
                 assert len(indices) in ({seen} if use_reentrant or not checkpointing else {1, 2})
                 assert all(torch.equal(index, indices[0]) for index in indices)
-        return grads, offsets(model)
+        return steps, offsets(model)
 
     (plain, plain_offsets), (recomputed, recomputed_offsets) = run(False), run(True)
     assert all(torch.equal(a, b) for a, b in zip(plain_offsets, recomputed_offsets, strict=True))
@@ -156,35 +156,40 @@ def test_checkpointing_selects_the_same_in_forward_and_recompute_and_counts_once
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_two_forwards_before_one_backward_are_recomputed_with_the_offset_they_had(use_reentrant, inputs):
-    def run(checkpointing: bool):
-        model = flylora(balance_rate=0.5, alpha=60).train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        loss = sum(model(input_ids=x, labels=x).loss for x in (inputs, inputs.flip(0, 1)))
-        loss.backward()
-        model.state_dict()  # nothing waits when it is saved
-        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, offsets(model)
+@pytest.mark.parametrize("padded", [True, False])
+def test_two_forwards_before_one_backward_are_recomputed_with_the_offset_and_padding_they_had(
+    padded, use_reentrant, inputs
+):
+    masks = torch.ones(2, 3, 11, dtype=torch.long)
+    if padded:
+        masks[0, :, 2:], masks[1, :, 8:] = 0, 0
 
-    (want, want_offsets), (got, got_offsets) = run(False), run(True)
+    def run(use_reentrant: bool | None):
+        model = unbalanced(use_reentrant)
+        batches = zip((inputs, inputs.flip(0, 1)), masks, strict=True)
+        sum(model(input_ids=x, attention_mask=mask, labels=x).loss for x, mask in batches).backward()
+        model.state_dict()  # nothing waits when it is saved
+        return grads(model), offsets(model)
+
+    (want, want_offsets), (got, got_offsets) = run(None), run(use_reentrant)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(got_offsets, want_offsets, strict=True))
     assert any((offset.abs() > 0.6).any() for offset in got_offsets)  # two steps of 0.5
 
 
-def test_a_frozen_adapter_s_offset_does_not_move(inputs):
-    model = flylora(balance_rate=0.1).train()
+@pytest.mark.parametrize(("rate", "trainable"), [(0.0, True), (0.1, False)])
+def test_the_offset_does_not_move_at_rate_0_nor_while_the_adapter_is_frozen(rate, trainable, inputs):
+    model = flylora(balance_rate=rate)
     model.enable_input_require_grads()
     for layer in layers(model):
-        layer.flylora_B["default"].requires_grad_(False)
+        layer.flylora_B["default"].requires_grad_(trainable)
     model(input_ids=inputs, labels=inputs).loss.backward()
     assert all((offset == 0).all() for offset in offsets(model))
 
 
 def test_casting_the_model_leaves_the_offset_in_float32(inputs):
-    model = flylora(balance_rate=0.3).train()
+    model = flylora(balance_rate=0.3)
     model(input_ids=inputs, labels=inputs).loss.backward()
     before = offsets(model)
     after = offsets(model.bfloat16())
@@ -194,7 +199,7 @@ def test_casting_the_model_leaves_the_offset_in_float32(inputs):
 def test_balancing_spreads_the_load():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 8))
-    model = flylora(net, r=8, top_k=2, target_modules=["0"], balance_rate=0.02, alpha=64).train()
+    model = flylora(net, r=8, top_k=2, target_modules=["0"], balance_rate=0.02, alpha=64)
     (layer,) = layers(model)
     x = torch.randn(512, 32) + 1.0  # an offset in the data makes some experts popular
 
@@ -210,7 +215,7 @@ def test_balancing_spreads_the_load():
 
 
 def test_the_offset_and_the_sparse_projection_are_saved(tmp_path, inputs):
-    model = flylora(balance_rate=0.3).train()
+    model = flylora(balance_rate=0.3)
     model(input_ids=inputs, labels=inputs).loss.backward()
     model.eval().save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
@@ -227,7 +232,7 @@ def test_padding_does_not_count(left, lean, inputs, monkeypatch):
     monkeypatch.setattr(FlyLoraLinear, "lean", lean)
 
     def moved(pads: int) -> list[torch.Tensor]:
-        model = flylora(balance_rate=0.1).train()
+        model = flylora(balance_rate=0.1)
         ids, mask = inputs.repeat(1, 2), torch.ones(3, 22, dtype=torch.long)
         ids, mask = (torch.cat([t, t.new_zeros(3, pads)][:: -1 if left else 1], dim=1) for t in (ids, mask))
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -239,26 +244,9 @@ def test_padding_does_not_count(left, lean, inputs, monkeypatch):
         assert torch.equal(got, want) and want.any()
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_each_forward_s_padding_is_its_own(use_reentrant, inputs):
-    """Two forwards share a backward: what checkpointing computes again is not counted by the latest mask."""
-
-    def moved(checkpointing: bool) -> list[torch.Tensor]:
-        model = flylora(balance_rate=0.1).train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        masks = torch.ones(2, 3, 11, dtype=torch.long)
-        masks[0, :, 2:], masks[1, :, 8:] = 0, 0
-        sum(model(input_ids=inputs, attention_mask=mask, labels=inputs).loss for mask in masks).backward()
-        return offsets(model)
-
-    assert all(torch.equal(got, want) for got, want in zip(moved(True), moved(False), strict=True))
-
-
 def test_a_forward_without_a_mask_counts_all_tokens_also_after_one_with(inputs):
     def moved(masked_before: bool) -> list[torch.Tensor]:
-        model = flylora(balance_rate=0.1).train()
+        model = flylora(balance_rate=0.1)
         if masked_before:
             with torch.no_grad():
                 model.eval()(input_ids=inputs, attention_mask=torch.ones_like(inputs).tril())
@@ -283,9 +271,9 @@ def test_gradient_caching_gives_the_gradients_of_the_whole_batch(inputs):
     def contrast(e):
         return (e @ e.T).logsumexp(-1).sum()
 
-    whole = flylora(balance_rate=0.5, alpha=60).train()
+    whole = unbalanced()
     contrast(embed(whole, inputs)).backward()
-    model = flylora(balance_rate=0.5, alpha=60).train()
+    model = unbalanced()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     chunks = inputs.split(1)
     with torch.no_grad():
@@ -294,10 +282,10 @@ def test_gradient_caching_gives_the_gradients_of_the_whole_batch(inputs):
     for chunk, grad in zip(chunks, cached.grad.split(1), strict=True):
         assert not any(offset.any() for offset in offsets(model))
         embed(model, chunk).backward(grad)
-    got = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in whole.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    got, want = grads(model), grads(whole)
+    assert got.keys() == want.keys() != set()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
     optimizer.step()
     assert all(offset.abs().max() == pytest.approx(1.5) for offset in offsets(model))  # three backwards of .5
 
@@ -322,7 +310,7 @@ def test_an_adapter_opened_for_inference_moves_its_offset_only_with_its_weights(
 def test_compiled_forwards_before_their_backwards_each_take_their_step():
     def moved(compiled: bool) -> torch.Tensor:
         torch._dynamo.reset()
-        model = flylora(nn.Sequential(nn.Linear(13, 9)), target_modules=["0"], balance_rate=0.1).train()
+        model = flylora(nn.Sequential(nn.Linear(13, 9)), target_modules=["0"], balance_rate=0.1)
         run = torch.compile(model, backend="aot_eager") if compiled else model
         x = torch.randn(2, 30, 13, generator=torch.Generator().manual_seed(0)) + 1
         for loss in [run(part).sum() for part in x]:

@@ -18,32 +18,54 @@ def lori(base=None, **kwargs) -> PeftModel:
     return adapted(LoriConfig, base, **{"r": 4, "alpha": 8, **kwargs})
 
 
+def sparse(sparsity: float, base=None, values: int = 9) -> PeftModel:
+    """Calibrated, made sparse and trained."""
+    model = lori(base)
+    sparsify(model, sparsity)
+    randomize(model, values)
+    return model
+
+
+def add(model: PeftModel, name: str = "second", values: int = 12, onto: str | None = None, **kwargs) -> None:
+    """One more adapter, calibrated and active; with `onto`, made sparse (0.8) as the task after that one."""
+    model.add_adapter(name, LoriConfig(**{"r": 4, "alpha": 8, "target_modules": "all-linear", **kwargs}))
+    model.set_adapter(name)
+    randomize(model, values)
+    if onto:
+        sparsify(model, 0.8, adapter_name=name, onto=onto)
+
+
 def layers(model) -> dict[str, LoriLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoriLinear)}
 
 
-def test_layer_equals_the_reference_in_values_and_gradients():
-    for sparsity in (None, 0.6):
-        net = nn.Sequential(nn.Linear(13, 9)).double()
-        model = lori(net, target_modules=["0"], sparsity=sparsity)
-        layer = next(iter(layers(model).values()))
-        x = torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True)
-        A, weight = layer.lori_A["default"].double(), layer.lori_B["default"].weight
-        if sparsity is None:
-            B = weight
-        else:
-            mask = unpack_bits(layer.lori_mask["default"], 36)
-            B = torch.zeros(36, dtype=torch.float64).masked_scatter(mask, weight).view(9, 4)
-        want = layer.base_layer(x) + (8 / 4) * (x @ A.T) @ B.T
-        got = model(x)
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-        upstream = torch.randn_like(got)
-        for a, b in zip(
-            torch.autograd.grad(got, [x, weight], upstream, retain_graph=True),
-            torch.autograd.grad(want, [x, weight], upstream),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+def three_steps(model: PeftModel, inputs) -> torch.optim.Optimizer:
+    """Of an AdamW whose weight decay would move entries that have no gradient."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        gradients(model, inputs)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.6])
+def test_layer_equals_the_reference_in_values_and_gradients(sparsity):
+    model = lori(nn.Sequential(nn.Linear(13, 9)).double(), target_modules=["0"], sparsity=sparsity)
+    (layer,) = layers(model).values()
+    x = torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True)
+    A, B = layer.lori_A["default"].double(), layer.lori_B["default"].weight
+    weights = [x, B]
+    if sparsity is not None:
+        mask = unpack_bits(layer.lori_mask["default"], 36)
+        B = torch.zeros(36, dtype=torch.float64).masked_scatter(mask, B).view(9, 4)
+    want, got = layer.base_layer(x) + (8 / 4) * (x @ A.T) @ B.T, model(x)
+    upstream = torch.randn_like(got)
+    for a, b in zip(
+        [got, *torch.autograd.grad(got, weights, upstream)],
+        [want, *torch.autograd.grad(want, weights, upstream)],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_the_projection_depends_on_seed_and_module_name_only():
@@ -120,17 +142,10 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode(inputs):
 
 
 def test_a_file_without_frozen_entries_leaves_none_behind(tmp_path, inputs):
-    plain = lori()
-    sparsify(plain, 0.5)
-    randomize(plain, seed=9)
+    plain = sparse(0.5)
     plain.eval().save_pretrained(tmp_path)
-    model = lori()
-    sparsify(model, 0.5)
-    randomize(model, seed=4)
-    model.add_adapter("second", LoriConfig(r=4, alpha=8, target_modules="all-linear"))
-    model.set_adapter("second")
-    randomize(model, seed=12)
-    sparsify(model, 0.5, adapter_name="second", onto="default")
+    model = sparse(0.5, values=4)
+    add(model, onto="default")
     model.load_adapter(str(tmp_path), "second")
     assert torch.equal(model.eval()(inputs).logits, plain(inputs).logits)
 
@@ -144,10 +159,10 @@ def test_other_masks_in_a_plain_state_dict_are_not_missed_by_a_model_that_has_ru
 
 def test_sparsify_keeps_the_largest_entries_over_all_modules(inputs):
     model = lori()
-    for i, layer in enumerate(layers(model).values()):  # modules of different magnitude get different shares
-        layer.lori_B["default"].weight.data.mul_(1 + i)
-    dense = {name: layer.lori_B["default"].weight.detach().clone() for name, layer in layers(model).items()}
-    before = {name: layer.lori_A["default"].clone() for name, layer in layers(model).items()}
+    dense, before = {}, {}
+    for i, (name, layer) in enumerate(layers(model).items()):  # of different magnitude: they get different shares
+        dense[name] = layer.lori_B["default"].weight.data.mul_(1 + i).clone()
+        before[name] = layer.lori_A["default"].clone()
     total = sum(B.numel() for B in dense.values())
     summary = sparsify(model, 0.9)
     assert summary.kept == round(0.1 * total) == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -169,10 +184,7 @@ def test_entries_off_the_mask_stay_zero_under_adamw_with_weight_decay(inputs):
     for layer in layers(model).values():
         layer.lori_B["default"].weight.data.fill_(1.0)
     off = {name: layer.matrix_B("default", torch.float32) == 0 for name, layer in layers(model).items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
-    for _ in range(3):
-        gradients(model, inputs)
-        optimizer.step()
+    optimizer = three_steps(model, inputs)
     for name, layer in layers(model).items():
         B = layer.matrix_B("default", torch.float32)
         assert (B[off[name]] == 0).all() and (B[~off[name]] != 1).all()
@@ -181,9 +193,7 @@ def test_entries_off_the_mask_stay_zero_under_adamw_with_weight_decay(inputs):
 
 
 def test_a_sparse_adapter_survives_saving_bit_for_bit(tmp_path, inputs):
-    model = lori()
-    sparsify(model, 0.7)
-    randomize(model, seed=9)
+    model = sparse(0.7)
     model.eval().save_pretrained(tmp_path)
     for low_memory in (False, True):
         again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path), low_cpu_mem_usage=low_memory).eval()
@@ -196,29 +206,23 @@ def test_a_sparse_adapter_survives_saving_bit_for_bit(tmp_path, inputs):
 
 
 def test_loading_takes_the_form_of_the_file_into_an_adapter_that_is_there(tmp_path, inputs):
-    sparse = lori()
-    sparsify(sparse, 0.7)
-    randomize(sparse, seed=9)
-    sparse.eval().save_pretrained(tmp_path / "sparse")
-    dense = lori().eval()
-    randomize(dense, seed=4)
-    dense.save_pretrained(tmp_path / "dense")
+    saved = {"sparse": sparse(0.7).eval(), "dense": lori()}
+    for name, want in saved.items():
+        want.save_pretrained(tmp_path / name)
     model = lori()
     randomize(model, seed=8)
-    for name, want in (("sparse", sparse), ("dense", dense), ("sparse", sparse)):
+    for name in ("sparse", "dense", "sparse"):
+        want = saved[name]
         model.load_adapter(str(tmp_path / name), "default", is_trainable=True)
         assert torch.equal(model.eval()(inputs).logits, want(inputs).logits)
         assert model.get_nb_trainable_parameters() == want.get_nb_trainable_parameters()
         assert model.peft_config["default"].kept_entries == want.peft_config["default"].kept_entries
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("make_sparse", [False, True])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_both_forms_convert_to_a_plain_lora(sparse, make, inputs):
-    model = lori(make())
-    if sparse:
-        sparsify(model, 0.5)
-        randomize(model, seed=9)
+def test_both_forms_convert_to_a_plain_lora(make_sparse, make, inputs):
+    model = sparse(0.5, make()) if make_sparse else lori(make())
     want = model.eval()(inputs).logits
     config, state = convert_to_lora(model, rank=4)
     plain = get_peft_model(make(), config).eval()
@@ -230,10 +234,7 @@ def test_both_forms_convert_to_a_plain_lora(sparse, make, inputs):
 def test_combined_adapters_are_the_exact_weighted_sum(same_seed, tmp_path, inputs):
     model = lori()
     for i, name in enumerate(("b", "c")):
-        seed = 0 if same_seed else i + 1
-        model.add_adapter(name, LoriConfig(r=4, alpha=8 + i, seed=seed, target_modules="all-linear"))
-        model.set_adapter(name)
-        randomize(model, seed=20 + i)
+        add(model, name, values=20 + i, alpha=8 + i, seed=0 if same_seed else i + 1)
     sparsify(model, 0.5, adapter_name="c")
     randomize(model, seed=30)
     weights = {"default": 0.5, "b": -1.25, "c": 2.0}
@@ -265,20 +266,12 @@ def test_combining_refuses_what_it_cannot_do_exactly():
 
 
 def test_a_second_task_moves_no_entry_outside_its_own_mask(tmp_path, inputs):
-    model = lori()
-    sparsify(model, 0.8)
-    randomize(model, seed=9)  # task 1 is trained
+    model = sparse(0.8)
     first = {name: layer.matrix_B("default", torch.float32).detach() for name, layer in layers(model).items()}
     task1 = model.eval()(inputs).logits
-    model.add_adapter("second", LoriConfig(r=4, alpha=8, target_modules="all-linear"))
-    model.set_adapter("second")
-    randomize(model, seed=12)  # task 2 is calibrated, densely, on its own
-    sparsify(model, 0.8, adapter_name="second", onto="default")
+    add(model, onto="default")
     assert torch.equal(model(inputs).logits, task1)  # it starts as task 1
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
-    for _ in range(3):
-        gradients(model, inputs)
-        optimizer.step()
+    three_steps(model, inputs)
     moved, kept, overlap = 0, 0, 0
     for name, layer in layers(model).items():
         mask = unpack_bits(layer.lori_mask["second"], layer.size("second")).view(layer.out_features, 4)
@@ -327,13 +320,8 @@ def test_a_projection_from_nowhere_must_be_saved():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alpha", [8, 24])
 def test_a_second_task_starts_as_the_first_whatever_its_alpha_and_the_base_s_dtype(alpha, dtype, inputs):
-    model = lori(tiny_llama().to(dtype))
-    sparsify(model, 0.8)
-    randomize(model, seed=9)
-    model.add_adapter("second", LoriConfig(r=4, alpha=alpha, target_modules="all-linear"))
-    model.set_adapter("second")
-    randomize(model, seed=12)
-    sparsify(model, 0.8, adapter_name="second", onto="default")
+    model = sparse(0.8, tiny_llama().to(dtype))
+    add(model, onto="default", alpha=alpha)
     for layer in layers(model).values():
         assert layer.lori_B["second"].weight.dtype == torch.float32
         torch.testing.assert_close(
@@ -343,9 +331,7 @@ def test_a_second_task_starts_as_the_first_whatever_its_alpha_and_the_base_s_dty
 
 def test_a_second_task_over_fewer_modules_is_refused_and_changes_nothing(inputs):
     model = lori()
-    model.add_adapter("second", LoriConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    model.set_adapter("second")
-    randomize(model, seed=12)
+    add(model, target_modules=["q_proj", "v_proj"])
     before = model(inputs).logits
     with pytest.raises(ValueError, match=r"'default' adapts 10 modules that 'second' does not.*same `target_modules`"):
         sparsify(model, 0.8, adapter_name="second", onto="default")
