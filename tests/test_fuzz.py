@@ -153,7 +153,7 @@ WRONG = {
     "temperature": not_positive,
     "threshold": outside,
     "tasks": st.sampled_from([[], [""], ["a", "a"], [1], [None], 3]),
-    "block_sizes": st.sampled_from([[4], {"lin0": [1, 2]}]),
+    "block_sizes": st.sampled_from([[4], {"lin0": [1, 2]}, {"lin0": [-1]}]),
     "frozen_top_k": st.sampled_from([{"lin0": [1]}]),
     "sparsity": beyond | not_none,
     "kept_entries": not_entries,

@@ -36,6 +36,18 @@ def padded() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def count(model: PeftModel, *args, **kwargs) -> dict[str, torch.Tensor]:
+    """Of one forward."""
+    with record_usage(model):
+        model(*args, **kwargs)
+    return counts(model)
+
+
+def tokens(model: PeftModel) -> set[int]:
+    """That were counted, over modules."""
+    return {int(part[-1]) for part in counts(model).values()}
+
+
 def counts(model) -> dict[str, torch.Tensor]:
     layers = routed_layers(model)
     meter = next(iter(layers.values())).usage["default"].meter
@@ -79,40 +91,26 @@ def test_usage_is_the_share_of_real_tokens_that_wake_an_expert(kind, tasks, trai
         torch.testing.assert_close(usage[name], want, rtol=0, atol=1e-6)
 
 
-def test_padding_on_either_side_counts_as_nothing_at_all():
-    model = adapted().eval()
-    batch = padded()
+def test_padding_on_either_side_counts_as_nothing_and_generation_with_a_cache_counts_each_token_once():
+    model, batch = adapted().eval(), padded()
     with record_usage(model) as meter:
         model(**batch)
-    tokens = {int(part[-1]) for part in counts(model).values()}
-    assert tokens == {11 + 7 + 4}
+    assert tokens(model) == {11 + 7 + 4}
     assert meter.hits.sum() == 0 and meter.pending.dtype == torch.int64
-    with record_usage(model):
-        model(batch["input_ids"], batch["attention_mask"])  # by position
-    assert {int(part[-1]) for part in counts(model).values()} == {22}
-    with record_usage(model):
-        model(batch["input_ids"])
-    assert {int(part[-1]) for part in counts(model).values()} == {33}
-
-
-def test_generation_with_a_cache_counts_each_token_once():
-    model = adapted().eval()
-    batch = padded()
+    count(model, batch["input_ids"], batch["attention_mask"])  # by position
+    assert tokens(model) == {22}
+    count(model, batch["input_ids"])
+    assert tokens(model) == {33}
     with record_usage(model):
         model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    # the prompt, then every new token but the last, which is not fed back
-    assert {int(part[-1]) for part in counts(model).values()} == {22 + 3 * 2}
+    assert tokens(model) == {22 + 3 * 2}  # the prompt, then every new token but the last, which is not fed back
 
 
 @pytest.mark.parametrize("kind", ROUTED)
 def test_several_batches_add_up(kind):
     model = adapted(kind)
     one, two = padded(), {k: v.flip(0)[:2] for k, v in padded().items()}
-    single = []
-    for batch in (one, two):
-        with record_usage(model):
-            model(**batch)
-        single.append(counts(model))
+    single = [count(model, **batch) for batch in (one, two)]
     with record_usage(model):
         model(**one)
         model(**two)
@@ -124,7 +122,7 @@ def test_several_batches_add_up(kind):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_recompute_of_gradient_checkpointing_does_not_count_twice(kind, use_reentrant):
     def run(checkpointing: bool):
-        model = adapted(kind).train()
+        model = adapted(kind)
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -163,7 +161,7 @@ def test_training_only_leaves_evaluation_and_sampling_out():
 
 @pytest.mark.parametrize("kind", ROUTED)
 def test_counting_changes_no_output_no_gradient_and_no_file(kind):
-    model, batch = adapted(kind).train(), padded()
+    model, batch = adapted(kind), padded()
     want, grads = model(**batch).logits, gradients(model, batch["input_ids"])
     keys = list(get_peft_model_state_dict(model)), list(model.state_dict())
     with record_usage(model):
@@ -175,37 +173,38 @@ def test_counting_changes_no_output_no_gradient_and_no_file(kind):
     assert torch.equal(twin(**batch).logits, want)
 
 
+def metered(wrap=lambda model: model, of=(0, 1)) -> tuple:
+    """(hits, entropy, shares) after two steps on each of the batches `of`."""
+    model = adapted()
+    run, meter = wrap(model), UsageMeter(model, training_only=True, need=True)
+    for _ in range(2):
+        for seed in of:
+            x = torch.randint(4, 24, (2, 8), generator=torch.Generator().manual_seed(seed))
+            run(input_ids=x, labels=x).loss.backward()
+        meter.sync()
+    return meter.hits, meter.entropy, expert_usage(model)
+
+
 def test_the_counts_of_all_ranks_are_summed_under_ddp(tmp_path):
     """Two gloo processes with different data: both read the counts of both batches together."""
-    body = f"""
-        from test_usage import adapted
-        from peft_mora import expert_usage
-        from peft_mora.usage import UsageMeter
-        model = torch.nn.parallel.DistributedDataParallel(adapted().train())
-        meter = UsageMeter(model.module, training_only=True, need=True)
-        x = torch.randint(4, 24, (2, 8), generator=torch.Generator().manual_seed(rank))
-        for _ in range(2):
-            model(input_ids=x, labels=x).loss.backward()
-            meter.sync()
-        torch.save((meter.hits, meter.entropy, expert_usage(model.module)), f"{tmp_path}/usage{{rank}}.pt")
-        """
-    ranks(body, tmp_path)
+    ranks(
+        f"""
+        from test_usage import metered
+        result = metered(torch.nn.parallel.DistributedDataParallel, [rank])
+        torch.save(result, f"{tmp_path}/usage{{rank}}.pt")
+        """,
+        tmp_path,
+    )
+    hits, entropy, shares = metered()
     one, two = (torch.load(tmp_path / f"usage{rank}.pt") for rank in (0, 1))
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
-    model = adapted().train()
-    meter = UsageMeter(model, training_only=True, need=True)
-    for _ in range(2):
-        for rank in (0, 1):
-            x = torch.randint(4, 24, (2, 8), generator=torch.Generator().manual_seed(rank))
-            model(input_ids=x, labels=x).loss.backward()
-    meter.sync()
-    assert torch.equal(one[0], meter.hits)
-    torch.testing.assert_close(one[1], meter.entropy, rtol=1e-5, atol=1e-4)
-    assert all(torch.equal(one[2][name], share) for name, share in expert_usage(model).items())
+    for got in (one, two):
+        assert torch.equal(got[0], hits) and all(torch.equal(got[2][name], share) for name, share in shares.items())
+    assert torch.equal(one[1], two[1])
+    torch.testing.assert_close(one[1], entropy, rtol=1e-5, atol=1e-4)
 
 
 def test_need_is_the_entropy_of_the_weights_before_the_choice():
-    model, batch = adapted(tasks=2).train(), padded()
+    model, batch = adapted(tasks=2), padded()
     meter = UsageMeter(model, need=True)
     name, layer = next(iter(meter.layers.items()))
     seen = []
@@ -265,8 +264,7 @@ def test_top_k_by_module_is_honoured_saved_and_loaded(kind, tmp_path, inputs):
     ks = {name.removeprefix("base_model.model."): m.top_k("default") for name, m in routed_layers(model).items()}
     assert ks["model.layers.0.self_attn.q_proj"] == 1 and ks["model.layers.0.self_attn.k_proj"] == 2
     assert ks["model.layers.1.self_attn.k_proj"] == 4 and ks["model.layers.1.mlp.up_proj"] == 3
-    with record_usage(model):
-        model(inputs)
+    count(model, inputs)
     for name, share in expert_usage(model).items():
         assert share.sum().item() == pytest.approx(ks[name.removeprefix("base_model.model.")], abs=1e-5)
     model.save_pretrained(tmp_path)
@@ -311,8 +309,7 @@ def test_frozen_tasks_keep_the_k_that_they_were_trained_with(tmp_path, inputs):
     assert set(config.frozen_top_k) == {name.removeprefix("base_model.model.") for name in names}
     assert all(value == [2] for value in config.frozen_top_k.values())
     randomize(model, seed=5)
-    with record_usage(model):
-        model(inputs)
+    count(model, inputs)
     for share in expert_usage(model).values():
         assert share[:4].sum().item() == pytest.approx(2, abs=1e-5)
         assert share[4:].sum().item() == pytest.approx(4, abs=1e-5)
@@ -323,25 +320,19 @@ def test_frozen_tasks_keep_the_k_that_they_were_trained_with(tmp_path, inputs):
     assert torch.equal(again(inputs).logits, model(inputs).logits)
 
 
-@pytest.mark.parametrize("config", [MoraConfig, FlyLoraConfig])
-@pytest.mark.parametrize("value", [0, 9, 1.5, True])
-def test_a_wrong_k_is_refused_by_name(config, value):
-    with pytest.raises(ValueError, match=r"`top_k_pattern\['q_proj'\]`"):
-        config(r=8, top_k=4, top_k_pattern={"q_proj": value})
-
-
-def test_a_k_above_the_rank_of_its_own_module_is_refused():
-    config = MoraConfig(r=8, rank_pattern={"k_proj": 2}, top_k_pattern={"k_proj": 3}, target_modules=["k_proj"])
-    with pytest.raises(ValueError, match=r"`top_k_pattern\['k_proj'\]` must be <= r of module.*which is 2"):
-        get_peft_model(tiny_llama(), config)
-    for name, value in (("block_sizes", {"a": [1, 2]}), ("block_sizes", {"a": [-1]}), ("frozen_top_k", {"a": [1]})):
-        with pytest.raises(ValueError, match=f"`{name}"):
-            MoraConfig(r=8, **{name: value})
-    with pytest.raises(ValueError, match="`block_sizes.*at most r, here 8"):
-        get_peft_model(
-            tiny_llama(),
-            MoraConfig(r=8, block_sizes={"model.layers.0.self_attn.k_proj": [9]}, target_modules=["k_proj"]),
-        )
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rank_pattern": {"k_proj": 2}, "top_k_pattern": {"k_proj": 3}},
+            r"`top_k_pattern\['k_proj'\]` must be <= r of module.*which is 2",
+        ),
+        ({"block_sizes": {"model.layers.0.self_attn.k_proj": [9]}}, "`block_sizes.*at most r, here 8"),
+    ],
+)
+def test_more_than_the_rank_of_its_own_module_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny_llama(), MoraConfig(r=8, target_modules=["k_proj"], **fields))
 
 
 def skewed(kind: str = "mora", tasks: int = 2) -> PeftModel:
@@ -360,8 +351,7 @@ def skewed(kind: str = "mora", tasks: int = 2) -> PeftModel:
 def test_a_pruned_adapter_is_smaller_reloads_bit_for_bit_and_trains_on(kind, low_memory, tmp_path, inputs):
     model = skewed(kind).eval()
     model.save_pretrained(tmp_path / "before")
-    with record_usage(model):
-        model(inputs)
+    count(model, inputs)
     usage = expert_usage(model)
     want = {name: int((share < 0.2).sum()) for name, share in usage.items()}
     summary = prune_experts(model, 0.2)
@@ -402,8 +392,7 @@ def test_pruning_experts_that_never_act_is_reported_as_no_change(inputs):
     for layer in routed_layers(model).values():
         A = layer.mora_A["default"].weight.data
         A[1], A[3] = 0, -A[0]
-    with record_usage(model):
-        model(inputs)
+    count(model, inputs)
     assert all(share[1] == 0 for share in expert_usage(model).values())
     summary = prune_experts(model, 1e-6, inputs={"input_ids": inputs})
     assert all(n >= 1 for n in summary.values())
@@ -414,9 +403,8 @@ def test_pruning_experts_that_never_act_is_reported_as_no_change(inputs):
 
 
 def test_the_reported_change_is_that_of_the_real_tokens():
-    model, batch = skewed().train(), padded()
-    with record_usage(model):
-        model(**batch)
+    model, batch = skewed(), padded()
+    count(model, **batch)
     other = {key: value[:2] for key, value in batch.items()}
     before = [model.eval()(**b).logits[b["attention_mask"].bool()] for b in (batch, other)]
     summary = prune_experts(model.train(), 0.6, inputs=[batch, other])
@@ -429,8 +417,7 @@ def test_the_reported_change_is_that_of_the_real_tokens():
 def test_a_block_may_lose_all_of_its_experts(tmp_path, inputs):
     model = adapted(tasks=2).eval()
     names = list(routed_layers(model))
-    with record_usage(model):
-        model(inputs)
+    count(model, inputs)
     model.save_pretrained(tmp_path / "full")
     meter = routed_layers(model)[names[0]].usage["default"].meter
     for name in names[:3]:  # as if no token had woken any expert of these
@@ -453,14 +440,12 @@ def test_a_block_may_lose_all_of_its_experts(tmp_path, inputs):
 
 def test_pruning_is_refused_where_it_is_wrong_and_then_changes_nothing(inputs):
     model = adapted("flylora")
-    with record_usage(model):
-        model(inputs)
+    count(model, inputs)
     with pytest.raises(ValueError, match="frozen projection of FLYLORA.*top_k"):
         prune_experts(model)
     model = adapted()
     model.add_adapter("flat", MoraConfig(r=4, routing="dense", target_modules=["q_proj"]))
-    with record_usage(model):
-        model(inputs)
+    count(model, inputs)
     for below in (0, 1.5, "x"):
         with pytest.raises(ValueError, match="`below` must be"):
             prune_experts(model, below)
@@ -480,8 +465,7 @@ def test_pruning_is_refused_where_it_is_wrong_and_then_changes_nothing(inputs):
 def test_the_summary_of_a_plain_module_and_growing_forget_old_counts():
     net = nn.Sequential(nn.Linear(13, 9))
     model = get_peft_model(net, MoraConfig(r=4, top_k=1, target_modules=["0"]))
-    with record_usage(model):
-        model(torch.randn(5, 13))
+    count(model, torch.randn(5, 13))
     (share,) = expert_usage(model).values()
     assert share.sum().item() == pytest.approx(1)
     start_task(model, "b")
