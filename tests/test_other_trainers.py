@@ -4,24 +4,13 @@ import types
 
 import pytest
 import torch
+import trl
 import trl.trainer.grpo_trainer as grpo
 from datasets import Dataset
 from helpers import METHODS, WORDS, adapted, losses, quantized, randomize, tiny_llama
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-)
 from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_mora import start_task
@@ -33,19 +22,27 @@ KINDS = [*{(form.config, form.merges): name for name, form in reversed(METHODS.i
 FOUR = pytest.mark.parametrize("method", KINDS)
 N = 12
 PROMPTS = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(4)) for i in range(N)]
-PAIRS = Dataset.from_dict({"prompt": PROMPTS, "chosen": [" yes cat"] * N, "rejected": [" no dog"] * N})
+PAIRS = {"prompt": PROMPTS, "chosen": [" yes cat"] * N, "rejected": [" no dog"] * N}
 
 
-def options(folder, **kwargs) -> dict:
-    return {
-        "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+def trainer_of(name: str, method, folder: str, output, data: dict, model=None, **arguments):
+    """TRL's `name`Trainer, not yet run: three steps of four rows on a 4-bit base. `method` is one of METHODS, or the
+    config; a `model` that has its adapter needs none. `arguments` are the config's."""
+    torch.manual_seed(0)
+    arguments = {
+        "output_dir": str(output), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "seed": 0,
-        **kwargs,
+        **arguments,
     }  # fmt: skip
-
-
-def config(method):
-    return METHODS[method](target_modules="all-linear")
+    rewards = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
+    return getattr(trl, f"{name}Trainer")(
+        model=model or quantized(folder),
+        args=getattr(trl, f"{name}Config")(**arguments),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=METHODS[method](target_modules="all-linear") if isinstance(method, str) else method,
+        **rewards if name in ("GRPO", "RLOO") else {},
+    )
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -79,13 +76,7 @@ def sums(model: nn.Module, batch: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize(("method", "precompute"), [*((method, False) for method in KINDS), ("mora", True)])
 def test_dpo_s_reference_of_a_fresh_adapter_is_the_base_model(method, precompute, llama_folder, tmp_path, inputs):
-    trainer = DPOTrainer(
-        model=quantized(llama_folder),
-        args=DPOConfig(**options(tmp_path, beta=0.5, precompute_ref_log_probs=precompute)),
-        train_dataset=PAIRS,
-        processing_class=AutoTokenizer.from_pretrained(llama_folder),
-        peft_config=config(method),
-    )
+    trainer = trainer_of("DPO", method, llama_folder, tmp_path, PAIRS, beta=0.5, precompute_ref_log_probs=precompute)
     train_and_check(trainer, quantized(llama_folder), tmp_path, inputs)
     assert set(trainer.model.peft_config) == {"default"}
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
@@ -103,13 +94,7 @@ def test_dpo_s_reference_of_a_fresh_adapter_is_the_base_model(method, precompute
 @FOUR
 def test_kto_runs_with_the_base_as_reference(method, llama_folder, tmp_path, inputs):
     labels = {"completion": [" yes cat", " no dog"] * (N // 2), "label": [True, False] * (N // 2)}
-    trainer = KTOTrainer(
-        model=quantized(llama_folder),
-        args=KTOConfig(**options(tmp_path)),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS, **labels}),
-        processing_class=AutoTokenizer.from_pretrained(llama_folder),
-        peft_config=config(method),
-    )
+    trainer = trainer_of("KTO", method, llama_folder, tmp_path, {"prompt": PROMPTS, **labels})
     train_and_check(trainer, quantized(llama_folder), tmp_path, inputs)
     assert set(trainer.model.peft_config) == {"default"}
     first, *_, last = losses(trainer)
@@ -117,27 +102,15 @@ def test_kto_runs_with_the_base_as_reference(method, llama_folder, tmp_path, inp
     assert abs(last - 0.5) > 1e-3  # and no longer: the reference is not the policy
 
 
-def length(completions, **kwargs) -> list[float]:
-    return [float(len(text)) for text in completions]
-
-
-def rl(trainer_class, config_class, method, llama_folder, folder, model=None, **kwargs):
-    torch.manual_seed(0)
-    arguments = {"beta": 0.1, "num_generations": 4, "max_completion_length": 6, **kwargs}
-    return trainer_class(
-        model=model or quantized(llama_folder),
-        reward_funcs=length,
-        args=config_class(**options(folder, **arguments)),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=AutoTokenizer.from_pretrained(llama_folder),
-        peft_config=None if model else config(method),
-    )
+def rl(name, method, folder, output, model=None, beta=0.1, **kwargs):
+    kwargs |= {"beta": beta, "num_generations": 4, "max_completion_length": 6}
+    return trainer_of(name, method, folder, output, {"prompt": PROMPTS}, model, **kwargs)
 
 
 @FOUR
-@pytest.mark.parametrize("classes", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)], ids=["grpo", "rloo"])
-def test_grpo_and_rloo_take_the_base_as_reference(method, classes, llama_folder, tmp_path, inputs):
-    trainer = rl(*classes, method, llama_folder, tmp_path)
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_grpo_and_rloo_take_the_base_as_reference(method, name, llama_folder, tmp_path, inputs):
+    trainer = rl(name, method, llama_folder, tmp_path)
     seen = []  # (trainer step, adapters on, tokens, mask, log-probs)
     compute = trainer._get_per_token_logps_and_entropies
 
@@ -167,15 +140,8 @@ def test_a_reward_model_trains_its_head_and_the_adapter(method, llama_folder, tm
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_pretrained(llama_folder, num_labels=1, dtype=torch.float32)
 
-    peft_config = METHODS[method](target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS")
-    trainer = RewardTrainer(
-        model=base(),
-        args=RewardConfig(**options(tmp_path)),
-        train_dataset=PAIRS,
-        processing_class=AutoTokenizer.from_pretrained(llama_folder),
-        peft_config=peft_config,
-    )
-    train_and_check(trainer, base(), tmp_path, inputs)
+    config = METHODS[method](target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS")
+    train_and_check(trainer_of("Reward", config, llama_folder, tmp_path, PAIRS, base()), base(), tmp_path, inputs)
 
 
 class FakeVLLM(VLLMGeneration):
@@ -199,7 +165,7 @@ def test_a_trainer_that_merges_for_vllm_refuses_a_routed_adapter_and_serves_a_st
 ):
     monkeypatch.setattr(grpo, "VLLMGeneration", FakeVLLM)
     model = adapted(method)
-    trainer = rl(GRPOTrainer, GRPOConfig, method, llama_folder, tmp_path, model, beta=0.0, use_vllm=True)
+    trainer = rl("GRPO", None, llama_folder, tmp_path, model, beta=0.0, use_vllm=True)
     want, before = trainer.model.eval()(inputs).logits, {k: v.clone() for k, v in trainer.model.state_dict().items()}
     if not METHODS[method].merges:
         with pytest.raises(ValueError, match=f"Cannot merge a {METHODS[method].title} adapter.*unmerged"):
@@ -259,6 +225,9 @@ def test_transformers_saves_and_loads_an_adapter_in_peft_s_format(make_config, b
         return quantized(llama_folder) if bits else AutoModelForCausalLM.from_pretrained(llama_folder)
 
     model = injected(make_config, base())
+    if hasattr(model.peft_config["default"], "tasks"):  # frozen experts come back too
+        start_task(model, "second")
+        randomize(model, seed=5)
     want = model(inputs).logits
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").exists() and not (tmp_path / "model.safetensors").exists()
@@ -273,20 +242,5 @@ def test_transformers_saves_and_loads_an_adapter_in_peft_s_format(make_config, b
     direct = base()
     direct.load_adapter(peft_config=model.peft_config["default"], adapter_state_dict=state)
     assert torch.equal(direct.eval()(inputs).logits, want)
-
-
-def test_a_model_folder_with_an_adapter_in_it_opens_with_from_pretrained(make_config, llama_folder, inputs, tmp_path):
-    model = injected(make_config, AutoModelForCausalLM.from_pretrained(llama_folder))
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)  # the base comes from adapter_config.json
-    assert torch.equal(again.eval()(inputs).logits, model(inputs).logits)
-
-
-def test_transformers_load_adapter_brings_frozen_experts_back(llama_folder, inputs, tmp_path):
-    model = injected(METHODS["mora"], AutoModelForCausalLM.from_pretrained(llama_folder))
-    start_task(model, "second")
-    randomize(model, seed=5)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(llama_folder)
-    loaded.load_adapter(str(tmp_path))
-    assert torch.equal(loaded.eval()(inputs).logits, model(inputs).logits)
+    if not bits:  # the folder opens as a model: the base comes from adapter_config.json
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(inputs).logits, want)

@@ -26,9 +26,14 @@ def relative_error(got: dict, want: dict) -> float:
     return float((difference / sum(g.double().square().sum() for g in want.values())).sqrt())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_evaluation_between_steps_changes_no_gradient(llama_folder, inputs, method):
-    model = adapted(method, quantized(llama_folder), target_modules=TARGETS)
+@pytest.fixture
+def want(llama_folder, inputs) -> dict[str, torch.Tensor]:
+    """Gradients of an adapter on a base that has only trained."""
+    return gradients(adapted("mora", quantized(llama_folder), target_modules=TARGETS).train(), inputs)
+
+
+def test_evaluation_between_steps_changes_no_gradient(llama_folder, inputs, make_config):
+    model = adapted(make_config, quantized(llama_folder), target_modules=TARGETS)
     want = gradients(model.train(), inputs)
     with torch.no_grad():
         evaluated = model.eval()(inputs).logits
@@ -37,10 +42,9 @@ def test_evaluation_between_steps_changes_no_gradient(llama_folder, inputs, meth
 
 
 @packs
-def test_without_us_evaluation_would_destroy_gradients(llama_folder, inputs):
+def test_without_us_evaluation_would_destroy_gradients(llama_folder, inputs, want):
     """The test above could not fail on a bitsandbytes without the trap; this one says that the trap is there."""
     model = adapted("mora", quantized(llama_folder), target_modules=TARGETS)
-    want = gradients(model.train(), inputs)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = True
@@ -50,8 +54,7 @@ def test_without_us_evaluation_would_destroy_gradients(llama_folder, inputs):
 
 
 @packs
-def test_a_base_evaluated_before_the_adapter_is_unpacked_with_a_warning(llama_folder, inputs):
-    want = gradients(adapted("mora", quantized(llama_folder), target_modules=TARGETS).train(), inputs)
+def test_a_base_evaluated_before_the_adapter_is_unpacked_with_a_warning(llama_folder, inputs, want):
     model = quantized(llama_folder).eval()
     with torch.no_grad():
         model(inputs)
@@ -60,8 +63,8 @@ def test_a_base_evaluated_before_the_adapter_is_unpacked_with_a_warning(llama_fo
     assert relative_error(gradients(model.train(), inputs), want) < 0.03
 
 
-def test_a_base_prepared_by_hand_stays_exact(llama_folder, inputs):
-    want = gradients(adapted("mora", quantized(llama_folder), target_modules=TARGETS).train(), inputs)
+def test_a_base_prepared_by_hand_stays_exact_and_one_without_4_bit_layers_is_left_alone(llama_folder, inputs, want):
+    assert use_exact_4bit_kernels(nn.Linear(2, 2)) == 0
     model = quantized(llama_folder).eval()
     assert use_exact_4bit_kernels(model) == 14
     with torch.no_grad():
@@ -70,10 +73,6 @@ def test_a_base_prepared_by_hand_stays_exact(llama_folder, inputs):
         warnings.filterwarnings("error", message=".*repacked.*")
         model = adapted("mora", model, target_modules=TARGETS)
     assert relative_error(gradients(model.train(), inputs), want) == 0
-
-
-def test_a_model_without_4bit_layers_is_left_alone():
-    assert use_exact_4bit_kernels(torch.nn.Linear(2, 2)) == 0
 
 
 class Packed(nn.Module):
@@ -121,7 +120,6 @@ def packed_model(method: str, name: str, monkeypatch) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["qweight", "W_q"])
-@pytest.mark.parametrize("method", METHODS)
 def test_bases_without_a_weight_attribute_train_merge_and_unload(method, name, monkeypatch):
     model = packed_model(method, name, monkeypatch)
     layers = model.base_model.model
