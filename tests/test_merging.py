@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, randomize
+from helpers import METHODS, quantized, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -735,6 +735,17 @@ def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merge
     plain = merge_adapters(folders, "mean", rank=4)
     assert all(a.output_error < 0.7 for a in files.adapters) and plain.adapters[0].output_error is None
     assert PeftModel.from_pretrained(base, tmp_path / "files")
+
+
+def test_a_4_bit_base_is_looked_at_and_left_as_it_was(trained, llama_folder):
+    _, folders = trained
+    base = quantized(llama_folder)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    prompts = {path: TEXTS[path.name] for path in folders}
+    report = merge_adapters(folders, model=base, prompts=prompts)
+    after = base.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], t) for name, t in before.items())
+    assert all(adapter.output_error < 0.7 for adapter in report.adapters)
 
 
 def test_prompts_need_a_base_model_and_every_folder(trained):

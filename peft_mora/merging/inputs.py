@@ -27,6 +27,7 @@ from ..checks import check_field, is_int, is_number
 from ..files import whole_file
 from ..inputs import parts, real_rows, shared_inputs, visit
 from ..lora_file import Lora, digest, read_lora
+from ..quantization import use_exact_4bit_kernels
 
 
 FILE = "input_statistics.safetensors"
@@ -171,7 +172,9 @@ def collect_inputs(
 
 @contextmanager
 def adapted(model: nn.Module, folder: str | Path) -> Iterator[PeftModel]:
-    """A base model with an adapter for the length of a block; a PeftModel as it is."""
+    """A base model with an adapter for the length of a block; a PeftModel as it is. In 4 bits the layers keep the
+    kernels of training: else bitsandbytes repacks the base at its first forward on some CPUs, and rounds it."""
+    use_exact_4bit_kernels(model)
     if isinstance(model, PeftModel):
         yield model
         return
