@@ -75,12 +75,16 @@ class LatestMask:
 
     def _see(self, place: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask", args[place] if place < len(args) else None)
-        if mask is None:
-            tensor = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            if tensor is not None:
-                self.by_device[tensor.device] = None
-        elif isinstance(mask, Tensor) and mask.dim() == 2:
-            self.by_device[mask.device] = mask.bool()
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            return
+        found = next((t for t in (mask, *args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if found is None:
+            return
+        real = None if mask is None else mask.bool()
+        if torch.compiler.is_compiling():  # a graph that looks at what was there is compiled again in the second step
+            self.by_device = {found.device: real}
+        else:
+            self.by_device[found.device] = real
 
     def remove(self) -> None:
         """Take the hooks away."""

@@ -321,3 +321,20 @@ def test_compiled_forwards_before_their_backwards_each_take_their_step():
     want = moved(False)
     torch.manual_seed(0)
     assert torch.equal(moved(True), want) and want.abs().max() == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_leaves_padding_out_and_is_compiled_once(inputs):
+    def moved(compiled: bool) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        model = flylora(target_modules=["q_proj"], balance_rate=0.1).train()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        for real in (3, 9):
+            mask = (torch.arange(11) < real).long().expand(3, 11)
+            run(input_ids=inputs, attention_mask=mask, labels=inputs).loss.backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+        return offsets(model)
+
+    assert all(torch.equal(got, want) for got, want in zip(moved(True), moved(False), strict=True))
