@@ -153,13 +153,16 @@ def visit(
 ) -> None:
     """Call the model with each batch, in eval mode, and look(name, x, y, mask) at each call of the modules.
 
-    x is the module's first argument, y its (first) output, mask the batch's `attention_mask` or None.
+    x is the module's first argument, y its (first) output, mask the batch's `attention_mask` or None. In the decoder
+    of an encoder-decoder it is `decoder_attention_mask`, else where there is a label, but for modules that read what
+    the encoder gave.
 
     Args:
         model: any model; it is in eval mode during the call, and as before after it.
         modules: by name; of `model`.
-        batches: keyword arguments of the model's forward. Labels and what the forward does not take are left out, and
-            no logits but the last token's are computed where the model can do so and `modules` does not ask for them.
+        batches: keyword arguments of the model's forward. What the forward does not take is left out, and so are
+            labels, but where a decoder has its inputs from them. No logits but the last token's are computed where
+            the model can do so and `modules` does not ask for them.
         look: called without gradients.
     """
     base: Any = getattr(model, "get_base_model", lambda: model)()
@@ -170,22 +173,37 @@ def visit(
     if any(module is part for module in modules.values() for part in (head.modules() if head is not None else ())):
         del options["logits_to_keep"]
     options = {name: value for name, value in options.items() if name in accepted}
+    decoder = base.get_decoder() if getattr(getattr(base, "config", None), "is_encoder_decoder", False) else None
     mask: Tensor | None = None
+    decoder_mask: Tensor | None = None
+    encoded: Tensor | None = None  # what the decoder reads of the encoder, from the decoder's call on
+
+    def enter_decoder(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal encoded
+        encoded = inspect.signature(module.forward).bind(*args, **kwargs).arguments["encoder_hidden_states"]
 
     def hook(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
-        look(name, x, output[0] if isinstance(output, tuple) else output, mask)
+        decoding = encoded is not None and x.data_ptr() != encoded.data_ptr()
+        look(name, x, output[0] if isinstance(output, tuple) else output, decoder_mask if decoding else mask)
 
-    hooks = (module.register_forward_hook(partial(hook, n), with_kwargs=True) for n, module in modules.items())
-    with eval_mode(model), removed_after(list(hooks)):
+    hooks = [module.register_forward_hook(partial(hook, n), with_kwargs=True) for n, module in modules.items()]
+    if decoder is not None:
+        hooks.append(decoder.register_forward_pre_hook(enter_decoder, with_kwargs=True))
+    with eval_mode(model), removed_after(hooks):
         for batch in batches:
-            mask = batch.get("attention_mask")
+            mask, decoder_mask, encoded = batch.get("attention_mask"), batch.get("decoder_attention_mask"), None
+            labels = batch.get("labels")
+            if decoder_mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
+                decoder_mask = labels != -100
+            left_out = {"labels", "shift_labels"}
+            if decoder is not None and not any(f"decoder_{name}" in batch for name in ("input_ids", "inputs_embeds")):
+                left_out.remove("labels")
             inputs = {
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in batch.items()
                 # Sequence lengths of padding-free batches go through **kwargs to the attention.
-                if (name in accepted and name not in ("labels", "shift_labels"))
-                or name.startswith(("cu_seq_lens", "max_length"))
+                if (name in accepted and name not in left_out) or name.startswith(("cu_seq_lens", "max_length"))
             }
             model(**inputs, **options)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny_llama
 from peft import get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_mora import MoraConfig
 from peft_mora.export import fit_lora
@@ -52,6 +53,50 @@ def test_statistics_are_of_real_tokens_and_shared_inputs_share_them(budget_gib):
     sharing = {tuple(name.rsplit(".", 1)[-1] for name in modules) for modules in found.groups.values()}
     assert sharing == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
     assert len(found.groups) == 8
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("given", ["labels", "labels and inputs", "inputs", "mask"])
+def test_a_decoders_tokens_are_masked_by_its_own_mask_and_the_encoders_by_theirs(given):
+    """Two sequences of one length: 4 + 6 real tokens go into the encoder and 2 + 3 into the decoder."""
+    model = tiny_t5()
+    labels = torch.tensor([[3, 4, -100, -100, -100, -100], [3, 4, 5, -100, -100, -100]])
+    batch = {
+        "input_ids": torch.arange(1, 13).view(2, 6),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6]),
+        "labels": labels,
+        "decoder_input_ids": labels.clamp_min(0).roll(1, 1),
+        "decoder_attention_mask": (labels != -100).long(),
+    }
+    left_out = {
+        "labels": {"decoder_input_ids", "decoder_attention_mask"},
+        "labels and inputs": {"decoder_attention_mask"},
+        "inputs": {"labels", "decoder_attention_mask"},
+        "mask": {"labels"},
+    }[given]
+    decoder = 12 if given == "inputs" else 5  # nothing says which are padding: all are seen
+    block, cross = model.decoder.block[0].layer[0], model.decoder.block[0].layer[1].EncDecAttention
+    want = {
+        "encoder": (model.encoder.block[0].layer[0].SelfAttention.q, 10),
+        "self": (block.SelfAttention.v, decoder),
+        "cross q": (cross.q, decoder),
+        "cross k": (cross.k, 10),
+        "cross v": (cross.v, 10),
+        "head": (model.lm_head, decoder),
+    }
+    counted = {}
+    visit(
+        model,
+        {name: module for name, (module, _) in want.items()},
+        [{name: value for name, value in batch.items() if name not in left_out}],
+        lambda name, x, y, mask: counted.update({name: len(real_rows(x, mask, name))}),
+    )
+    assert counted == {name: count for name, (_, count) in want.items()}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

@@ -11,13 +11,22 @@ from helpers import At, losses, quantized, ranks, texts, tiny_llama
 from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from trl import SFTConfig, SFTTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
 from trl_callbacks import OrthogonalProjectionCallback
 from trl_callbacks.factors import trainable_factors
-from trl_callbacks.subspace import Subspace
+from trl_callbacks.subspace import Subspace, fingerprint
 
 
 def sft(model, folder, output, callback=None, **kwargs) -> SFTTrainer:
@@ -632,6 +641,45 @@ def test_data_without_inputs_is_refused_before_the_training_and_not_after_it(lla
     prompts = DataLoader([{"prompt": "the cat"}] * 8, collate_fn=list)
     with pytest.raises(ValueError, match="no input_ids .*source='gradients' or 'past_adapters'"):
         callback.on_train_begin(arguments, state, None, model=model, train_dataloader=prompts)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", False])
+def test_a_start_from_weights_of_its_own_is_named(init, first_task, llama_folder, tmp_path):
+    model = PeftModel.from_pretrained(tiny_llama(), first_task["lora"], adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
+    model.base_model.set_adapter(["one", "two"])
+    model.set_requires_grad("one", requires_grad=False)
+    subspace = Subspace.load(first_task["lora"] / "subspace")
+    subspace.model = fingerprint(model.get_base_model())
+    subspace.save(tmp_path / "memory")
+    trainer = sft(model, llama_folder, tmp_path / "two", OrthogonalProjectionCallback(tmp_path / "memory"))
+    with pytest.raises(ValueError, match=f"init_lora_weights={init!r}, with which B is not 0"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("start", ["random", "contrast"])
+def test_a_model_of_pictures_keeps_its_first_task(start, tmp_path):
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(8)]
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "fc1", "fc2"])
+    model = get_peft_model(ViTForImageClassification(config), lora, adapter_name="one")
+
+    def train(name, callback):
+        arguments = {"max_steps": 3, "report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
+        trainer = Trainer(model, TrainingArguments(str(tmp_path / name), **arguments), train_dataset=data)
+        trainer.add_callback(callback)
+        trainer.train()
+        return [entry["leakage"] for entry in trainer.state.log_history if "leakage" in entry]
+
+    train("one", OrthogonalProjectionCallback())
+    model.add_adapter("two", lora)
+    model.base_model.set_adapter(["one", "two"])
+    model.set_requires_grad("one", requires_grad=False)
+    leakage = train("two", OrthogonalProjectionCallback(tmp_path / "one" / "subspace", start=start))
+    assert len(leakage) == 3 and 0 < max(leakage) <= 1e-5
 
 
 def test_other_trainable_weights_are_refused(first_task, llama_folder, tmp_path):

@@ -161,7 +161,7 @@ def unmoved_generators() -> Iterator[None]:
 
 
 def calibration_batches(
-    loader: DataLoader, args: TrainingArguments, count: int, otherwise: str
+    loader: DataLoader, args: TrainingArguments, count: int, otherwise: str, needs: str = "input_ids"
 ) -> Callable[[], list[dict[str, Any]]]:
     """A function that returns the same `count` batches at each call, and leaves the trainer's own order and the global
     generators alone (a loader draws a seed, some collators and data sets draw too).
@@ -170,9 +170,10 @@ def calibration_batches(
         loader: the trainer's; its data set and collator are used, each process draws its own share.
         count: most batches; fewer where the data ends.
         otherwise: what to do where batches are not what the model gets, as a sentence.
+        needs: what the model gets first, its `main_input_name`.
 
     Raises:
-        ValueError: by that function: the batches have no `input_ids`, or there are none.
+        ValueError: by that function: the batches do not have what the model needs, or there are none.
     """
     drawn: list[dict[str, Any]] = []
 
@@ -189,9 +190,9 @@ def calibration_batches(
             generator = torch.Generator().manual_seed(args.seed + rank)
             options["sampler"] = RandomSampler(loader.dataset, generator=generator)
         for batch in islice(DataLoader(loader.dataset, **options), skipped, skipped + count):
-            if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            if not isinstance(batch, Mapping) or needs not in batch:
                 raise ValueError(
-                    "The trainer's batches have no input_ids (GRPO and the like make them from prompts), so the "
+                    f"The trainer's batches have no {needs} (GRPO and the like make them from prompts), so the "
                     f"inputs of this task cannot be seen in advance. {otherwise}"
                 )
             drawn.append(dict(batch))

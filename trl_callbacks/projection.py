@@ -170,8 +170,10 @@ class OrthogonalProjectionCallback(HostCallback):
                 "lose it. Give each task an output_dir of its own."
             )
         use_exact_4bit_kernels(model)  # forwards in eval mode follow, which would repack 4-bit weights on a CPU
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        needs = getattr(base, "main_input_name", "input_ids")
         batches = calibration_batches(
-            train_dataloader, args, self.calibration_batches, "Use source='gradients' or 'past_adapters'."
+            train_dataloader, args, self.calibration_batches, "Use source='gradients' or 'past_adapters'.", needs
         )
         run = Run(model, adapter_name, factors, batches)
         before = self._run.factors if self._run is not None else {}
@@ -188,7 +190,8 @@ class OrthogonalProjectionCallback(HostCallback):
         self._subspace, self._run = subspace, run
         self._constraints = []
         if any(V.shape[1] for V in subspace.right.values()):
-            _check_protectable(model, factors, subspace, resumed)
+            init = getattr(model.peft_config[adapter_name], "init_lora_weights", True)
+            _check_protectable(model, factors, subspace, resumed, init)
             if not resumed:
                 self._place(run)
             self._constraints = list(constraints(subspace, factors, self._room))
@@ -389,7 +392,9 @@ def _check_memory(subspace: Subspace, source: str, factors: Mapping[str, Factors
             )
 
 
-def _check_protectable(model: nn.Module, factors: Mapping[str, Factors], subspace: Subspace, resumed: bool) -> None:
+def _check_protectable(
+    model: nn.Module, factors: Mapping[str, Factors], subspace: Subspace, resumed: bool, init: bool | str
+) -> None:
     groups = {group for group, _ in sharing(subspace, factors)}
     bases = [subspace.right[group] for group in groups] + [subspace.left[n] for n in factors if n in subspace.left]
     full = next((V for V in bases if V.shape[1] >= V.shape[0]), None)
@@ -411,6 +416,11 @@ def _check_protectable(model: nn.Module, factors: Mapping[str, Factors], subspac
                 f"A of module {name!r} is in {pair.A.dtype}, in which it cannot be kept orthogonal. Pass the callback "
                 "to the trainer's constructor (callbacks=[...]), where it restores float32 before the optimizer is "
                 "made; add_callback comes too late."
+            )
+        if not resumed and init not in (True, "gaussian", "eva") and bool(pair.B.detach().any()):
+            raise ValueError(
+                f"The adapter has init_lora_weights={init!r}, with which B is not 0 from the start: its update would "
+                "change old inputs before any step. Use LoraConfig(init_lora_weights=True)."
             )
         if not resumed and bool(pair.B.detach().any()):
             raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,9 +36,10 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """
     config = getattr(model, "config", None)
     table: Any = model.get_input_embeddings()
-    while not hasattr(table, "weight") or isinstance(table, BaseTunerLayer):  # PEFT's wrappers
+    while isinstance(table, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         table = table.get_base_layer() if isinstance(table, BaseTunerLayer) else table.original_module
-    weights = [table.weight[:: max(1, len(table.weight) // 64)]]
+    table = table.weight if hasattr(table, "weight") else next(table.parameters())  # pixels go through a convolution
+    weights = [table[:: max(1, len(table) // 64)]]
     for name, module in model.named_modules():
         if "Norm" in type(module).__name__ and "modules_to_save" not in name:
             weights += list(module.parameters(recurse=False))
@@ -49,7 +51,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "model_type": getattr(config, "model_type", type(model).__name__),
         "hidden_size": getattr(config, "hidden_size", None),
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),
-        "vocab_size": len(table.weight),
+        "vocab_size": len(table),
         "weights_sha256": digest.hexdigest(),
     }
 
