@@ -365,7 +365,7 @@ def results(tmp_path_factory) -> list[dict[str, str]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_ddp_needs_no_find_unused_parameters_and_averages_gradients(method, results):
+def test_ddp_needs_no_find_unused_parameters_averages_gradients_and_counts_the_experts_of_all_ranks(method, results):
     assert [result[f"under_ddp/{method}"] for result in results] == ["ok", "ok"]
 
 

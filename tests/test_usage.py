@@ -6,7 +6,7 @@ import json
 import helpers
 import pytest
 import torch
-from helpers import gradients, randomize, ranks, tiny_llama
+from helpers import gradients, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -171,36 +171,6 @@ def test_counting_changes_no_output_no_gradient_and_no_file(kind):
     assert (list(get_peft_model_state_dict(model)), list(model.state_dict())) == keys
     twin = copy.deepcopy(model)
     assert torch.equal(twin(**batch).logits, want)
-
-
-def metered(wrap=lambda model: model, of=(0, 1)) -> tuple:
-    """(hits, entropy, shares) after two steps on each of the batches `of`."""
-    model = adapted()
-    run, meter = wrap(model), UsageMeter(model, training_only=True, need=True)
-    for _ in range(2):
-        for seed in of:
-            x = torch.randint(4, 24, (2, 8), generator=torch.Generator().manual_seed(seed))
-            run(input_ids=x, labels=x).loss.backward()
-        meter.sync()
-    return meter.hits, meter.entropy, expert_usage(model)
-
-
-def test_the_counts_of_all_ranks_are_summed_under_ddp(tmp_path):
-    """Two gloo processes with different data: both read the counts of both batches together."""
-    ranks(
-        f"""
-        from test_usage import metered
-        result = metered(torch.nn.parallel.DistributedDataParallel, [rank])
-        torch.save(result, f"{tmp_path}/usage{{rank}}.pt")
-        """,
-        tmp_path,
-    )
-    hits, entropy, shares = metered()
-    one, two = (torch.load(tmp_path / f"usage{rank}.pt") for rank in (0, 1))
-    for got in (one, two):
-        assert torch.equal(got[0], hits) and all(torch.equal(got[2][name], share) for name, share in shares.items())
-    assert torch.equal(one[1], two[1])
-    torch.testing.assert_close(one[1], entropy, rtol=1e-5, atol=1e-4)
 
 
 def test_need_is_the_entropy_of_the_weights_before_the_choice():

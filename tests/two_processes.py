@@ -1,4 +1,5 @@
-"""What two gloo processes do for test_citizen.py: every method under DDP and FSDP2, against one process."""
+"""What two gloo processes do for test_citizen.py: every method under DDP and FSDP2, against one process;
+usage counts and load-balance offsets are those of both."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from peft_mora import expert_usage
+from peft_mora.usage import UsageMeter
 
 
 def adapted(method: str) -> PeftModel:
@@ -55,10 +59,22 @@ def under_ddp(method: str, rank: int) -> str:
     # Experts that no token woke are rows of a parameter, not parameters: nothing is unused.
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     got = gradients(wrapped, batch(rank))
-    wrapped(input_ids=batch(rank), labels=batch(rank)).loss.backward()
     one, together = adapted(method), torch.cat([batch(0), batch(1)])
+    routed = [] if METHODS[method].merges else [model, one]
+    meters = [UsageMeter(m, training_only=True, need=True) for m in routed]
+    wrapped(input_ids=batch(rank), labels=batch(rank)).loss.backward()
+    for meter in meters[:1] * 2:  # the second time there is nothing new
+        meter.sync()
     with alone():
         one(input_ids=together, labels=together).loss.backward()
+        for meter in meters[1:]:
+            meter.sync()
+    if meters:
+        (hits, entropy), (want, whole) = ((meter.hits, meter.entropy) for meter in meters)
+        same = torch.equal(hits, want) and torch.allclose(entropy, whole, rtol=1e-5, atol=1e-4)
+        usage, shares = expert_usage(model), expert_usage(one)
+        if not (same and all(torch.equal(usage[name], share) and share.any() for name, share in shares.items())):
+            return "experts are not counted over both batches together"
     for (name, offset), (_, want) in zip(model.named_buffers(), one.named_buffers(), strict=True):
         if "_offset.default" in name and not (torch.equal(offset, want) and offset.any()):
             return "the load-balance offset is not that of both batches together"
