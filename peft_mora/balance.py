@@ -20,7 +20,7 @@ from .routed import RoutedLinear
 from .routing import balance_step
 
 
-Masks = Mapping[torch.device, Tensor | None]  # LatestMask.by_device
+Masks = Mapping[torch.device, list[tuple[torch.Size, Tensor | None]]]  # LatestMask.by_device
 
 
 class Balance:

@@ -56,11 +56,12 @@ class LatestMask:
     checkpointing computes them again, in its backward.
 
     Attributes:
-        by_device: (B, S) bool, None for no mask. Replicas of `nn.DataParallel`, each on its device, run at once.
+        by_device: the sequences of a forward, each as its shape (B, S) and its mask in bool, None for no mask: a
+            decoder's own and its encoder's. Replicas of `nn.DataParallel`, each on its device, run at once.
     """
 
     def __init__(self) -> None:
-        self.by_device: dict[torch.device, Tensor | None] = {}
+        self.by_device: dict[torch.device, list[tuple[torch.Size, Tensor | None]]] = {}
         self.handles: list[RemovableHandle] = []
 
     def watch(self, module: nn.Module) -> None:
@@ -80,11 +81,14 @@ class LatestMask:
         found = next((t for t in (mask, *args, *kwargs.values()) if isinstance(t, Tensor)), None)
         if found is None:
             return
-        real = None if mask is None else mask.bool()
+        sequences: list[tuple[torch.Size, Tensor | None]] = [(found.shape[:2], None if mask is None else mask.bool())]
+        encoder = kwargs.get("encoder_attention_mask")
+        if isinstance(encoder, Tensor) and encoder.dim() == 2:
+            sequences.append((encoder.shape, encoder.bool()))
         if torch.compiler.is_compiling():  # a graph that looks at what was there is compiled again in the second step
-            self.by_device = {found.device: real}
+            self.by_device = {found.device: sequences}
         else:
-            self.by_device[found.device] = real
+            self.by_device[found.device] = sequences
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -106,19 +110,22 @@ def watched(model: Any) -> LatestMask:
     return latest
 
 
-def rows_of(masks: Mapping[torch.device, Tensor | None], device: torch.device, shape: Sequence[int]) -> Tensor | None:
+def rows_of(
+    masks: Mapping[torch.device, list[tuple[torch.Size, Tensor | None]]], device: torch.device, shape: Sequence[int]
+) -> Tensor | None:
     """(T, 1) bool, which rows of a layer's input are real tokens, by a `LatestMask.by_device`.
 
-    None if all are, or if they are not the mask's tokens: those that a mixture sends to an expert, a vision tower's.
+    None if all are, or if they are no sequence of the model's: those that a mixture sends to an expert, a vision
+    tower's. Of two sequences of one shape it is the decoder's.
 
     Args:
         device: the input's.
         shape: the input's without its last axis.
     """
-    mask = masks.get(device, next(iter(masks.values()), None))
-    if mask is None or tuple(shape) not in (tuple(mask.shape), (mask.numel(),)):
-        return None
-    return mask.reshape(-1, 1).to(device)
+    for found, mask in masks.get(device, next(iter(masks.values()), [])):
+        if tuple(shape) in (tuple(found), (found.numel(),)):
+            return None if mask is None else mask.reshape(-1, 1).to(device)
+    return None
 
 
 @contextmanager

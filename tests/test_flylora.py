@@ -6,6 +6,7 @@ from helpers import adapted, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from peft_mora import FlyLoraConfig, FlyLoraLinear
 from peft_mora.routing import balance_step, select_by_magnitude, select_by_sign
@@ -321,6 +322,21 @@ def test_compiled_forwards_before_their_backwards_each_take_their_step():
     want = moved(False)
     torch.manual_seed(0)
     assert torch.equal(moved(True), want) and want.abs().max() == pytest.approx(0.2)
+
+
+def test_an_encoder_s_padding_does_not_count_in_either_half(inputs):
+    """The decoder's keys and values of its attention to the encoder are made of the encoder's tokens."""
+    t5 = T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=40)
+    t5.update({"decoder_start_token_id": 0, "dropout_rate": 0.0})
+
+    def moved(pads: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = flylora(AutoModelForSeq2SeqLM.from_config(t5), target_modules="all-linear", balance_rate=0.1)
+        ids, mask = (torch.cat([t, t.new_zeros(3, pads)], dim=1) for t in (inputs, torch.ones_like(inputs)))
+        model(input_ids=ids, attention_mask=mask, labels=inputs[:, :7].contiguous()).loss.backward()
+        return offsets(model)
+
+    assert len(moved(0)) == 16 and all(torch.equal(a, b) for a, b in zip(moved(40), moved(0), strict=True))
 
 
 @pytest.mark.slow
