@@ -34,17 +34,20 @@ from peft_mora import start_task
 from trl_callbacks import OrthogonalProjectionCallback, continual_metrics
 
 
-# name: (routing of MORA, or lora; alpha / r; does each task get parameters of its own; are they projected)
+# name: (routing of MORA, or lora; alpha / r; does each task get parameters of its own; are they projected, and for
+# general text too, from the first task on)
 # The weights of a gated block sum to 1, so its update is smaller than a LoRA's at the same alpha.
 WAYS = {
-    "separate": ("lora", 2, False, False),
-    "sequential": ("lora", 2, False, False),
-    "growing": ("dense", 2, True, False),
-    "bank": ("bank", 6, True, False),
-    "task": ("task", 6, True, False),
-    "dense+projection": ("dense", 2, True, True),
-    "bank+projection": ("bank", 6, True, True),
-    "task+projection": ("task", 6, True, True),
+    "separate": ("lora", 2, False, False, False),
+    "sequential": ("lora", 2, False, False, False),
+    "growing": ("dense", 2, True, False, False),
+    "bank": ("bank", 6, True, False, False),
+    "task": ("task", 6, True, False, False),
+    "dense+projection": ("dense", 2, True, True, False),
+    "bank+projection": ("bank", 6, True, True, False),
+    "task+projection": ("task", 6, True, True, False),
+    "dense+protection": ("dense", 2, True, True, True),
+    "task+protection": ("task", 6, True, True, True),
 }
 METRICS = ("greedy", "label")
 
@@ -52,7 +55,7 @@ METRICS = ("greedy", "label")
 def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, data=None, r=8, steps=45, batch_size=8, lr=1e-3, limit=None, output="out/continual")
     add = parser.add_argument
-    add("--ways", nargs="+", default=["dense+projection"], choices=[*WAYS, "all"], help="to learn (%(default)s)")
+    add("--ways", nargs="+", default=["dense+protection"], choices=[*WAYS, "all"], help="to learn (%(default)s)")
     add("--seeds", nargs="+", type=int, default=[0], help="of the adapter and the order; a run each (%(default)s)")
     add("--tasks", type=runs.names, default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
     add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
@@ -62,6 +65,9 @@ def parse() -> argparse.Namespace:
     add("--perplexity", metavar="FILE", help="JSON lines of passages to watch the perplexity of")
     add("--save-steps", type=int, default=15, help="steps between checkpoints (%(default)s)")
     add("--adapter", type=json.loads, default={}, metavar="JSON", help="fields of the adapter's config")
+    add(
+        "--protect", default="self", metavar="TEXT", help="what +protection keeps: self (sampled by the base) or JSONL"
+    )
     add("--callback", type=json.loads, default={}, metavar="JSON", help="arguments of the projection's callback")
     args = parser.parse_args()
     args.ways = list(WAYS) if "all" in args.ways else args.ways
@@ -77,7 +83,7 @@ def train(
         def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:  # the last of all that is written
             (folder / f"checkpoint-{state.global_step}" / "complete").touch()
 
-    adapter, scale, grows, projects = WAYS[way]
+    adapter, scale, grows, projects, protects = WAYS[way]
     set_seed(seed)
     model, tokenizer = load_base(base, args.device)
     if before is not None:
@@ -92,7 +98,8 @@ def train(
     callbacks: list[Any] = [Complete()]
     if projects:
         memory = before / "subspace" if before is not None else None
-        callbacks.insert(0, OrthogonalProjectionCallback(memory, **args.callback))
+        text = args.protect if protects else None
+        callbacks.insert(0, OrthogonalProjectionCallback(memory, protect=text, **args.callback))
     trainer = make_trainer(
         model, tokenizer, task["train"], folder, args.steps, args.batch_size, args.lr, seed, callbacks=callbacks,
         lr_scheduler_type="warmup_stable_decay",  # a constant rate ends wherever the last batches have pushed it

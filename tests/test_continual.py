@@ -34,7 +34,20 @@ def tasks(tmp_path_factory) -> Path:
 def run(continual, run_recipe, llama_folder, tasks):
     def run(output, *arguments) -> str:
         common = ["--data", tasks, "--tasks", "colours,winds", "--model", llama_folder, "--device", "cpu", "--r", 4]
-        common += ["--steps", 4, "--save-steps", 2, "--lr", 0.03, "--metrics", "label", "--output", output]
+        common += [
+            "--protect",
+            tasks / "pages.jsonl",
+            "--steps",
+            4,
+            "--save-steps",
+            2,
+            "--lr",
+            0.03,
+            "--metrics",
+            "label",
+            "--output",
+            output,
+        ]
         return run_recipe(continual, *common, *arguments)
 
     return run
@@ -51,7 +64,7 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
     arguments = ("--perplexity", tasks / "pages.jsonl")
     text = run(tmp_path / "whole", *arguments)
     assert "AA" in text and "forgetting" in text
-    way = "dense+projection-0"
+    way = "dense+protection-0"
     whole = matrix(tmp_path / "whole" / way)
     assert [row[0] for row in whole] == ["", "zero-shot", "after colours", "after winds"]
     assert len(whole[0]) == 4  # two tasks and the perplexity
@@ -94,7 +107,7 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
         run(tmp_path / "killed", *arguments)
     assert matrix(tmp_path / "killed" / way) == whole
     memory = Subspace.load(tmp_path / "killed" / way / "2-winds" / "subspace")
-    assert [task["name"] for task in memory.tasks] == ["colours", "winds"]
+    assert [task["name"] for task in memory.tasks] == ["general text", "colours", "winds"]
 
 
 def test_other_arguments_and_other_records_in_the_same_folder_are_refused(run, tasks, tmp_path):

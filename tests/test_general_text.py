@@ -94,23 +94,26 @@ def test_a_file_that_is_not_there_and_a_line_that_is_no_json_are_named(tokenizer
 def test_the_model_samples_the_same_text_each_time_and_nothing_else_changes(tokenizer):
     model = tiny_llama().train()
     state = torch.random.get_rng_state()
-    one, two = (sample(model, tokenizer, 16 * LENGTH) for _ in range(2))
+    (one,), (two,) = (sample(model, tokenizer, 16 * LENGTH) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state) and model.training
-    assert torch.equal(one[0]["input_ids"], two[0]["input_ids"]) and one[0]["input_ids"].shape == (16, LENGTH)
-    assert one[0]["input_ids"].unique().numel() > 40  # of 64 words: text, not one token again and again
-    assert set(one[0]["input_ids"][:, 0].tolist()) == {tokenizer.bos_token_id}
+    assert torch.equal(one["input_ids"], two["input_ids"]) and one["input_ids"].shape == (16, LENGTH)
+    assert one["input_ids"].unique().numel() > 40  # of 64 words: text, not one token again and again
+    assert set(one["input_ids"][:, 0].tolist()) == {tokenizer.bos_token_id} and bool(one["attention_mask"].all())
+    assert not torch.equal(sample(model, tokenizer, 16 * LENGTH, seed=1)[0]["input_ids"], one["input_ids"])
 
 
 def test_half_of_what_a_chat_model_samples_is_conversations(tokenizer):
     tokenizer.chat_template = CHAT
-    text, *conversations = sample(tiny_llama(), tokenizer, 32 * LENGTH)
-    assert text["input_ids"].shape == (16, LENGTH) and len(conversations) == 16
+    text, conversations = sample(tiny_llama(), tokenizer, 32 * LENGTH)
+    assert text["input_ids"].shape == conversations["input_ids"].shape == (16, LENGTH)
     before = tokenizer("<s> user", add_special_tokens=False).input_ids
     between = tokenizer("</s><s> assistant", add_special_tokens=False).input_ids
-    for batch in conversations:
-        ids = batch["input_ids"][0].tolist()
-        assert ids[: len(before)] == before and len(ids) == LENGTH and bool(batch["attention_mask"].all())
-        assert any(ids[i : i + len(between)] == between for i in range(len(ids)))
+    places = set()
+    for ids in conversations["input_ids"].tolist():
+        found = [i for i in range(LENGTH) if ids[i : i + len(between)] == between]
+        assert ids[: len(before)] == before and found
+        places.add(found[0])
+    assert len(places) > 1 and bool(conversations["attention_mask"].all())  # turns of several lengths, no padding
 
 
 @pytest.mark.parametrize("adapted", [False, True])

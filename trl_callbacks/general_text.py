@@ -30,6 +30,7 @@ from .subspace import Subspace, fingerprint
 ENERGY = 0.95
 TOKENS = 10_240
 LENGTH = 256  # tokens of one sample: many short ones say more than a few long ones
+ROWS = 64  # samples at a time
 Batch = dict[str, Tensor]
 
 
@@ -115,7 +116,7 @@ def read(source: Any, tokenizer: Any, tokens: int) -> list[Batch]:
     for ids in _encoded(source, tokenizer):
         ids = ids[: min(LENGTH, left)]
         if len(ids) > 1:  # a beginning-of-text token alone is no text
-            batches.append(_batch(torch.tensor([ids])))
+            batches.append(_batch([ids]))
             left -= len(ids)
         if left <= 1:
             break
@@ -172,82 +173,73 @@ def _records(source: Any) -> Iterable[Any]:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch]:
-    """Text that the model samples itself, at temperature 1 from the start of a text: (16, 256) a batch.
+    """Text that the model samples itself, at temperature 1 from the start of a text: up to (64, 256) a batch.
 
-    With a chat template, every second batch is conversations: the user's turn is the model's own too, sampled behind
-    what the template puts before it (Magpie, arXiv 2406.08464), and then the answer.
+    With a chat template, every second sequence is a conversation: the user's turn is the model's own too, sampled
+    behind what the template puts before it (Magpie, arXiv 2406.08464), and then the answer.
     """
-    rows = 16
-    count = max(1, -(-tokens // (rows * LENGTH)))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     check_field(start is not None, "protect", "self", "text: the tokenizer has no token that begins or ends one")
     turns = _turns(tokenizer)
-    batches = []
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), eval_mode(model):
+    batches, left = [], max(1, tokens // LENGTH)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), eval_mode(model):
         torch.manual_seed(seed)
-        for i in range(count):
-            if turns is None or i % 2 == 0:
-                batches.append(_go_on(model, tokenizer, torch.full((rows, 1), start), LENGTH))
-            else:
+        while left > 0:
+            rows = min(ROWS, left)
+            talks = rows // 2 if turns is not None else 0
+            batches.append(_go_on(model, tokenizer, [[start]] * (rows - talks), LENGTH))
+            if turns is not None and talks:
                 before, between = turns
-                asked = _go_on(model, tokenizer, before.repeat(rows, 1), before.shape[1] + LENGTH // 4, stop=True)
-                batches += _answered(model, tokenizer, asked, between)
+                asked = _go_on(model, tokenizer, [before] * talks, len(before) + LENGTH // 4, stop=True)
+                ids = [ids[mask.bool()].tolist() + between for ids, mask in zip(*asked.values(), strict=True)]
+                batches.append(_go_on(model, tokenizer, ids, LENGTH))
+            left -= rows
     return batches
 
 
-def _turns(tokenizer: Any) -> tuple[Tensor, Tensor] | None:
-    """(1, n) tokens that the chat template puts before a user's words, and (m,) between these and the answer."""
+def _turns(tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """The tokens that the chat template puts before a user's words, and those between them and the answer."""
     if tokenizer.chat_template is None:
         return None
     mark = "¤"
+    user = [{"role": "user", "content": mark}]
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-        )
-    except Exception:  # a template that wants something else: its text alone is sampled
+        text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template that wants more than a user: its text alone is sampled
         return None
     if text.count(mark) != 1:
         return None
     before, between = (tokenizer(part, add_special_tokens=False).input_ids for part in text.split(mark))
-    return (torch.tensor([before]), torch.tensor(between)) if before and between else None
+    return (before, between) if before and between else None
 
 
-def _go_on(model: Any, tokenizer: Any, ids: Tensor, length: int, stop: bool = False) -> Batch:
-    """Sample behind (B, n) tokens up to `length`; with `stop`, what follows an end-of-text token is padding."""
+def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, stop: bool = False) -> Batch:
+    """Sample behind each prompt until it has `length` tokens; with `stop`, only to the end of its text."""
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
-    pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    options: dict[str, Any] = {"max_new_tokens": length - ids.shape[1], "pad_token_id": pad}
-    if not stop:
-        options["min_new_tokens"] = options["max_new_tokens"]
-    ids = ids.to(device)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[end] * (longest - len(row)) + row for row in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
+    new = length - min(map(len, prompts))
     out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        **options,
-    )
-    batch = _batch(out)
-    if stop:
-        ended = (out[:, ids.shape[1] :] == pad).cumsum(1) > 0
-        batch["attention_mask"][:, ids.shape[1] :] = (~ended).long()
-    return batch
+        input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=end,
+        max_new_tokens=new, min_new_tokens=None if stop else new,
+    )  # fmt: skip
+    rows = []
+    for row, prompt in zip(out.tolist(), prompts, strict=True):
+        added = row[longest:]
+        added = added[: added.index(end)] if stop and end in added else added
+        rows.append((prompt + added)[:length])
+    return _batch(rows, end)
 
 
-def _answered(model: Any, tokenizer: Any, asked: Batch, between: Tensor) -> list[Batch]:
-    """The questions of a batch, each with what the template puts behind it and an answer."""
-    found = []
-    for ids, mask in zip(asked["input_ids"], asked["attention_mask"], strict=True):
-        whole = torch.cat([ids[mask.bool()], between.to(ids)])[None]
-        found.append(_go_on(model, tokenizer, whole, LENGTH))
-    return found
-
-
-def _batch(ids: Tensor) -> Batch:
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def _batch(rows: list[list[int]], pad: int = 0) -> Batch:
+    """Sequences of tokens, padded on the right."""
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+    }
 
 
 def _layers(model: Any, adapter_name: str | None) -> dict[str, nn.Module]:
@@ -272,6 +264,5 @@ def _layers(model: Any, adapter_name: str | None) -> dict[str, nn.Module]:
         check_field(bool(found), "adapter_name", adapter_name, f"one of {sorted(getattr(model, 'peft_config', {}))}")
         return found
     reached: set[str] = set()
-    start = torch.zeros(1, 2, dtype=torch.long)
-    visit(model, found, [_batch(start)], lambda name, *_: reached.add(name))
+    visit(model, found, [_batch([[0, 0]])], lambda name, *_: reached.add(name))
     return {name: layer for name, layer in found.items() if name in reached}
