@@ -67,9 +67,11 @@ class Balance:
     def settle(self, offset: Tensor, rate: float, weight: Tensor | None = None) -> None:
         """Take the steps that wait; where there is doubt, if the weight has changed."""
         before = offset.clone() if self.doubts else None
-        for step in filter(None, self.steps):
-            counts = step[0] if len(step) == 1 else torch.stack([part.to(offset.device) for part in step]).sum(0)
-            offset.copy_(balance_step(offset, counts, rate))
+        for step in self.steps:
+            parts = [part.to(offset.device) for part in step if part.is_meta == offset.is_meta]
+            if parts:
+                counts = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+                offset.copy_(balance_step(offset, counts, rate))
         if before is not None and self.sample is not None and weight is not None:  # decided on the device
             changed = (_sample(weight) != self.sample.to(weight.device)).any()
             offset.copy_(torch.where(changed, offset, before))

@@ -137,6 +137,7 @@ def can_run(x: Tensor) -> bool:
     """Whether `add_update` may take this input; the plain path takes any."""
     return not (
         (type(x) is not Tensor and type(x) is not torch.nn.Parameter)  # DTensor, fake tensors
+        or x.is_meta  # autocast knows no such device
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()

@@ -175,7 +175,7 @@ class LoriLinear(SeededLinear):
     def _places(self, adapter_name: str, masks: BufferDict, cache: BufferDict) -> Tensor:
         if adapter_name not in cache:
             mask = unpack_bits(masks[adapter_name], self.size(adapter_name))
-            if torch.compiler.is_compiling():  # nonzero would break the graph; a sort has a shape known beforehand
+            if torch.compiler.is_compiling() or mask.is_meta:  # nonzero's shape is not known beforehand, a sort's is
                 trained = cache is self.lori_places
                 kept = self.lori_B[adapter_name].weight if trained else self.lori_frozen_B[adapter_name]
                 return mask.byte().argsort(descending=True, stable=True)[: kept.numel()]

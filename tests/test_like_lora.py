@@ -241,18 +241,22 @@ def test_a_mixed_batch_uses_each_adapter_s_own_head_and_none_while_they_are_disa
         assert torch.equal(model(X, adapter_names=names), mlp()(X))
 
 
-def replicas(model: nn.Module, monkeypatch) -> list[nn.Module]:
-    """Two, as nn.DataParallel makes them, on one device: only the copy to other devices is replaced."""
+def replicas(model: nn.Module, monkeypatch, devices=("cpu", "cpu")) -> list[nn.Module]:
+    """As nn.DataParallel makes them: only the copy to other devices is replaced. No gradient comes back from meta."""
     module = sys.modules["torch.nn.parallel.replicate"]
+
+    def copied(t: torch.Tensor, device: str, detach: bool) -> torch.Tensor:
+        if device == "meta":
+            return t.detach().to(device).requires_grad_(t.requires_grad)
+        return t.detach().clone() if detach else t.clone()
+
     monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
     monkeypatch.setattr(
         module,
         "_broadcast_coalesced_reshape",
-        lambda tensors, devices, detach=False: [
-            [t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices
-        ],
+        lambda tensors, devices, detach=False: [[copied(t, device, detach) for t in tensors] for device in devices],
     )
-    return module.replicate(model, [0, 1])
+    return module.replicate(model, devices)
 
 
 def test_replicas_of_data_parallel_train_as_the_model_itself(make_config, monkeypatch):
@@ -404,3 +408,15 @@ def test_modules_that_a_fused_kernel_never_calls_are_refused(method, make_config
     model = get_peft_model(base, make_config(target_modules=targets)).train()
     model(input_ids=inputs, labels=inputs).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_replica_on_another_device_takes_nothing_to_it(make_config, monkeypatch):
+    """Which a device without numbers shows: its forward and backward run, and the other replica trains as ever."""
+    model = adapted(make_config).train()
+    here, there = replicas(model, monkeypatch, ("cpu", "meta"))
+    here(X).sum().backward()
+    there(X.to("meta")).sum().backward()
+    state = get_peft_model_state_dict(model)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert not any(value.is_meta for value in state.values())
+    assert all(value.any() for name, value in state.items() if "offset" in name)
