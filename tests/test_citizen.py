@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from peft_mora.base import AdapterLinear
+from peft_mora.lean import _AddUpdate
 
 
 LAYERS = ["q_proj", "down_proj"]
@@ -296,15 +297,19 @@ def test_mixed_models_and_scale_helpers_are_refused(family):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_torch_compile_finds_no_graph_break_in_a_layer(make_config, training):
+def test_torch_compile_finds_no_graph_break_in_a_layer_which_takes_the_plain_path(make_config, training, monkeypatch):
     torch._dynamo.reset()
+    apply, calls = _AddUpdate.apply, []
+    monkeypatch.setattr(_AddUpdate, "apply", lambda *args: calls.append(1) or apply(*args))
     layer = first_layer(adapted(make_config)).train(training)
     x = torch.randn(2, 5, 64, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
     (dx,) = torch.autograd.grad(y.sum(), x)
+    assert not calls
     want = layer(x)
+    assert calls
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(dx, torch.autograd.grad(want.sum(), x)[0])
 

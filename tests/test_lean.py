@@ -250,12 +250,12 @@ def doubled_behind_autograd_s_back(x):
         return x.mul_(2)
 
 
-def test_a_product_is_made_again_from_factors_that_autograd_keeps_anyhow(case):
-    problem = Problem(case)
-    want, _ = of_product(problem, plain_add_update)
-    got, keeps_x = of_product(problem, add_update)
-    assert not keeps_x
-    assert_close(got, want)
+@pytest.mark.parametrize("written_into", [False, True])
+def test_a_product_is_made_again_from_factors_that_autograd_keeps_anyhow_or_kept_if_written_into(case, written_into):
+    problem, after = Problem(case), doubled_behind_autograd_s_back if written_into else lambda x: x
+    got, keeps_x = of_product(problem, add_update, after)
+    assert keeps_x == (written_into and any(A.values.requires_grad for A in problem.parts.downs))
+    assert_close(got, of_product(problem, plain_add_update, after)[0])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -270,14 +270,6 @@ def test_the_product_made_again_is_the_same_bit_for_bit(dropout, monkeypatch):
     monkeypatch.setattr(lean, "_saved_tensors_hooks", lambda _: True)
     want, kept_x = run()
     assert kept_x and not keeps_x and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-def test_a_product_that_was_written_into_is_kept_itself():
-    problem = Problem(CASES["dense"])
-    want, _ = of_product(problem, plain_add_update, doubled_behind_autograd_s_back)
-    got, keeps_x = of_product(problem, add_update, doubled_behind_autograd_s_back)
-    assert keeps_x
-    assert_close(got, want)
 
 
 def test_a_product_changed_through_data_needs_the_plain_path(monkeypatch):
@@ -536,24 +528,13 @@ def test_a_trained_base_keeps_its_gradient(make_config):
     torch.testing.assert_close(layer.base_layer.bias.grad, torch.full((12,), 15.0))
 
 
-def test_compiled_layers_take_the_plain_path_and_eager_ones_do_not(make_config, monkeypatch):
-    torch._dynamo.reset()
-    calls = []
-    monkeypatch.setattr(lean._AddUpdate, "apply", lambda y0, *args: calls.append(1) or y0)
-    layer, x = one_layer(make_config, nn.Linear(16, 12)).train(), torch.randn(2, 3, 16)
-    torch.compile(layer, backend="eager", fullgraph=True)(x)
-    assert not calls
-    layer(x)
-    assert calls
-
-
 def test_functorch_takes_the_plain_path(make_config):
     layer, x = one_layer(make_config, nn.Linear(16, 12)).eval(), torch.randn(4, 16)
     want = torch.autograd.functional.jacobian(lambda x: layer(x).sum(0), x)
     torch.testing.assert_close(torch.func.jacrev(lambda x: layer(x).sum(0))(x), want)
 
 
-@pytest.mark.parametrize("name", ["mora", "mora-bank", "flylora", "flylora-signed"])
+@pytest.mark.parametrize("name", [name for name, form in METHODS.items() if not form.merges])
 def test_usage_and_offsets_do_not_depend_on_the_path(name, inputs, monkeypatch):
     def run():
         model = adapted(METHODS[name], tiny_llama().double()).train()
