@@ -133,7 +133,9 @@ def score(
         if task is not None and args.scorer == "answers":
             labels = task["labels"] if "label" in args.metrics else None
             values = scores.answers(model, tokenizer, task["test"][: args.limit], args.batch_size, labels)
-            found[name] = values["greedy" if name.endswith("_greedy") else "label"]
+            plain = name.removesuffix("_greedy")  # both columns from one pass
+            both = {f"{plain}_greedy": values["greedy"], plain: values.get("label")}
+            found |= {column: value for column, value in both.items() if column in columns}
         else:
             options = {"limit": args.limit, "bootstrap_iters": 0}
             shown = scores.lm_eval(model, tokenizer, [name], manager, args.batch_size, **options)
