@@ -44,8 +44,10 @@ class OrthogonalProjectionCallback(HostCallback):
     end of training `<output_dir>/subspace` holds what all tasks so far need; give it to the next task's callback.
 
     The guarantee is about weights: ‖ΔW V‖ / ‖ΔW‖ <= 1e-5 for the float32 weights of the new experts, in every module,
-    after every step, whatever the optimizer. What the bases do not hold (1 - energy of the inputs) is not protected,
-    and routing "bank" chooses among old and new experts together, which no projection keeps as it was.
+    after every step and where they are saved, whatever the optimizer. What the bases do not hold (1 - energy of the
+    inputs) is not protected: after eight tasks on tiny models old logits had drifted by about half of the adapters'
+    effect at energy .95, by a third at .99. And routing "bank" chooses among old and new experts together, which no
+    projection keeps as it was.
 
     Pass it to the trainer's constructor: it puts the adapter's trainable weights back to float32, which TRL has cast
     to bfloat16 on a quantised base, before the optimizer is made (in bfloat16, A·V could only be 0 to about 1e-3).
