@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import helpers
@@ -98,7 +99,9 @@ def test_adamw_steps_stay_out_of_the_protected_span(kind, first_task, llama_fold
         worst = Worst(memory)
         model = second_task(kind, first_task, llama_folder)
         trainer = sft(model, llama_folder, tmp_path / callback.__name__, [callback(memory), worst])
-        trainer.train()
+        refused = pytest.raises(ValueError, match="saved are not those that were projected")
+        with refused if callback is GradientOnly else nullcontext():
+            trainer.train()
         assert worst.moved > 1e-2
         leaks[callback] = worst.leak
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
