@@ -216,6 +216,7 @@ def test_a_run_that_is_stopped_before_the_target_says_so(llama_folder, tmp_path)
     with pytest.raises(ValueError, match="stopped at step 3, before the budget reached its target at 4.*from 6 to 2"):
         run.train()
     assert not (tmp_path / "expert_usage.csv").exists()
+    assert (tmp_path / "stopped-3" / "adapter_model.safetensors").is_file()  # nothing that was learnt is lost
 
 
 def test_two_runs_of_one_seed_divide_alike(llama_folder, tmp_path):

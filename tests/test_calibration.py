@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import At, losses, quantized, randomize, sft, tiny_llama
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peft_mora import LoriConfig, MoraConfig
 from trl_callbacks import LoriCalibrationCallback
@@ -85,6 +86,8 @@ def test_a_run_that_is_stopped_before_the_switch_says_that_the_adapter_is_dense(
     run = plain(llama_folder, tmp_path, LoriCalibrationCallback(0.75, calibration_steps=3), At(2, "stop"))
     with pytest.raises(ValueError, match="stopped at step 2, before the switch at 3: the adapter is dense"):
         run.train()
+    kept = load_file(tmp_path / "stopped-2" / "adapter_model.safetensors")  # nothing that was learnt is lost
+    assert any(tensor.any() for name, tensor in kept.items() if "lori_B" in name)
 
 
 @pytest.mark.parametrize("step", [2, 4])

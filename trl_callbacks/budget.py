@@ -18,7 +18,7 @@ from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.routed import routed_layers, set_top_k
 from peft_mora.usage import UsageMeter
 
-from .host import HostCallback, output_folder
+from .host import HostCallback, keep_stopped, output_folder
 from .usage_report import print_table, write_csv, write_heat_map
 
 
@@ -246,10 +246,11 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         if not (meter.hits - meter.begin).any():  # no step was taken
             return
         if state.global_step < (settled := self._settled(state)):
+            kept = keep_stopped(model, args, state)
             raise ValueError(
                 f"The run was stopped at step {state.global_step}, before the budget reached its target at {settled}: "
-                f"K is still on its way from {self._begin_mean:g} to {self.target:g}. Resume from a checkpoint, or "
-                "train with a smaller `until`; trainer.save_model() keeps the adapter as it is."
+                f"K is still on its way from {self._begin_mean:g} to {self.target:g}. The adapter is kept as it is in "
+                f"{kept}. Resume from a checkpoint, or train with a smaller `until`."
             )
         usage = expert_usage(model, self.adapter_name)
         top_k = {name: layer.top_k(self.adapter_name) for name, layer in meter.layers.items()}

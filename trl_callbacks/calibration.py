@@ -12,7 +12,7 @@ from peft_mora.base import adapter_layers
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.lori import LoriLinear
 
-from .host import HostCallback
+from .host import HostCallback, keep_stopped
 
 
 class LoriCalibrationCallback(HostCallback):
@@ -138,10 +138,11 @@ class LoriCalibrationCallback(HostCallback):
     ) -> None:
         self._running = False
         if not self._is_packed(model):
+            kept = keep_stopped(model, args, state)
             raise ValueError(
                 f"The run was stopped at step {state.global_step}, before the switch at {self.calibration_steps}: the "
-                "adapter is dense. Resume from a checkpoint, or call peft_mora.sparsify(model) and train without this "
-                "callback; trainer.save_model() keeps it as it is."
+                f"adapter is dense, and kept as it is in {kept}. Resume from a checkpoint, or open it, call "
+                "peft_mora.sparsify(model) and train without this callback."
             )
 
     def _all_B(self, model: Any) -> list[nn.Parameter]:

@@ -110,6 +110,14 @@ class HostCallback(TrainerCallback):
             save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, folder / self.sidecar)
 
 
+def keep_stopped(model: Any, args: TrainingArguments, state: TrainerState) -> Path:
+    """Save the adapter as it is, for a run that is about to end in an error: nothing that was learnt is lost."""
+    folder = output_folder(args) / f"stopped-{state.global_step}"
+    if args.should_save:
+        model.save_pretrained(folder)
+    return folder
+
+
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """Where the checkpoint of this step is."""
     return output_folder(args) / f"checkpoint-{state.global_step}"
