@@ -177,10 +177,13 @@ class BalancedLinear(RoutedLinear):
         self.offset[adapter_name] = offset.to(self._weight_placement()[0])
         self.balance[adapter_name] = Balance(doubts=inference_mode)
 
-    def step(self, adapter_name: str) -> Step | None:
-        """A forward begins: the step that its backward will take, if it takes one."""
-        offset, rate = self.offset[adapter_name], self.balance_rate(adapter_name)
-        weight = self.balanced_weight(adapter_name)
+    def step(self, adapter_name: str, offset: Tensor, weight: nn.Parameter) -> Step | None:
+        """A forward begins: the step that its backward will take, if it takes one.
+
+        Args:
+            offset, weight: the adapter's, `self.offset[adapter_name]` and `self.balanced_weight(adapter_name)`.
+        """
+        rate = self.balance_rate(adapter_name)
         trains, differentiated = self.training and weight.requires_grad and rate > 0, torch.is_grad_enabled()
         masks: Masks = self.latest_mask.by_device
         if torch.compiler.is_compiling() or self.shared is not None:

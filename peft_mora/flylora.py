@@ -145,7 +145,7 @@ class SelectionGate(Gate):
         if self.usage is not None:
             chosen = torch.zeros_like(h).scatter_(-1, index, 1)
             self._count(h.view(*shape, -1), chosen.view(*shape, -1))
-        if not (any(wanted.dh) or any(wanted.ups)):
+        if not (wanted.any_dh or any(wanted.ups)):
             return [gated], []
         if self.step is not None:
             self.real = self.step.real_rows(h, shape)
@@ -190,6 +190,7 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
     flylora_A: Any
     flylora_index: Any
     flylora_B: Any
+    flylora_offset: Any
     prefix = "flylora_"
     adapter_layer_names = ("flylora_B",)
     projection_names = ("flylora_A", "flylora_index")
@@ -251,21 +252,23 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
         """A (r, I) in `dtype`. Stored sparse; at densities of 1/4 a dense product is the faster one, and A in 16 bits
         takes no more than its float32 values with their columns: it is made once, not in every forward and backward.
         """
-        values, index = self.flylora_A[adapter_name], self.flylora_index[adapter_name]
+        values = self.flylora_A[adapter_name]
         if torch.compiler.is_compiling() or values.is_inference():
-            return Columns(index, self.in_features).matrix(values, dtype)
+            return self._columns(adapter_name).matrix(values, dtype)
         made = self.flylora_made.get(adapter_name)
         if made is None or made.of is not values or made.version != values._version or made.A.dtype != dtype:
             with torch.inference_mode(False):  # training goes on with it after an evaluation made it
-                made = Made(values, values._version, Columns(index, self.in_features).matrix(values.clone(), dtype))
+                made = Made(values, values._version, self._columns(adapter_name).matrix(values.clone(), dtype))
             self.flylora_made[adapter_name] = made
         return made.A
 
+    def _columns(self, adapter_name: str) -> Columns:
+        return Columns(self.flylora_index[adapter_name], self.in_features)
+
     def parts(self, adapter_name: str) -> Parts:
         selection, k, _ = self.flylora_rule[adapter_name]
-        B = self.flylora_B[adapter_name].weight
-        step = self.step(adapter_name)
-        gate = SelectionGate(selection, k, self.offset[adapter_name], step, self.counting(adapter_name))
+        offset, B = self.flylora_offset[adapter_name], self.flylora_B[adapter_name].weight
+        gate = SelectionGate(selection, k, offset, self.step(adapter_name, offset, B), self.counting(adapter_name))
         return Parts([Weight(self.flylora_A[adapter_name], LayersA(self, adapter_name))], [Weight(B)], gate)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -122,7 +122,9 @@ def rows_of(
         device: the input's.
         shape: the input's without its last axis.
     """
-    for found, mask in masks.get(device, next(iter(masks.values()), [])):
+    if not masks:
+        return None
+    for found, mask in masks[device] if device in masks else next(iter(masks.values())):
         if tuple(shape) in (tuple(found), (found.numel(),)):
             return None if mask is None else mask.reshape(-1, 1).to(device)
     return None

@@ -161,4 +161,4 @@ def balance_step(offset: Tensor, counts: Tensor, rate: float) -> Tensor:
     Returns:
         (R,) the new offset.
     """
-    return torch.add(offset, torch.sign(counts.sum() - counts.numel() * counts), alpha=rate)
+    return torch.add(offset, torch.sub(counts.sum(), counts, alpha=counts.numel()).sign_(), alpha=rate)
