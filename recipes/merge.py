@@ -1,22 +1,36 @@
-"""Adapters trained apart, then used as one: each task's accuracy with its own adapter, and with all of them combined.
+"""Adapters trained apart, then used as one: each task's accuracy with its own adapter, and with all of them merged.
 
 python recipes/merge.py                                  # three embedded tasks, every method, on a CPU
-python recipes/merge.py --methods lora lori --weights 0.5
-python recipes/merge.py --methods lora --ways svd ties --rules two-passes inputs tsv mean --rank 8
-python recipes/merge.py --model Qwen/Qwen3-0.6B --data my_data --tasks a,b,c --device cuda
+python recipes/merge.py --methods lora --rules two-passes inputs tsv mean --ways cat ties svd --merged-ranks sum 16 8
+python recipes/merge.py --methods lora --data DIR --tasks agnews,museum --ranks 8,4 --seeds 0 100 --perplexity FILE
+python recipes/merge.py --methods lora --reuse --rules two-passes --settings '{"floor": 0}' '{"passes": 3}' \\
+    --score-on train                                     # the same adapters again; choose settings on training records
 
-LoRA and LORI are merged into one plain LoRA by the rules of peft_mora.merging (--rules; "inputs" and "two-passes" look
-at --prompts training prompts of each task), and combined by PEFT's add_weighted_adapter, in several ways of which only
-"cat" is the exact sum of the updates, or by LORI's own, which always is. FLYLORA and MORA choose experts for every
-token, so no single file equals their sum: all adapters are active together, each chooses on its own, and the updates
-add up. Their weights go into the adapters' scaling, which the choice does not depend on.
+One set of adapters is trained for each seed and method, task i from seed S + i, and merged by every rule, rank,
+setting and number of prompts; a row of OUTPUT/merge.csv each, as it comes. --reuse takes what is there already.
+
+LoRA and LORI are merged into one plain LoRA by the rules of peft_mora.merging (--rules): "inputs" from statistics of
+--prompts training prompts that lie beside each adapter, "two-passes" by looking again under the merged adapter. They
+are also combined by PEFT's add_weighted_adapter (--ways), of which only "cat" is the exact sum of the updates, or by
+LORI's own, which always is. FLYLORA and MORA choose experts for every token, so no single file equals their sum: all
+adapters are active together, each chooses on its own, and the updates add up. Their weights go into the adapters'
+scaling, which the choice does not depend on.
+
+kept: greedy accuracy over that of each task's own adapter, of the means over tasks that are learnt; kept_rest: over
+the others. A task is learnt where its own adapter's greedy accuracy is at least .1 above chance: the base's accuracy
+in choosing among the labels, or 1 / labels where that is more. Perplexity of "each task its own" is the worst of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
+import time
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,142 +39,374 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base, load_base
+from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
 from shared.training import NAMES, adapter_config, comparable, train
+from transformers import set_seed
 
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
-from peft_mora.merging import RULES, merge_adapters
+from peft_mora.merging import RULES, collect_inputs, merge_adapters
 
 
 TWO_PASSES = "two-passes"
-LORA_WAYS = ("cat", "linear", "ties", "dare_ties")  # "svd" as well: minutes on a CPU
+LORA_WAYS = ("cat", "linear", "ties", "dare_ties")  # those with "svd" as well: minutes on a CPU
+MARGIN = 0.1  # above chance: two standard errors of a hundred prompts
+KEY = ("seed", "method", "combined by", "rank", "weight", "prompts", "settings", "scored")
+SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
+ANY_RULE = {"before", "after", "weights", "canonical", "beta"}
+LOOKING = {"inputs": {"directions", "last"}, TWO_PASSES: {"directions", "last", "passes"}}
 
 
 def parse() -> argparse.Namespace:
-    parser = runs.parser(
-        __doc__, data=None, r=8, steps=40, batch_size=8, lr=1e-3, limit=None, seed=0, output="out/merge"
-    )
-    parser.add_argument(
-        "--tasks", type=runs.names, default="helpdesk,warehouse,museum", metavar="A,B,C", help="(%(default)s)"
-    )
-    parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES, help="(all)")
-    parser.add_argument(
-        "--ways", nargs="+", default=LORA_WAYS, help="LoRA: combination_type; svd takes minutes on a CPU"
-    )
-    parser.add_argument("--weights", nargs="+", type=float, help="of every adapter; a row each (1 and 1 / tasks)")
-    parser.add_argument(
+    parser = runs.parser(__doc__, data=None, r=8, steps=40, batch_size=8, lr=1e-3, limit=None, output="out/merge")
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, default=[0], help="task i's adapter and order are of S + i (%(default)s)")
+    add("--same-a", action="store_true", help="all adapters of a run from one seed, S")
+    add("--tasks", type=runs.names, default="helpdesk,warehouse,museum", metavar="A,B,C", help="(%(default)s)")
+    add("--ranks", type=numbers, metavar="R,R,R", help="of each task's adapter (--r for all)")
+    add("--methods", nargs="+", default=NAMES, choices=NAMES, help="(all)")
+    add("--ways", nargs="*", default=LORA_WAYS, help="LoRA: combination_type; svd takes minutes on a CPU")
+    add("--weights", nargs="+", type=float, help="of every adapter in these ways; a row each (1 and 1 / tasks)")
+    add(
         "--rules", nargs="*", default=[TWO_PASSES, "inputs", "tsv"], choices=[TWO_PASSES, *RULES],
         help="of peft_mora.merging, for LoRA and LORI (%(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--rank", default="sum", type=rank, help="of the merged: sum, a number, or an energy (%(default)s)"
-    )
-    parser.add_argument("--prompts", type=int, default=64, help="training prompts a task to look at (%(default)s)")
-    parser.add_argument("--reuse", action="store_true", help="take adapters that are in --output, train the others")
-    return parser.parse_args()
+    add(
+        "--merged-ranks", "--rank", nargs="+", default=["sum"], type=rank, metavar="RANK",
+        help="of the merged, also in the ways with svd: sum, numbers, or energies; a row each (%(default)s)",
+    )  # fmt: skip
+    add("--prompts", nargs="+", type=int, default=[64], help="training prompts a task to look at (%(default)s)")
+    add(
+        "--settings", nargs="+", action="extend", type=json.loads, metavar="JSON",
+        help="arguments of merge_adapters, a row each for every rule that takes them all ({})",
+    )  # fmt: skip
+    add("--perplexity", metavar="FILE", help="JSON lines of passages (text or page): is the language kept?")
+    add("--scorer", default="answers", choices=("answers", "lm-eval"), help="a forward a prompt, or its evaluator")
+    add("--score-on", default="test", choices=("test", "train"), help="train: records that are no prompts")
+    add("--reuse", action="store_true", help="take adapters and rows that are in --output, make the others")
+    args = parser.parse_args()
+    args.settings = args.settings or [{}]
+    if args.ranks and len(args.ranks) != len(args.tasks):
+        parser.error(f"--ranks has {len(args.ranks)} ranks for {len(args.tasks)} tasks")
+    for settings in args.settings:
+        if not isinstance(settings, dict) or (settings and not any(takes(rule, settings) for rule in args.rules)):
+            known = {rule: sorted(names_of(rule)) for rule in args.rules}
+            parser.error(f"--settings {json.dumps(settings)}: no rule of --rules takes that, but {known}")
+    return args
 
 
 def rank(text: str) -> str | int | float:
     return text if text == "sum" else float(text) if "." in text else int(text)
 
 
-def ways(method: str, args: argparse.Namespace) -> list[str]:
-    if method == "lora":
-        return args.ways
-    return ["exact sum" if "add_weighted_adapter" in vars(METHODS[method].model) else "active together"]
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
-def combine(model: Any, method: str, way: str, weight: float, names: list[str]) -> None:
+def names_of(rule: str) -> set[str]:
+    """What a rule takes as its settings."""
+    return ANY_RULE | set(RULES["inputs" if rule == TWO_PASSES else rule].options()) | LOOKING.get(rule, set())
+
+
+def takes(rule: str, settings: Mapping[str, Any]) -> bool:
+    return settings.keys() <= names_of(rule)
+
+
+class Rows:
+    """OUTPUT/merge.csv: a row is there once it is complete, and is not made again."""
+
+    def __init__(self, path: Path, names: list[str], reuse: bool) -> None:
+        self.path, self.rows = path, []
+        of_tasks = [f"{name}{kind}" for kind in ("", " label") for name in names]
+        self.columns = [*KEY, *SHOWN, "learnt", "seconds", *of_tasks]
+        if reuse and path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                self.rows = list(csv.DictReader(file))
+            if self.rows and list(self.rows[0]) != self.columns:
+                raise SystemExit(f"{path} has other columns than a run with these tasks: give another --output")
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        return next((row for row in self.rows if all(row[name] == str(key.get(name, "")) for name in KEY)), None)
+
+    def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        row = {name: str({**key, **values}.get(name, "")) for name in self.columns}
+        self.rows.append(row)
+        runs.write_csv(self.path, self.rows)
+        print("  ".join(f"{row[name]}" for name in KEY if row[name]), "->", *(
+            f"{name} {float(row[name]):.3f}" for name in SHOWN if row[name]
+        ), flush=True)  # fmt: skip
+
+
+class Scorer:
+    """Accuracy of tasks and perplexity of passages, of any model."""
+
+    def __init__(self, tasks: list[dict[str, Any]], folder: Path, args: argparse.Namespace) -> None:
+        from lm_eval.tasks import TaskManager
+
+        self.tasks, self.args, self.size = {task["name"]: task for task in tasks}, args, 4 * args.batch_size
+        if args.score_on == "train":
+            self.tasks = {name: {**task, "test": held_out(task, args)} for name, task in self.tasks.items()}
+        self.own = dict(zip(self.tasks, write_lm_eval_tasks(list(self.tasks.values()), folder), strict=True))
+        self.passages = write_lm_eval_perplexity(args.perplexity, folder) if args.perplexity else None
+        self.manager = TaskManager(include_path=str(folder), include_defaults=False)
+
+    def task(self, model: Any, tokenizer: Any, name: str) -> dict[str, float]:
+        """{NAME: greedy accuracy, NAME label: accuracy among its labels}."""
+        if self.args.scorer == "answers":
+            task = self.tasks[name]
+            found = scores.answers(model, tokenizer, task["test"][: self.args.limit], self.size, task["labels"])
+            return {name: found["greedy"], f"{name} label": found["label"]}
+        ours = self.own[name]
+        options = {"limit": self.args.limit, "bootstrap_iters": 0}
+        shown = scores.lm_eval(model, tokenizer, [ours, f"{ours}_greedy"], self.manager, self.size, **options)
+        greedy = shown["results"][f"{ours}_greedy"]["exact_match,label"]
+        return {name: greedy, f"{name} label": shown["results"][ours]["acc,none"]}
+
+    def perplexity(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        if self.passages is None:
+            return {}
+        found = scores.word_perplexity(model, tokenizer, self.passages, self.manager, self.args.batch_size)
+        return {"perplexity": found}
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        found = self.perplexity(model, tokenizer)
+        for name in self.tasks:
+            found |= self.task(model, tokenizer, name)
+        return found
+
+
+def held_out(task: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:
+    """The last training records, as many as test ones, without those that are looked at as prompts."""
+    rest = task["train"][max(args.prompts) :]
+    if not rest:
+        raise SystemExit(f"--score-on train: all {len(task['train'])} records of {task['name']} are --prompts")
+    return rest[-(args.limit or len(task["test"])) :]
+
+
+def means(row: dict[str, Any], tasks: list[Any]) -> dict[str, float]:
+    """Of both accuracies, over all tasks."""
+    kinds = {"greedy": "", "label": " label"}
+    return {key: sum(float(row[t["name"] + kind]) for t in tasks) / len(tasks) for key, kind in kinds.items()}
+
+
+def summary(
+    row: Mapping[str, Any], base: Mapping[str, Any], own: Mapping[str, Any], tasks: list[Any]
+) -> dict[str, Any]:
+    """Means over tasks, and what is kept of the own adapters' greedy accuracy."""
+    names = [task["name"] for task in tasks]
+    floor = {t["name"]: max(float(base[f"{t['name']} label"]), 1 / len(t["labels"])) + MARGIN for t in tasks}
+    learnt = [name for name in names if float(own[name]) >= floor[name]]
+
+    def ratio(part: list[str]) -> float | str:
+        whole = sum(float(own[name]) for name in part)
+        return sum(float(row[name]) for name in part) / whole if whole else ""
+
+    return {
+        **means(row, tasks),
+        "kept": ratio(learnt),
+        "kept_rest": ratio([name for name in names if name not in learnt]),
+        "learnt": f"{len(learnt)} of {len(names)}",
+    }
+
+
+def has_sum(method: str) -> bool:
+    """Whether the method's updates have one sum."""
+    return method == "lora" or "add_weighted_adapter" in vars(METHODS[method].model)
+
+
+def combine(model: Any, method: str, way: str, weight: float, rank: int | None, names: list[str]) -> None:
     """Make the weighted combination of the named adapters the active one."""
     if way == "active together":
         model.base_model.set_adapter(names)
         for layer in (m for m in model.modules() if isinstance(m, AdapterLinear)):
             layer.scaling.update({name: layer.scaling[name] * weight for name in names})
         return
-    extra = {"density": 0.5} if "ties" in way else {"svd_full_matrices": False} if way == "svd" else {}
-    options = {"combination_type": way, **extra} if method == "lora" else {}  # LORI has one way, the exact sum
+    options: dict[str, Any] = {}
+    if method == "lora":  # LORI has one way, the exact sum
+        options = {"combination_type": way}
+        options |= {"density": 0.5} if any(kind in way for kind in ("ties", "dare", "prune")) else {}
+        options |= {"svd_full_matrices": False, "svd_rank": rank} if "svd" in way else {}
     model.add_weighted_adapter(names, [weight] * len(names), "combined", **options)
     model.set_adapter("combined")
 
 
-def merge(rule: str, base: str, folders: list[Path], tasks: list[dict], folder: Path, args: argparse.Namespace) -> str:
-    """Merge by one rule into `folder`, and say how the report found it."""
-    looking: dict[str, Any] = {}
-    if rule in (TWO_PASSES, "inputs"):
-        model, tokenizer = load_base(base, args.device)
-        prompts = [[record["prompt"] for record in task["train"][: args.prompts]] for task in tasks]
-        looking = {"model": model, "tokenizer": tokenizer, "prompts": dict(zip(folders, prompts, strict=True))}
-        looking["passes"] = 2 if rule == TWO_PASSES else 1
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-    name = "inputs" if rule == TWO_PASSES else rule
-    return str(merge_adapters(folders, name, args.rank, seed=args.seed, output=folder, **looking))
+class Run:
+    """One seed's adapters of one method, and all rows that are made of them."""
 
+    def __init__(
+        self, seed: int, method: str, base: str, tasks: list[Any], output: Path, rows: Rows, args: Any
+    ) -> None:
+        self.seed, self.method, self.base, self.tasks, self.rows, self.args = seed, method, base, tasks, rows, args
+        self.output = output / f"seed-{seed}"
+        self.folders = [self.output / f"{method}-{task['name']}" for task in tasks]
+        self.names = [f"task{i}" for i in range(len(tasks))]  # a task's name may be none of a module
+        self.ranks = args.ranks or [args.r] * len(tasks)
+        self.score = Scorer(tasks, self.output / "tasks", args)
+        self.opened: tuple[Any, Any] | None = None
+        self.looked: tuple[Any, ...] | None = None  # what the statistics beside the adapters are of
 
-def measure(method: str, base: str, folders: list[Path], tasks: list[dict], args: argparse.Namespace) -> list[list]:
-    """The method's rows: how it was combined, the weight, and each task's accuracy."""
-    names = [f"task{i}" for i in range(len(folders))]
+    def key(self, by: str, **more: Any) -> dict[str, Any]:
+        return {"seed": self.seed, "method": self.method, "combined by": by, "scored": self.args.score_on, **more}
 
-    def open_adapters() -> tuple[Any, Any]:
-        model, tokenizer = scores.load(base, folders[0], args.device, names[0])
-        for name, folder in zip(names[1:], folders[1:], strict=True):
+    def bare(self) -> tuple[Any, Any]:
+        """The base to look through."""
+        self.opened = self.opened or load_base(self.base, self.args.device)
+        return self.opened
+
+    def adapters(self) -> tuple[Any, Any]:
+        model, tokenizer = scores.load(self.base, self.folders[0], self.args.device, self.names[0])
+        for name, folder in zip(self.names[1:], self.folders[1:], strict=True):
             model.load_adapter(folder, name)
         return model.eval(), tokenizer
 
-    def score(task: dict[str, Any], active: str | None = None) -> float:
-        if active:
-            model.set_adapter(active)
-        return scores.answers(model, tokenizer, task["test"][: args.limit], 4 * args.batch_size)["greedy"]
+    def train(self) -> None:
+        for i, (task, folder) in enumerate(zip(self.tasks, self.folders, strict=True)):
+            if self.args.reuse and (folder / "adapter_config.json").exists():
+                there = PeftConfig.from_pretrained(folder).base_model_name_or_path
+                if there != self.base:
+                    raise SystemExit(f"{folder} was trained on {there}, not on {self.base}: give another --output")
+                continue
+            seed = self.seed + (0 if self.args.same_a else i)
+            set_seed(seed)  # A is drawn before the trainer sets its own
+            config = adapter_config(self.method, seed=seed, **comparable(self.method, self.ranks[i]))
+            train(self.base, config, task["train"], folder, argparse.Namespace(**{**vars(self.args), "seed": seed}))
 
-    model, tokenizer = open_adapters()
-    rows = []
-    if method == args.methods[0]:
-        with model.disable_adapter():
-            rows.append(["base", "no adapter", "", *map(score, tasks)])
-    rows.append([method, "each task its own", "", *map(score, tasks, names)])
-    for way in ways(method, args):
-        for weight in args.weights:
-            model, tokenizer = open_adapters()
-            combine(model, method, way, weight, names)
-            rows.append([method, way, f"{weight:.3g}", *map(score, tasks)])
-    for rule in args.rules if "active together" not in ways(method, args) else ():
-        folder = folders[0].parent / f"{method}-merged-{rule}"
-        print(merge(rule, base, folders, tasks, folder, args), flush=True)
-        model, tokenizer = scores.load(base, folder, args.device)
-        rows.append([method, f"{rule}, rank {model.peft_config['default'].r}", "", *map(score, tasks)])
-    return rows
+    def own(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rows of the base, and of each task with its own adapter."""
+        base_key = {**self.key("no adapter"), "method": "base"}
+        keys = [self.key(f"{task['name']} alone") for task in self.tasks]
+        together = self.key("each task its own")
+        if all(map(self.rows.find, (base_key, *keys, together))):
+            return self.rows.find(base_key) or {}, self.rows.find(together) or {}
+        model, tokenizer = self.adapters()
+        if self.rows.find(base_key) is None:
+            with model.disable_adapter():
+                found = self.score(model, tokenizer)
+            self.rows.add(base_key, found | means(found, self.tasks))
+        for key, name, task in zip(keys, self.names, self.tasks, strict=True):
+            if self.rows.find(key) is None:
+                model.set_adapter(name)
+                found = self.score.task(model, tokenizer, task["name"]) | self.score.perplexity(model, tokenizer)
+                self.rows.add(key, found)
+        every = {}
+        for key, task in zip(keys, self.tasks, strict=True):
+            row = self.rows.find(key) or {}
+            every |= {name: row[name] for name in (task["name"], f"{task['name']} label")}
+        worst = [row["perplexity"] for key in keys if (row := self.rows.find(key) or {}) and row["perplexity"]]
+        every |= {"perplexity": max(worst, key=float)} if worst else {}
+        base = self.rows.find(base_key) or {}
+        if self.rows.find(together) is None:
+            self.rows.add(together, every | summary(every, base, every, self.tasks))
+        return base, self.rows.find(together) or {}
+
+    def add(self, key: dict[str, Any], opened: tuple[Any, Any], seconds: float | str = "") -> None:
+        base, own = self.own()
+        found = self.score(*opened)
+        self.rows.add(key, found | summary(found, base, own, self.tasks) | {"seconds": seconds})
+
+    def combined(self) -> Iterator[tuple[dict[str, Any], str, float, int | None]]:
+        """The rows of what the method or PEFT combines: key, way, weight, rank."""
+        every = ["exact sum" if has_sum(self.method) else "active together"]
+        for way in self.args.ways if self.method == "lora" else every:
+            whole = sum(self.ranks)
+            cuts = [whole if k == "sum" else k for k in self.args.merged_ranks if not isinstance(k, float)]
+            for k, weight in product(cuts if "svd" in way else [None], self.args.weights):
+                yield self.key(way, weight=f"{weight:.3g}", rank="" if k is None else k), way, weight, k
+
+    def merged(self) -> Iterator[tuple[dict[str, Any], str, Any, int, dict[str, Any]]]:
+        """The rows of our rules: key, rule, rank, prompts, settings."""
+        for rule in self.args.rules if has_sum(self.method) else ():
+            counts = self.args.prompts if rule in LOOKING else [0]
+            for count, settings, k in product(counts, self.args.settings, self.args.merged_ranks):
+                if takes(rule, settings):
+                    shown = json.dumps(settings) if settings else ""
+                    yield self.key(rule, rank=k, prompts=count or "", settings=shown), rule, k, count, settings
+
+    def merge(self, rule: str, k: Any, count: int, settings: dict[str, Any]) -> tuple[Path, float]:
+        """Merge by one rule into a folder of its own; (it, seconds of looking and merging)."""
+        short = sha256(json.dumps(settings).encode()).hexdigest()[:8] if settings else ""
+        parts = (self.method, "merged", rule, k, count or "", short)
+        folder = self.output / "-".join(str(part) for part in parts if part != "")
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+        texts = [[record["prompt"] for record in task["train"][:count]] for task in self.tasks]
+        start, given = time.perf_counter(), dict(settings)
+        if rule == TWO_PASSES:
+            model, tokenizer = self.bare()
+            prompts = dict(zip(self.folders, texts, strict=True))
+            given = {"model": model, "tokenizer": tokenizer, "prompts": prompts, "passes": 2, **given}
+        elif rule == "inputs":
+            look = {name: given.pop(name) for name in LOOKING[rule] & given.keys()}
+            if self.looked != (count, *look.items()):
+                model, tokenizer = self.bare()
+                for adapter, own in zip(self.folders, texts, strict=True):
+                    collect_inputs(model, own, adapter, tokenizer, **look)
+                self.looked = (count, *look.items())
+        name = "inputs" if rule == TWO_PASSES else rule
+        report = merge_adapters(self.folders, name, k, seed=self.seed, output=folder, **given)
+        seconds = time.perf_counter() - start
+        print(report, flush=True)
+        return folder, seconds
+
+    def __call__(self) -> None:
+        self.train()
+        self.own()
+        for key, way, weight, k in self.combined():
+            if self.rows.find(key) is None:
+                model, tokenizer = self.adapters()
+                start = time.perf_counter()
+                try:
+                    combine(model, self.method, way, weight, k, self.names)
+                except ValueError as error:
+                    print(f"{way}: PEFT refuses: {error}", flush=True)
+                    continue
+                self.add(key, (model, tokenizer), time.perf_counter() - start)
+        for key, *how in self.merged():
+            if self.rows.find(key) is None:
+                folder, seconds = self.merge(*how)
+                self.add(key, scores.load(self.base, folder, self.args.device), seconds)
+
+
+def mean(values: list[str]) -> str:
+    return f"{sum(map(float, values)) / len(values):.3f}" if values else ""
+
+
+def show(rows: list[dict[str, Any]], names: list[str], title: str) -> None:
+    """Means over seeds, a row each."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in KEY[1:]), []).append(row)
+    columns = [*SHOWN, "learnt", *names]
+    table = Table(*KEY[1:], "seeds", *columns, title=title)
+    for key, found in groups.items():
+        values = [[row[name] for row in found if row[name] != ""] for name in columns]
+        cells = [
+            " ".join(dict.fromkeys(part)) if name == "learnt" else mean(part)
+            for name, part in zip(columns, values, strict=True)
+        ]
+        table.add_row(*key, str(len(found)), *cells)
+    Console(width=max(120, 15 * (len(columns) + len(KEY)))).print(table)
 
 
 def main() -> None:
     args = parse()
-    names = args.tasks
-    tasks = [find_task(name, args.data, seed=args.seed) for name in names]
-    args.weights = args.weights or [1.0, 1 / len(tasks)]
+    args.weights = args.weights or [1.0, 1 / len(args.tasks)]
     output = Path(args.output).resolve()
     base = find_base(args.model, args.device)
-    header = ["method", "combined by", "weight", *names, "mean"]
-    table = Table(*header, title=f"accuracy (greedy), {args.steps} steps a task")
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / "merge.csv", "w", newline="") as file:
-        csv.writer(file).writerow(header)
+    if not args.reuse:
+        for path in (output / "run.json", output / "merge.csv"):
+            path.unlink(missing_ok=True)
+        for seed, method, name in product(args.seeds, args.methods, args.tasks):
+            shutil.rmtree(output / f"seed-{seed}" / f"{method}-{name}", ignore_errors=True)
+    free = "device output seeds methods ways weights rules merged_ranks prompts settings score_on reuse".split()
+    runs.claim(output, args, *free, base=base)
+    rows = Rows(output / "merge.csv", args.tasks, args.reuse)
+    for seed in args.seeds:
+        tasks = [find_task(name, args.data, seed=seed) for name in args.tasks]
         for method in args.methods:
-            folders = [output / f"{method}-{name}" for name in names]
-            for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):
-                if args.reuse and (folder / "adapter_config.json").exists():
-                    there = PeftConfig.from_pretrained(folder).base_model_name_or_path
-                    if there != base:
-                        raise SystemExit(f"{folder} was trained on {there}, not on {base}: give another --output")
-                else:
-                    # A seed for each: random projections of their own keep the updates apart.
-                    config = adapter_config(method, seed=args.seed + i, **comparable(method, args.r))
-                    train(base, config, task["train"], folder, args)
-            for row in measure(method, base, folders, tasks, args):
-                row.append(sum(row[3:]) / len(tasks))
-                table.add_row(*row[:3], *(f"{score:.2f}" for score in row[3:]), end_section=row[1] == "no adapter")
-                csv.writer(file).writerow(row)
-            file.flush()  # a method's rows are there before the next one is trained
-    Console(width=120).print(table)
-    print(f"Adapters and merge.csv are in {output}")
+            Run(seed, method, base, tasks, output, rows, args)()
+    show(rows.rows, args.tasks, f"means over seeds, {args.steps} steps a task")
+    print(f"Adapters, merged ones with their reports, and merge.csv are in {output}")
 
 
 if __name__ == "__main__":

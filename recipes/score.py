@@ -52,10 +52,8 @@ def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list
     folder.mkdir(parents=True, exist_ok=True)
     ours, known = [], []
     for name in args.task:
-        if args.data and (Path(args.data) / name).is_dir():
+        if name in TASKS or (args.data and (Path(args.data) / name).is_dir()):
             ours.append(find_task(name, args.data, args.passage_words or None))
-        elif name in TASKS:
-            ours.append(find_task(name))
         else:
             known.append(name)
     written = [task + kind for task in write_lm_eval_tasks(ours, folder) for kind in ("", "_greedy")]

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, STATIC, WORDS, adapted, quantized, randomize, tiny_gpt2, tiny_llama
+from helpers import METHODS, STATIC, WORDS, adapted, load_recipe, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from shared.scores import answers
@@ -248,36 +247,112 @@ def test_the_export_recipe_refuses_above_its_bound_and_writes_nothing(
     assert logit_error(model, loras, [dict(batch)]) == pytest.approx(printed, rel=0.1)
 
 
-def test_the_merge_recipe_scores_every_combination(llama_folder, tasks, tmp_path):
-    command = [sys.executable, str(RECIPES / "merge.py"), "--model", llama_folder, "--data", str(tasks)]
-    options = "--tasks sky,way --steps 20 --lr 0.03 --device cpu --ways cat --methods lora lori flylora"
-    options += " --rules two-passes mean --rank 2 --prompts 4 --output"
-    result = subprocess.run(
-        [*command, *options.split(), str(tmp_path / "out")], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    with open(tmp_path / "out/merge.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = [(row["method"], row["combined by"], row["weight"]) for row in rows]
+def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
+    llama_folder, tasks, tmp_path, run_recipe, monkeypatch
+):
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text('{"text": "the cat sat on the red mat"}\n{"text": "a dog ran under the log"}\n')
+    recipe, output = load_recipe("merge"), tmp_path / "out"
+    command = ["--model", llama_folder, "--data", tasks, "--perplexity", passages, "--output", output]
+    command += "--tasks sky,way --ranks 4,2 --seeds 3 --steps 20 --lr 0.03 --device cpu".split()
+    options = "--ways cat linear --methods lora lori flylora --rules two-passes mean --rank 2 --prompts 4"
+    told = run_recipe(recipe, *command, *options.split())
+
+    def read() -> list[dict[str, str]]:
+        with open(output / "merge.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    rows = read()
     both = ("1", "0.5")
-    assert found == [
+    own = ("sky alone", "way alone", "each task its own")
+    ours = [("two-passes", ""), ("mean", "")]
+    assert [(row["method"], row["combined by"], row["weight"]) for row in rows] == [
         ("base", "no adapter", ""),
-        ("lora", "each task its own", ""),
-        *(("lora", "cat", weight) for weight in both),
-        *(("lora", f"{rule}, rank 2", "") for rule in ("two-passes", "mean")),
-        ("lori", "each task its own", ""),
+        *(("lora", name, "") for name in own),
+        *(("lora", "cat", weight) for weight in both),  # PEFT has no "linear" of rank 4 and 2, and that is said
+        *(("lora", *rule) for rule in ours),
+        *(("lori", name, "") for name in own),
         *(("lori", "exact sum", weight) for weight in both),
-        *(("lori", f"{rule}, rank 2", "") for rule in ("two-passes", "mean")),
-        ("flylora", "each task its own", ""),
+        *(("lori", *rule) for rule in ours),
+        *(("flylora", name, "") for name in own),
         *(("flylora", "active together", weight) for weight in both),
     ]
-    for row in rows:
+    assert "linear: PEFT refuses: " in told and "‖ΔW‖" in told and "kept_rest" in told
+    lora = {row["combined by"]: row for row in rows if row["method"] == "lora"}
+    base, alone, merged = rows[0], lora["each task its own"], lora["two-passes"]
+    assert float(base["greedy"]) == 0 and float(base["label"]) > 0
+    for row in (alone, merged):
         scores = [float(row[task]) for task in ("sky", "way")]
-        assert all(0 <= score <= 1 for score in scores) and float(row["mean"]) == pytest.approx(sum(scores) / 2)
-        assert f"{scores[0]:.2f}" in result.stdout
-    assert float(rows[0]["mean"]) == 0
-    report = json.loads((tmp_path / "out/lora-merged-two-passes/merge_report.json").read_text())
-    assert report["rule"] == "inputs" and report["options"]["passes"] == 2 and "‖ΔW‖" in result.stdout
+        assert float(row["greedy"]) == pytest.approx(sum(scores) / 2)
+        learnt = [t for t in ("sky", "way") if float(alone[t]) >= max(float(base[f"{t} label"]), 0.5) + 0.1]
+        assert row["learnt"] == f"{len(learnt)} of 2" and learnt
+        kept = sum(float(row[t]) for t in learnt) / sum(float(alone[t]) for t in learnt)
+        assert float(row["kept"]) == pytest.approx(kept)
+    worst = max(float(lora[f"{task} alone"]["perplexity"]) for task in ("sky", "way"))
+    assert float(alone["perplexity"]) == worst != float(base["perplexity"])
+    report = json.loads((output / "seed-3/lora-merged-two-passes-2-4/merge_report.json").read_text())
+    assert report["rule"] == "inputs" and report["options"]["passes"] == 2 and report["rank"] == 2
+    assert [a["rank"] for a in report["adapters"]] == [4, 2]
+
+    monkeypatch.setattr(recipe, "train", None)  # what is there is not trained again
+    more = "--reuse --methods lora --rank 2 --rules two-passes inputs mean --prompts 2 --weights 1 --ways svd".split()
+    run_recipe(recipe, *command, *more, "--settings", "{}", '{"floor": 0, "last": 0.25}', '{"passes": 1}')
+    again = read()
+    assert again[: len(rows)] == rows
+    assert [tuple(row[name] for name in ("combined by", "rank", "settings")) for row in again[len(rows) :]] == [
+        ("svd", "2", ""),
+        ("two-passes", "2", ""),
+        ("two-passes", "2", '{"floor": 0, "last": 0.25}'),
+        ("two-passes", "2", '{"passes": 1}'),
+        ("inputs", "2", ""),
+        ("inputs", "2", '{"floor": 0, "last": 0.25}'),
+    ]  # "mean" was there
+    run_recipe(recipe, *command, *more[:6], "mean", "--ways", "--score-on", "train", "--prompts", 4)
+    on_train = [row for row in read() if row["scored"] == "train"]
+    assert len(on_train) == 5 and all(float(row["sky"] or 0) in (0, 0.5, 1) for row in on_train)  # of two records
+    with pytest.raises(SystemExit, match="is a run with other arguments.*'r': "):
+        run_recipe(recipe, *command, "--reuse", "--r", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "8,4"], "--ranks has 2 ranks for 3 tasks"),
+        (["--settings", '{"density": 0.1}', "--rules", "two-passes"], "no rule of --rules takes that"),
+    ],
+)
+def test_the_merge_recipe_refuses_what_would_have_no_effect(arguments, message, run_recipe, capsys):
+    with pytest.raises(SystemExit):
+        run_recipe("merge", *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_each_task_s_adapter_starts_from_an_a_of_its_own(llama_folder, tasks, tmp_path, run_recipe):
+    command = [
+        "--model",
+        llama_folder,
+        "--data",
+        tasks,
+        "--tasks",
+        "sky,way",
+        "--methods",
+        "lora",
+        "--rules",
+        "--ways",
+    ]
+    command += "--steps 1 --lr 1e-9 --device cpu --seed 5 --output".split()
+    first = []
+    for kind in ([], ["--same-a"]):
+        run_recipe("merge", *command, tmp_path / str(len(kind)), *kind)
+        found = [
+            load_file(tmp_path / f"{len(kind)}/seed-5/lora-{name}/adapter_model.safetensors")
+            for name in ("sky", "way")
+        ]
+        first.append([next(t for key, t in sorted(one.items()) if "lora_A" in key).float() for one in found])
+    (one, other), (same, again) = first
+    torch.testing.assert_close(same, again, rtol=0, atol=1e-4)
+    torch.testing.assert_close(one, same, rtol=0, atol=1e-4)
+    assert abs(torch.cosine_similarity(one.flatten(), other.flatten(), dim=0)) < 0.3
 
 
 def test_the_merge_recipe_counts_the_answers_that_greedy_decoding_would_write(llama_folder):

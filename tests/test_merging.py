@@ -728,7 +728,7 @@ def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merge
     prompts = {str(path): TEXTS[path.name] for path in folders}
     one, two = (merge_adapters(folders, rank=4, model=base, prompts=prompts, passes=n, directions=8) for n in (1, 2))
     assert set(dict(base.named_modules())) == names
-    assert files.rule == one.rule == "inputs" and two.options == {"passes": 2, "directions": 8}
+    assert files.rule == one.rule == "inputs" and two.options == {"passes": 2, "directions": 8, "last": 0.5}
     for name, (A, B) in one.loras.items():
         torch.testing.assert_close(files.loras[name].B @ files.loras[name].A, B @ A, rtol=0, atol=2e-2)
     assert any((two.loras[n].B @ two.loras[n].A - B @ A).norm() > 1e-3 for n, (A, B) in one.loras.items())

@@ -14,9 +14,10 @@ from datasets import Dataset
 from helpers import METHODS, RECIPES, WORDS, adapted, load_recipe, lora_config, quantized, randomize
 from peft import PeftConfig, get_peft_model
 from shared import base_model, scores
+from shared.embedded_tasks import make_task
 from shared.lm_eval_tasks import write_lm_eval_tasks
 from shared.scores import load
-from shared.tasks import read_task
+from shared.tasks import find_task, read_task
 from transformers import AutoTokenizer
 
 import peft_mora
@@ -264,11 +265,18 @@ def test_score_takes_tasks_with_commas_as_lm_eval_does(score, monkeypatch):
         load_recipe("continual").parse()
 
 
+def test_a_list_of_tasks_may_mix_folders_and_embedded_ones(task):
+    found = [find_task(name, task, seed=1) for name in ("colours", "museum")]
+    assert [len(one["train"]) for one in found] == [12, 400] and found[1] == make_task("museum", seed=1)
+    with pytest.raises(ValueError, match="colors is no folder, and no embedded task has that name: write .*museum"):
+        find_task("colors", task)
+
+
 def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, tmp_path):
     """A folder's name says method and task, and not which base it was trained on."""
     model = adapted(lora_config, quantized(llama_folder))
     model.peft_config["default"].base_model_name_or_path = "another/base"
-    model.save_pretrained(tmp_path / "lora-colours")
+    model.save_pretrained(tmp_path / "seed-0" / "lora-colours")
     arguments = ["--model", llama_folder, "--data", task, "--tasks", "colours", "--methods", "lora"]
     with pytest.raises(SystemExit, match="lora-colours was trained on another/base, not on .*: give another --output"):
         run_recipe("merge", *arguments, "--output", tmp_path, "--reuse")

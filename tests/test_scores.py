@@ -41,11 +41,21 @@ def test_both_scorers_give_the_same_on_labels_of_one_token(tokenizer, tmp_path):
     assert 0.1 < found["greedy"] < found["label"] <= 1
 
 
-def test_two_labels_that_begin_with_one_token_are_refused_where_labels_are_ranked(tokenizer):
-    record = {"prompt": "the cat is", "answer": "red mat"}
-    with pytest.raises(ValueError, match="two labels begin with the same token"):
-        answers(tiny_llama(), tokenizer, [record], 1, ["red mat", "red log"])
-    assert answers(tiny_llama(), tokenizer, [record], 1) == {"greedy": 0}
+def test_labels_that_begin_with_one_token_are_ranked_whole(tokenizer):
+    model, labels = tiny_llama().eval(), ["red mat", "red log", "blue"]
+    records = [{"prompt": " ".join(WORDS[i : i + 3]), "answer": labels[i % 3]} for i in range(12)]
+    right = 0
+    for record in records:  # each label's log-likelihood on its own, by the word
+        n = len(tokenizer(record["prompt"]).input_ids)
+        sums = []
+        for label in labels:
+            ids = torch.tensor([tokenizer(f"{record['prompt']} {label}").input_ids])
+            with torch.no_grad():
+                found = model(ids).logits[0, n - 1 : -1].log_softmax(-1)
+            sums.append(float(found.gather(1, ids[0, n:, None]).sum()))
+        right += sums.index(max(sums)) == labels.index(record["answer"])
+    found = answers(model, tokenizer, records, 5, labels)
+    assert found["label"] == pytest.approx(right / 12) and 0 < right < 12
 
 
 class Oracle(LM):

@@ -101,6 +101,7 @@ def merge_adapters(
     tokenizer: Any = None,
     passes: int = 2,
     directions: int = 32,
+    last: float = 0.5,
     progress: bool = False,
     **options: Any,
 ) -> MergeReport:
@@ -125,7 +126,7 @@ def merge_adapters(
             goes into the modules itself, and in each further pass again, under the merged adapter. The model stays as
             it is.
         passes: with a model; 1 looks at the adapters on their own only.
-        directions: kept of each input's covariance, with a model.
+        directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
         progress: show a bar.
         options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
             "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1).
@@ -148,7 +149,8 @@ def merge_adapters(
     if rule == "inputs":
         rules.check_losses(weights)
         if model is not None and prompts is not None:
-            look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, directions, adapters)
+            kept = {"directions": directions, "last": last}
+            look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, kept, adapters)
             statistics = look.alone()
         else:
             found = [Statistics.load(folder) for folder in adapters.folders]
@@ -198,7 +200,7 @@ def merge_adapters(
         )
     for text in said:
         warnings.warn(text, stacklevel=2)
-    shown = dict(options) | ({"passes": passes, "directions": directions} if look is not None else {})
+    shown = dict(options) | ({"passes": passes, **look.kept} if look is not None else {})
     report = _report(
         adapters, merged, weights, merge.statistics,
         rule=rule, space=merge.space, ordered=chosen.ordered, before=list(before), after=list(after),
@@ -213,11 +215,11 @@ class _Look:
     """What goes into the modules on each adapter's prompts, with a model at hand."""
 
     def __init__(
-        self, model: nn.Module, texts: list[Sequence[str]], tokenizer: Any, directions: int, adapters: Adapters
+        self, model: nn.Module, texts: list[Sequence[str]], tokenizer: Any, kept: dict[str, Any], adapters: Adapters
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
-        self.model, self.texts, self.adapters, self.directions = model, texts, adapters, directions
+        self.model, self.texts, self.adapters, self.kept = model, texts, adapters, kept
         self.tokenizer = tokenizer or saved_tokenizer(model, adapters.folders[0])
 
     def alone(self) -> list[Statistics]:
@@ -225,7 +227,7 @@ class _Look:
         found = []
         for file, texts in zip(self.adapters.files, self.texts, strict=True):
             with adapted(self.model, file.folder) as model:
-                found.append(input_spreads(model, list(file.loras), texts, self.tokenizer, directions=self.directions))
+                found.append(input_spreads(model, list(file.loras), texts, self.tokenizer, **self.kept))
         return found
 
     def under(self, merged: dict[str, Lora]) -> list[Statistics]:
@@ -234,7 +236,7 @@ class _Look:
             write_lora(Path(folder) / "merged", merged, saved=self.adapters.saved, **self.adapters.fields)
             with adapted(self.model, Path(folder) / "merged") as model:
                 return [
-                    input_spreads(model, list(file.loras), texts, self.tokenizer, directions=self.directions)
+                    input_spreads(model, list(file.loras), texts, self.tokenizer, **self.kept)
                     for file, texts in zip(self.adapters.files, self.texts, strict=True)
                 ]
 

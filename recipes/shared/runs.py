@@ -16,7 +16,7 @@ from .base_model import EMBEDDED
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "NAME_OR_DIR", "help": "base (%(default)s: SmolLM2-135M from PyPI)"},
     "device": {"help": "cpu, cuda, cuda:1, … (%(default)s)"},
-    "data": {"metavar": "DIR", "help": "read DIR/TASK/{train,test}.jsonl instead of an embedded task"},
+    "data": {"metavar": "DIR", "help": "a task is DIR/TASK/{train,test}.jsonl where that is, else an embedded one"},
     "r": {"type": int, "help": "rank; MORA: experts a task; LORI and FLYLORA: see shared/training.py (%(default)s)"},
     "steps": {"type": int, "help": "optimizer steps of each training (%(default)s)"},
     "batch_size": {"type": int, "help": "samples a step (%(default)s)"},
@@ -71,9 +71,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A row a dict, under the keys of the first."""
+    """A row a dict, under the keys of the first; in one step, as `write_json`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    part.replace(path)

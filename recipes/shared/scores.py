@@ -63,35 +63,56 @@ def answers(
 
     Args:
         records: prompt and answer.
-        labels: all answers there are; their first tokens must differ.
+        labels: all answers there are. Where two begin with the same token, each prompt is run with each of them.
 
     Returns:
         "greedy": greedy decoding would write the whole answer, all tokens being there to choose from. With labels
-        also "label": the answer's first token scores highest among the labels' (chance is a floor), and "loss": the
-        mean loss of that token, in nats.
-
-    Raises:
-        ValueError: two labels begin with the same token.
+        also "label": the answer's first token scores highest among the labels', or the whole answer among the whole
+        labels where first tokens do not tell them apart (chance is a floor), and "loss": the mean loss of the first
+        token, in nats.
     """
-    firsts = torch.tensor([tokenizer(f" {label}", add_special_tokens=False).input_ids[0] for label in labels or ()])
-    if len(set(firsts.tolist())) < len(firsts):
-        raise ValueError(f"two labels begin with the same token, and no first token tells them apart: {labels}")
+    firsts = [tokenizer(f" {label}", add_special_tokens=False).input_ids[0] for label in labels or ()]
+    told_apart = len(set(firsts)) == len(firsts)
     found = dict.fromkeys(("greedy", "label", "loss") if labels else ("greedy",), 0.0)
     records = sorted(records, key=lambda record: len(record["prompt"]))
     for start in range(0, len(records), batch_size):
         rows = records[start : start + batch_size]
-        texts = [f"{row['prompt']} {row['answer']}" for row in rows]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-        pairs = zip(tokenizer(texts).input_ids, tokenizer([row["prompt"] for row in rows]).input_ids, strict=True)
-        lengths = [len(ids) - common_length(ids, prompt) for ids, prompt in pairs]  # as TRL masks
-        positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
-        with torch.no_grad():
-            logits = model(**batch, position_ids=positions, logits_to_keep=max(lengths) + 1).logits.float().cpu()
-        for row, record, n in zip(range(len(rows)), rows, lengths, strict=True):
-            scores = logits[row, -n - 1 : -1]
-            found["greedy"] += torch.equal(scores.argmax(-1), batch["input_ids"][row, -n:].cpu())
+        prompts = [row["prompt"] for row in rows]
+        found_here = answer_scores(model, tokenizer, prompts, [row["answer"] for row in rows])
+        for row, (scores, ids) in zip(rows, found_here, strict=True):
+            found["greedy"] += torch.equal(scores.argmax(-1), ids)
             if labels:
-                right = labels.index(record["answer"])
-                found["label"] += int(scores[0, firsts].argmax()) == right
-                found["loss"] -= scores[0].log_softmax(-1)[firsts[right]].item()
+                found["loss"] -= scores[0, ids[0]].item()
+                if told_apart:
+                    found["label"] += int(scores[0, firsts].argmax()) == labels.index(row["answer"])
+        if labels and not told_apart:
+            whole = torch.tensor([
+                [float(scores.gather(1, ids[:, None]).sum()) for scores, ids in
+                 answer_scores(model, tokenizer, prompts, [label] * len(rows))]
+                for label in labels
+            ])  # fmt: skip
+            right = torch.tensor([labels.index(row["answer"]) for row in rows])
+            found["label"] += int((whole.argmax(0) == right).sum())
     return {name: value / len(records) for name, value in found.items()}
+
+
+@torch.no_grad()
+def answer_scores(
+    model: Any, tokenizer: Any, prompts: list[str], answers: list[str]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each prompt with its answer: log-probabilities (n, V) before each of the answer's n tokens, float32, and
+    these tokens (n,), on the CPU; from one forward."""
+    texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    pairs = zip(tokenizer(texts).input_ids, tokenizer(prompts).input_ids, strict=True)
+    lengths = [len(ids) - common_length(ids, prompt) for ids, prompt in pairs]  # as TRL masks
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
+    logits = model(**batch, position_ids=positions, logits_to_keep=max(lengths) + 1).logits.float().cpu()
+    ids = batch["input_ids"].cpu()
+    return [(logits[i, -n - 1 : -1].log_softmax(-1), ids[i, -n:]) for i, n in enumerate(lengths)]
+
+
+def word_perplexity(model: Any, tokenizer: Any, name: str, manager: Any, batch_size: int) -> float:
+    """lm-eval's, of a task that `write_lm_eval_perplexity` wrote."""
+    found = lm_eval(model, tokenizer, [name], manager, batch_size, bootstrap_iters=0)
+    return float(found["results"][name]["word_perplexity,none"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import check_record, read_jsonl
-from .embedded_tasks import make_task
+from .embedded_tasks import TASKS, make_task
 
 
 def cut_passage(prompt: str, max_words: int) -> str:
@@ -27,8 +27,19 @@ def cut_passage(prompt: str, max_words: int) -> str:
 
 
 def find_task(name: str, data_dir: str | Path | None = None, max_passage_words: int | None = 48, seed: int = 0) -> Any:
-    """The task of `read_task` where there is a data_dir, else the embedded one."""
-    return read_task(data_dir, name, max_passage_words) if data_dir else make_task(name, seed=seed)
+    """The task of `read_task` where DATA_DIR/NAME is a folder, else the embedded one; a list of names may mix them.
+
+    Raises:
+        ValueError: there is neither; else as `read_task`.
+    """
+    if data_dir and (Path(data_dir) / name).is_dir():
+        return read_task(data_dir, name, max_passage_words)
+    if data_dir and name not in TASKS:
+        raise ValueError(
+            f"{Path(data_dir) / name} is no folder, and no embedded task has that name: write "
+            f"{Path(data_dir) / name}/{{train,test}}.jsonl, or choose one of {', '.join(TASKS)}"
+        )
+    return make_task(name, seed=seed)
 
 
 def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 48) -> dict[str, Any]:
