@@ -3,27 +3,38 @@
 python recipes/score.py --adapter out/sft                            # the embedded helpdesk task
 python recipes/score.py --adapter out/sft --task arc_easy hellaswag --limit 200 --baseline
 python recipes/score.py --adapter out/sft --task my_task --data my_data --perplexity passages.jsonl
+python recipes/score.py --adapter out/sft --task helpdesk --perplexity embedded --report --max-drift 0.02
 
 --adapter is a folder that PEFT opens (MORA, LORI, FLYLORA, LoRA, …); without it the base alone is scored. --task takes
 names that lm-eval knows (its own, or those of --include_path), folders NAME/{train,test}.jsonl in --data, and embedded
-tasks. The last line printed is the plain `lm_eval` command for the same thing.
+tasks. The last line printed is the plain `lm_eval` command for the same thing. --report writes a page, before and
+after; with --max-drift the status is 1 where what is to be kept (--general, --perplexity) has lost more than that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
-from shared import runs, scores
+from shared import report, runs, scores
 from shared.base_model import EMBEDDED, find_base
 from shared.embedded_tasks import TASKS
-from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
+from shared.lm_eval_tasks import read_passages, write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
+
+from peft_mora.files import whole_file
+from trl_callbacks.drift import drift
+from trl_callbacks.general_text import read
 
 
 def parse() -> argparse.Namespace:
@@ -33,7 +44,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16), help="4: an NF4 copy of it (%(default)s)")
     parser.add_argument("--task", "--tasks", nargs="+", default=[], metavar="NAME", help="what to score (helpdesk)")
     parser.add_argument("--include_path", metavar="DIR", help="more lm-eval task files")
-    parser.add_argument("--perplexity", metavar="FILE", help="JSONL passages (text or page): is the language kept?")
+    parser.add_argument("--general", nargs="+", default=[], metavar="NAME", help="tasks to score that are to be kept")
+    parser.add_argument(
+        "--perplexity", metavar="FILE",
+        help=f"JSONL passages (text or page), or {EMBEDDED}, a few that are here: is the language kept?",
+    )  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="write report.html, before and after (with --baseline)")
+    parser.add_argument(
+        "--max-drift", type=float, metavar="SHARE",
+        help="exit with 1 where general perplexity grew, or a score of --general fell, by more (with --report)",
+    )  # fmt: skip
     parser.add_argument(
         "--passage_words", type=int, default=48, metavar="N",
         help="cut the passages of --data tasks to N words, as demo.py trains; 0: not at all, as sft.py (%(default)s)",
@@ -41,23 +61,78 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--apply_chat_template", action="store_true", help="ask as in a chat (trained on messages)")
     parser.add_argument("--batch_size", type=int, default=8, help="(%(default)s)")
     args = parser.parse_args()
-    args.task = runs.names(",".join(args.task))
-    if not args.task and not args.perplexity:
+    args.task, args.general = (runs.names(",".join(names)) for names in (args.task, args.general))
+    if not args.task and not args.general and not args.perplexity:
         args.task = ["helpdesk"]
+    args.report = args.report or args.max_drift is not None
+    args.baseline = args.baseline or args.report
+    if args.report and not args.adapter:
+        parser.error("a report is of an adapter and its base: give --adapter DIR")
+    if args.max_drift is not None and not args.max_drift >= 0:
+        parser.error(f"--max-drift is {args.max_drift}: give a share >= 0, as 0.02")
+    if args.max_drift is not None and not args.general and not args.perplexity:
+        parser.error(
+            "--max-drift bounds what is lost of general ability, and nothing here measures that: give --perplexity "
+            f"FILE, --perplexity {EMBEDDED}, or --general NAME, a task that the adapter was not trained on"
+        )
     return args
 
 
-def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list[str]]:
-    """Write the tasks that are not lm-eval's into `folder`; (their names, the names that lm-eval has to know)."""
+def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list[str], set[str]]:
+    """Write the tasks that are not lm-eval's into `folder`; (their names, the names that lm-eval has to know, which of
+    all are to be kept)."""
     folder.mkdir(parents=True, exist_ok=True)
-    ours, known = [], []
-    for name in args.task:
+    ours, known, general = [], [], set()
+    for name in dict.fromkeys([*args.task, *args.general]):
         if name in TASKS or (args.data and (Path(args.data) / name).is_dir()):
             ours.append(find_task(name, args.data, args.passage_words or None))
         else:
             known.append(name)
-    written = [task + kind for task in write_lm_eval_tasks(ours, folder) for kind in ("", "_greedy")]
-    return written + ([write_lm_eval_perplexity(args.perplexity, folder)] if args.perplexity else []), known
+    general.update(name for name in known if name in args.general)
+    written = []
+    for task, name in zip(ours, write_lm_eval_tasks(ours, folder), strict=True):
+        both = [name, f"{name}_greedy"]
+        written += both
+        general.update(both if task["name"] in args.general else ())
+    if args.perplexity:
+        written.append(write_lm_eval_perplexity(args.perplexity, folder))
+        general.add(written[-1])
+    return written, known, general
+
+
+def make_report(
+    args: argparse.Namespace, results: dict[str, Any], names: list[str], general: set[str], base: str, model: Any,
+    tokenizer: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """All that report.html shows, as results.json has it."""
+    names = sorted(names, key=general.__contains__)  # what is to be kept comes last
+    found = report.rows(results["base"], results["adapter"], names, general)
+    drifts = None
+    if args.perplexity:
+        texts = read_passages(args.perplexity)[: args.limit]
+        batches = read(texts, tokenizer, sys.maxsize)
+        tokens = sum(int(batch["attention_mask"][:, 1:].sum()) for batch in batches)
+        drifts = drift(model, batches) | {"tokens": tokens, "passages": len(texts)}
+    config = model.peft_config["default"]
+    fields = ("r", "alpha", "lora_alpha", "top_k", "routing", "sparsity", "density")
+    method = {field: getattr(config, field) for field in fields if getattr(config, field, None) is not None}
+    versions = {"python": platform.python_version()}
+    for package in ("peft-mora", "torch", "peft", "transformers", "bitsandbytes", "lm-eval"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from its folder, or a 16-bit base
+            continue
+    conditions = {
+        "base": base,
+        "adapter": str(args.adapter),
+        "method": ", ".join([config.peft_type.value, *(f"{field} {value}" for field, value in method.items())]),
+        "samples": f"the first {args.limit} of each task" if args.limit else "all",
+        "prompts": "through the chat template" if args.apply_chat_template else "as they are",
+        "device": args.device,
+        "versions": ", ".join(f"{package} {number}" for package, number in versions.items()),
+        "command": shlex.join(["python", "recipes/score.py", *sys.argv[1:]]),
+    }
+    return {**report.judge(found, args.max_drift), "rows": found, "drift": drifts, "conditions": conditions}
 
 
 def main() -> None:
@@ -66,7 +141,7 @@ def main() -> None:
 
     output = Path(args.output).resolve()
     tasks = output / "tasks"
-    written, known = write_tasks(args, tasks)
+    written, known, general = write_tasks(args, tasks)
     names = written + known
     folders = [str(tasks), *([args.include_path] if args.include_path else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
@@ -77,6 +152,9 @@ def main() -> None:
             f"lm-eval knows no task {', '.join(unknown)}. Give one of its own (`lm_eval ls tasks`), a folder with its "
             f"YAML as --include_path, the folder of NAME/*.jsonl as --data, or one of {', '.join(TASKS)}"
         )
+    tags = {name: sorted(manager.task_index[name].tags) for name in known if name in manager.all_tags}
+    names = list(chain.from_iterable(tags.get(name, [name]) for name in names))
+    general = set(chain.from_iterable(tags.get(name, [name]) for name in general))
     base = args.model or EMBEDDED
     if args.adapter and not args.model:
         base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
@@ -86,7 +164,7 @@ def main() -> None:
     model, tokenizer = scores.load(base, args.adapter, args.device)
 
     def score() -> dict[str, Any]:
-        options = {"limit": args.limit, "apply_chat_template": args.apply_chat_template}
+        options = {"limit": args.limit, "apply_chat_template": args.apply_chat_template, "log_samples": args.report}
         return scores.lm_eval(model, tokenizer, names, manager, args.batch_size, **options)
 
     results = {"adapter" if args.adapter else "base": score()}
@@ -107,13 +185,27 @@ def main() -> None:
             table.add_row(name, metric, *columns, f"{error:.2g}" if isinstance(error, float) else "", str(samples))
     Console(width=120).print(table)
     record = {"model": base, "adapter": args.adapter, "limit": args.limit, **results}
-    (output / "results.json").write_text(json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n")
+    files = {}
+    if args.report:
+        record["report"] = make_report(args, results, names, general, base, model, tokenizer)
+        for found in results.values():
+            del found["samples"]
+        files["report.html"] = report.page(record["report"])
+    files["results.json"] = json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n"
+    for name, text in files.items():
+        with whole_file(output / name) as file:
+            file.write_text(text, encoding="utf-8")
+    if args.report:
+        print(record["report"]["verdict"])
+        print(f"Before and after, on one page: {output / 'report.html'}")
     print(f"Everything lm-eval reports: {output / 'results.json'}. The same with plain lm-eval:")
     more = f" --batch_size {args.batch_size}" + (f" --limit {args.limit}" if args.limit else "")
     more += " --apply_chat_template" if args.apply_chat_template else ""
     for group, folder in ((written, tasks), (known, args.include_path)):  # it takes one folder at a time
         if group:
             print(" ", scores.plain_lm_eval(base, args.adapter, group, folder, args.device) + more)
+    if args.report and record["report"]["within"] is False:
+        raise SystemExit(record["report"]["verdict"])  # status 1, and the sentence on stderr
 
 
 if __name__ == "__main__":

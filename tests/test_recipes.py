@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -206,9 +207,7 @@ def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, ad
     own = tmp_path / "own"
     write_lm_eval_tasks([{**read_task(task, "colours"), "name": "mine"}], own)
     arguments = ["--adapter", adapter, "--task", "colours", "peft_mora_mine", "--data", task, "--include_path", own]
-    told = run_recipe(
-        score, *arguments, "--perplexity", passages, "--baseline", "--device", "cpu", "--output", tmp_path
-    )
+    told = run_recipe(score, *arguments, "--perplexity", passages, "--report", "--device", "cpu", "--output", tmp_path)
     record = json.loads((tmp_path / "results.json").read_text())
     ours, base = record["adapter"]["results"], record["base"]["results"]
     (ppl,) = (name for name in ours if "perplexity" in name)
@@ -230,6 +229,32 @@ def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, ad
         words += len(text.split())
     by_hand = torch.tensor(-total / words).exp().item()
     assert ours[ppl]["word_perplexity,none"] == pytest.approx(by_hand, rel=1e-4)
+
+    # the page has the numbers of results.json, and those are lm-eval's and a float64 reference's
+    report, page = record["report"], (tmp_path / "report.html").read_text()
+    shown = [float(value) for value in re.findall(r'<data value="([^"]+)">', page)]
+    assert shown[: 3 * len(report["rows"])] == [
+        value for row in report["rows"] for value in (row["before"], row["after"], row["relative"] + row["change"])
+    ]
+    for row in report["rows"]:
+        (name,) = {row["task"], f"peft_mora_{row['task']}"} & {*ours}
+        (key,) = (key for key in ours[name] if key.startswith(f"{row['metric']},"))
+        assert (row["before"], row["after"]) == (base[name][key], ours[name][key])
+        assert row["general"] is (name == ppl)
+    found = report["drift"]
+    assert shown[3 * len(report["rows"]) :] == [
+        *(found["base_perplexity"], found["perplexity"], found["perplexity"] / found["base_perplexity"], found["kl"])
+    ]
+    kl = tokens = 0.0
+    for line in passages.read_text().splitlines():
+        ids = tokenizer(json.loads(line)["page"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            new = model(ids).logits[0, :-1].double().log_softmax(-1)
+            with model.disable_adapter():
+                old = model(ids).logits[0, :-1].double().log_softmax(-1)
+        kl, tokens = kl + (old.exp() * (old - new)).sum().item(), tokens + len(new)
+    assert found["kl"] == pytest.approx(kl / tokens, rel=1e-3)
+    assert (found["tokens"], found["passages"]) == (tokens, 2)
 
 
 def test_score_asks_with_the_chat_template_of_the_adapter(

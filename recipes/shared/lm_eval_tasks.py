@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .base_model import EMBEDDED
 from .data import read_jsonl
+from .general_passages import HELD_OUT
 
 
 def write_lm_eval_tasks(tasks: list[dict[str, Any]], folder: str | Path) -> list[str]:
@@ -84,18 +86,12 @@ def _write_task(task: dict[str, Any], name: str, folder: Path) -> None:
 
 
 def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
-    """Write a perplexity task over a JSONL file's passages (field `text` or `page`) for lm-eval; return its name.
+    """Write a perplexity task over the passages of a file (`read_passages`) for lm-eval; return its name.
 
     Perplexity of text that no task is about says whether a model keeps its general language.
     """
-    file, folder = Path(file), Path(folder).resolve()
+    texts, file, folder = read_passages(file), Path(file), Path(folder).resolve()
     name = "peft_mora_perplexity_" + re.sub(r"\W+", "_", f"{file.parent.name}_{file.stem}").strip("_").lower()
-    texts = []
-    for number, record in read_jsonl(file):
-        text = record.get("text", record.get("page"))
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{file}:{number}: no passage; write a non-empty string in the field 'text' or 'page'")
-        texts.append(text)
     path = _write_records([{"text": text} for text in texts], folder / f"{name}.parquet")
     metrics = dict.fromkeys(("word_perplexity", "byte_perplexity"), "weighted_perplexity")
     metrics["bits_per_byte"] = "bits_per_byte"
@@ -112,6 +108,19 @@ def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
     }
     _write_config(config, folder)
     return name
+
+
+def read_passages(file: str | Path) -> list[str]:
+    """Of a JSONL file, the field `text` or `page` of each record; of "embedded", the passages that are here."""
+    if str(file) == EMBEDDED:
+        return list(HELD_OUT)
+    texts = []
+    for number, record in read_jsonl(Path(file)):
+        text = record.get("text", record.get("page"))
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{file}:{number}: no passage; write a non-empty string in the field 'text' or 'page'")
+        texts.append(text)
+    return texts
 
 
 def _write_records(records: list[dict[str, Any]], path: Path) -> str:

@@ -41,14 +41,14 @@ def lm_eval(model: Any, tokenizer: Any, names: list[str], manager: Any, batch_si
 
     Args:
         manager: lm-eval's TaskManager.
-        options: further arguments of simple_evaluate.
+        options: further arguments of simple_evaluate, which logs no samples here unless told to.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     # Else log-likelihoods are summed in the logits' own bfloat16, which has two or three digits.
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-    return simple_evaluate(lm, tasks=names, task_manager=manager, log_samples=False, **options)
+    return simple_evaluate(lm, tasks=names, task_manager=manager, **{"log_samples": False, **options})
 
 
 def common_length(one: list[int], other: list[int]) -> int:
