@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers import METHODS, adapted, gradients, randomize, tiny_gpt2, tiny_llama
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from helpers import METHODS, adapted, gradients, randomize, tiny_llama
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -150,13 +150,6 @@ def test_a_file_without_frozen_entries_leaves_none_behind(tmp_path, inputs):
     assert torch.equal(model.eval()(inputs).logits, plain(inputs).logits)
 
 
-def test_other_masks_in_a_plain_state_dict_are_not_missed_by_a_model_that_has_run(inputs):
-    source, target = (adapted("lori-sparse", seed=seed) for seed in (0, 1))
-    target(inputs)
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(target(inputs).logits, source(inputs).logits)
-
-
 def test_sparsify_keeps_the_largest_entries_over_all_modules(inputs):
     model = lori()
     dense, before = {}, {}
@@ -192,19 +185,6 @@ def test_entries_off_the_mask_stay_zero_under_adamw_with_weight_decay(inputs):
     assert state == 2 * model.get_nb_trainable_parameters()[0]
 
 
-def test_a_sparse_adapter_survives_saving_bit_for_bit(tmp_path, inputs):
-    model = sparse(0.7)
-    model.eval().save_pretrained(tmp_path)
-    for low_memory in (False, True):
-        again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path), low_cpu_mem_usage=low_memory).eval()
-        assert torch.equal(again(inputs).logits, model(inputs).logits)
-        assert again.peft_config["default"].sparsity == 0.7
-        assert again.peft_config["default"].kept_entries == model.peft_config["default"].kept_entries
-    plain = tiny_llama().eval()
-    plain.load_adapter(str(tmp_path))
-    assert torch.equal(plain(inputs).logits, model(inputs).logits)
-
-
 def test_loading_takes_the_form_of_the_file_into_an_adapter_that_is_there(tmp_path, inputs):
     saved = {"sparse": sparse(0.7).eval(), "dense": lori()}
     for name, want in saved.items():
@@ -217,17 +197,6 @@ def test_loading_takes_the_form_of_the_file_into_an_adapter_that_is_there(tmp_pa
         assert torch.equal(model.eval()(inputs).logits, want(inputs).logits)
         assert model.get_nb_trainable_parameters() == want.get_nb_trainable_parameters()
         assert model.peft_config["default"].kept_entries == want.peft_config["default"].kept_entries
-
-
-@pytest.mark.parametrize("make_sparse", [False, True])
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_both_forms_convert_to_a_plain_lora(make_sparse, make, inputs):
-    model = sparse(0.5, make()) if make_sparse else lori(make())
-    want = model.eval()(inputs).logits
-    config, state = convert_to_lora(model, rank=4)
-    plain = get_peft_model(make(), config).eval()
-    assert isinstance(config, LoraConfig) and not set_peft_model_state_dict(plain, state).unexpected_keys
-    torch.testing.assert_close(plain(inputs).logits, want, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("same_seed", [True, False])

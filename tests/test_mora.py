@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import adapted, gradients, randomize, tiny_gpt2, tiny_llama
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from helpers import adapted, randomize, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_mora import MoraConfig, MoraLinear, start_task
@@ -85,40 +85,6 @@ def test_a_frozen_block_keeps_its_routing_when_the_bank_grows():
     assert torch.equal(three(x), alone(x))
 
 
-@pytest.mark.parametrize("routing", ["task", "bank"])
-def test_a_refused_merge_says_what_to_train_instead(routing):
-    with pytest.raises(ValueError, match="depends on the input.*routing='dense'"):
-        grown(routing).merge_adapter()
-
-
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_dense_merges_and_converts_to_a_plain_lora(make, inputs):
-    model = adapted(MoraConfig, make(), tasks=2, r=3, routing="dense")
-    want = model(inputs).logits
-    lora_config, state = convert_to_lora(model, rank=6)
-    lora = get_peft_model(make(), lora_config).eval()
-    result = set_peft_model_state_dict(lora, state)
-    assert not result.unexpected_keys and isinstance(lora_config, LoraConfig)
-    torch.testing.assert_close(lora(inputs).logits, want, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(model.merge_and_unload()(inputs).logits, want, rtol=1e-3, atol=1e-4)
-
-
-def test_the_bank_survives_saving_bit_for_bit(tmp_path, inputs):
-    model = get_peft_model(tiny_llama(), MoraConfig(r=3, top_k=2, temperature=0.2, target_modules="all-linear")).eval()
-    for task in ("b", "c"):
-        randomize(model, seed=ord(task))
-        start_task(model, task)
-    randomize(model)
-    model.save_pretrained(tmp_path)
-    for low_memory in (False, True):
-        again = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_memory).eval()
-        assert again.peft_config["default"].tasks == ["initial", "b", "c"]
-        assert torch.equal(again(inputs).logits, model(inputs).logits)
-    trained_on = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
-    assert start_task(trained_on, "d").frozen_experts == 14 * 3 * 3  # modules x tasks x r
-    assert set(gradients(trained_on, inputs)) == {n for n, p in trained_on.named_parameters() if p.requires_grad}
-
-
 def test_loading_a_grown_file_into_an_adapter_without_room_is_refused(tmp_path):
     """The trainer's resume loads into the adapter that is there; PEFT would drop the bank without a word."""
     grown("task", tasks=2).save_pretrained(tmp_path / "two")
@@ -157,23 +123,6 @@ def test_start_task_says_what_it_did_and_refuses_what_would_be_wrong():
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         start_task(model, "third")
-
-
-def test_new_experts_take_the_place_of_the_trained_ones_in_an_optimizer_made_afterwards():
-    model = grown("task", tasks=2)
-    before = model(torch.ones(2, 13, dtype=torch.float64)).detach()
-    bank = model.base_model.model.lin.mora_bank_B["default"].clone()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
-    model(torch.ones(2, 13, dtype=torch.float64)).sum().backward()
-    optimizer.step()
-    assert not any("bank" in name for name, _ in model.named_parameters())
-    assert torch.equal(model.base_model.model.lin.mora_bank_B["default"], bank) and not bank.requires_grad
-    assert not torch.equal(model(torch.ones(2, 13, dtype=torch.float64)), before)
-
-
-def test_top_k_must_fit_the_smallest_rank():
-    with pytest.raises(ValueError, match="`top_k` must be <= r"):
-        MoraConfig(r=8, top_k=4, rank_pattern={"k_proj": 2})
 
 
 @pytest.mark.parametrize(

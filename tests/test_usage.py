@@ -297,6 +297,7 @@ def test_frozen_tasks_keep_the_k_that_they_were_trained_with(tmp_path, inputs):
             {"rank_pattern": {"k_proj": 2}, "top_k_pattern": {"k_proj": 3}},
             r"`top_k_pattern\['k_proj'\]` must be <= r of module.*which is 2",
         ),
+        ({"rank_pattern": {"k_proj": 2}, "top_k": 4}, "`top_k` must be <= r .here 2"),
         ({"block_sizes": {"model.layers.0.self_attn.k_proj": [9]}}, "`block_sizes.*at most r, here 8"),
     ],
 )
