@@ -45,7 +45,9 @@ def test_a_callback_refuses_the_runs_that_it_cannot_work_in_and_no_others(row):
             callback.refuse(run)
 
 
-def test_what_accelerate_launch_asks_for_is_seen_without_an_argument(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="in a run of its own"):
-        LoriCalibrationCallback().refuse(SimpleNamespace(**PLAIN))
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_what_accelerate_launch_asks_for_is_seen_without_an_argument_before_the_run(kind, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
+    callback, refused = REFUSALS["projection"]
+    with pytest.raises(ValueError, match=refused[kind]):
+        callback.on_init_end(SimpleNamespace(**PLAIN), None, None, model=None)

@@ -9,12 +9,14 @@ import torch.utils.checkpoint
 from helpers import METHODS, adapted, gradients, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, lean, record_usage, start_task
 from peft_mora.base import AdapterLinear
 from peft_mora.flylora import Columns, SelectionGate
+from peft_mora.inputs import removed_after
 from peft_mora.lean import NO_GATE, Base, Gate, Parts, Weight, add_update, plain_add_update
 from peft_mora.mora import SoftmaxGate
 from peft_mora.packed import Packed
@@ -438,25 +440,12 @@ def test_nothing_is_written_into_an_output_that_somebody_saw(make_config):
     layer(x).sum().backward()  # autograd refuses it if the output has been written into
     assert not shares_memory(layer, x)
 
-    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
-    seen = []
-    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    y = layer(x)
-    torch.testing.assert_close(seen[0], x @ layer.base_layer.weight.T)
-    assert not torch.allclose(y, seen[0])
-
     layer = one_layer(make_config, nn.Linear(16, 12, bias=False))  # a hook that changes the input has a gradient
     layer.base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
     layer.lean = False
     (want,) = torch.autograd.grad(layer(x).sum(), x)
     layer.lean = True
     torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), x)[0], want)
-
-    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
-    forward, cache = layer.base_layer.forward, []
-    layer.base_layer.forward = lambda x: cache.append(forward(x)) or cache[-1]
-    y = layer(x)
-    assert not torch.allclose(y, cache[0])
 
 
 def keeping(function, kept):
@@ -482,20 +471,28 @@ class KeepsLinear(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("where", ["class forward", "class call", "F.linear", "function mode"])
-def test_an_output_kept_by_what_wraps_the_class_or_the_function_stays_the_base_s(make_config, where, monkeypatch):
+@pytest.mark.parametrize(
+    "where", ["hook", "forward", "class forward", "class call", "F.linear", "function mode", "global hook"]
+)
+def test_an_output_kept_by_a_hook_or_by_what_wraps_the_base_stays_the_base_s(make_config, where, monkeypatch):
     layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
-    x, kept = torch.randn(3, 5, 16, requires_grad=True), []
+    x, kept, hooks = torch.randn(3, 5, 16, requires_grad=True), [], []
+    if where == "hook":
+        layer.base_layer.register_forward_hook(lambda module, args, output: kept.append(output))
+    if where == "global hook":
+        hooks.append(register_module_forward_hook(lambda module, args, output: kept.append(output)))
     place, name = {
+        "forward": (layer.base_layer, "forward"),
         "class forward": (nn.Linear, "forward"),
         "class call": (nn.Module, "__call__"),
         "F.linear": (nn.functional, "linear"),
     }.get(where, (None, None))
     if place:
         monkeypatch.setattr(place, name, keeping(getattr(place, name), kept))
-    with KeepsLinear(kept) if place is None else nullcontext():
-        (layer.forward if where == "class call" else layer)(x)
+    with KeepsLinear(kept) if where == "function mode" else nullcontext(), removed_after(hooks):
+        y = (layer.forward if where == "class call" else layer)(x)
     torch.testing.assert_close(kept[0], x @ layer.base_layer.weight.T)
+    assert not torch.allclose(y, kept[0])
 
 
 def test_the_default_device_costs_nothing(make_config):

@@ -735,18 +735,6 @@ def test_added_after_the_trainer_was_made_it_says_so(first_task, llama_folder, t
         trainer.train()
 
 
-@pytest.mark.parametrize("name, match", [("deepspeed", "steps inside backward"), ("fsdp", "in pieces")])
-@pytest.mark.parametrize("by", ["arguments", "accelerate"])
-def test_trainers_that_step_out_of_reach_are_refused(by, name, match, monkeypatch):
-    arguments = SimpleNamespace(deepspeed=None, fsdp=None)
-    if by == "arguments":
-        setattr(arguments, name, "a config")
-    else:
-        monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(ValueError, match=match):
-        OrthogonalProjectionCallback().on_init_end(arguments, None, None, model=None)
-
-
 def test_full_bases_are_refused_and_short_ones_warned_of(first_task, llama_folder, tmp_path):
     subspace = Subspace.load(first_task["task"] / "subspace")
     for size, name in ((64, "full"), (60, "short")):

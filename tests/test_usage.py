@@ -107,18 +107,6 @@ def test_padding_on_either_side_counts_as_nothing_and_generation_with_a_cache_co
 
 
 @pytest.mark.parametrize("kind", ROUTED)
-def test_several_batches_add_up(kind):
-    model = adapted(kind)
-    one, two = padded(), {k: v.flip(0)[:2] for k, v in padded().items()}
-    single = [count(model, **batch) for batch in (one, two)]
-    with record_usage(model):
-        model(**one)
-        model(**two)
-    for name, part in counts(model).items():
-        assert torch.equal(part, single[0][name] + single[1][name])
-
-
-@pytest.mark.parametrize("kind", ROUTED)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_recompute_of_gradient_checkpointing_does_not_count_twice(kind, use_reentrant):
     def run(checkpointing: bool):
