@@ -86,19 +86,32 @@ class Worst(TrainerCallback):
             self.moved = max(self.moved, delta.norm().item())
 
 
+@pytest.fixture
+def second(first_task, llama_folder, tmp_path):
+    """Make the run of task two: its model, its trainer under `callback(memory, **arguments)` and `callbacks` after it,
+    and a `Worst` of the first task's memory. `options` are SFTConfig's."""
+
+    def make(
+        kind="task", callback=OrthogonalProjectionCallback, callbacks=(), output="two", options=None, **arguments
+    ):
+        model, memory = second_task(kind, first_task, llama_folder), first_task[kind] / "subspace"
+        worst, projection = Worst(memory), callback(**{"memory": memory, **arguments})
+        made = [projection, worst, *callbacks]
+        return model, sft(model, llama_folder, tmp_path / output, made, **(options or {})), worst
+
+    return make
+
+
 class GradientOnly(OrthogonalProjectionCallback):
     def on_optimizer_step(self, *args, **kwargs):
         pass
 
 
 @pytest.mark.parametrize("kind", [*ROUTINGS, "lora"])
-def test_adamw_steps_stay_out_of_the_protected_span(kind, first_task, llama_folder, tmp_path):
-    memory = first_task[kind] / "subspace"
+def test_adamw_steps_stay_out_of_the_protected_span(kind, second):
     leaks = {}
     for callback in (OrthogonalProjectionCallback, GradientOnly):
-        worst = Worst(memory)
-        model = second_task(kind, first_task, llama_folder)
-        trainer = sft(model, llama_folder, tmp_path / callback.__name__, [callback(memory), worst])
+        model, trainer, worst = second(kind, callback)
         refused = pytest.raises(ValueError, match="saved are not those that were projected")
         with refused if callback is GradientOnly else nullcontext():
             trainer.train()
@@ -139,13 +152,20 @@ def test_full_energy_keeps_the_outputs_on_protected_inputs(start, first_task, ll
             assert update.norm() > 1e-3 * scale  # other inputs do get an update
 
 
-def test_what_task_two_used_is_added_to_the_memory(first_task, llama_folder, tmp_path):
-    memory = first_task["task"] / "subspace"
-    model = second_task("task", first_task, llama_folder)
-    sft(model, llama_folder, tmp_path / "two", OrthogonalProjectionCallback(memory, energy=0.97)).train()
-    one, two = Subspace.load(memory), Subspace.load(tmp_path / "two" / "subspace")
-    assert [task["name"] for task in two.tasks] == ["initial", "two"]
-    assert two.groups == one.groups
+def test_metrics_reach_the_trainers_logs_and_what_task_two_used_the_memory(first_task, second, tmp_path):
+    _, trainer, _ = second(energy=0.97)
+    trainer.train()
+    one, two = Subspace.load(first_task["task"] / "subspace"), Subspace.load(tmp_path / "two" / "subspace")
+    ranks = [V.shape[1] for V in one.right.values()]
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 6
+    for entry in entries:
+        assert entry["protected_rank_mean"] == pytest.approx(sum(ranks) / len(ranks))
+        assert entry["protected_rank_max"] == max(ranks)
+        assert 0 <= entry["leakage"] <= 1e-5
+    removed = [entry["gradient_removed"] for entry in entries[1:]]  # A has no gradient in the first step: B is 0
+    assert all(0 < share <= 1 for share in removed)
+    assert [task["name"] for task in two.tasks] == ["initial", "two"] and two.groups == one.groups
     grown = 0
     for group, V in two.right.items():
         k = one.right[group].shape[1]
@@ -155,35 +175,12 @@ def test_what_task_two_used_is_added_to_the_memory(first_task, llama_folder, tmp
     assert grown > 0
 
 
-def test_metrics_reach_the_trainers_logs(first_task, llama_folder, tmp_path):
-    memory = first_task["task"] / "subspace"
-    model = second_task("task", first_task, llama_folder)
-    trainer = sft(model, llama_folder, tmp_path / "two", OrthogonalProjectionCallback(memory))
-    trainer.train()
-    ranks = [V.shape[1] for V in Subspace.load(memory).right.values()]
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(entries) == 6
-    for entry in entries:
-        assert entry["protected_rank_mean"] == pytest.approx(sum(ranks) / len(ranks))
-        assert entry["protected_rank_max"] == max(ranks)
-        assert 0 <= entry["leakage"] <= 1e-5
-    removed = [entry["gradient_removed"] for entry in entries[1:]]  # A has no gradient in the first step: B is 0
-    assert all(0 < share <= 1 for share in removed)
-
-
-def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(first_task, llama_folder, tmp_path):
-    memory = first_task["task"] / "subspace"
-
-    def run(output, **kwargs):
-        model = second_task("task", first_task, llama_folder)
-        worst = Worst(memory)
-        callback = OrthogonalProjectionCallback(memory, start="contrast", room=6)
-        options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
-        return sft(model, llama_folder, output, [callback, worst], **options), worst
-
-    whole, _ = run(tmp_path / "whole")
+def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(second, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    run = {"start": "contrast", "room": 6, "options": options}
+    _, whole, _ = second(output="whole", **run)
     whole.train()
-    resumed, worst = run(tmp_path / "resumed")
+    _, resumed, worst = second(output="resumed", **run)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert losses(resumed) == losses(whole)
     assert worst.leak <= 1e-5
@@ -194,12 +191,12 @@ def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(first_task
 @pytest.mark.parametrize(
     "start, match", [("contrast", "has no orthogonal_projection"), ("random", "without this callback")]
 )
-def test_checkpoint_that_was_trained_without_the_callback_is_refused(start, match, first_task, llama_folder, tmp_path):
+def test_checkpoint_that_was_trained_without_the_callback_is_refused(
+    start, match, first_task, second, llama_folder, tmp_path
+):
     model = second_task("task", first_task, llama_folder)
     sft(model, llama_folder, tmp_path / "free", save_strategy="steps", save_steps=3).train()
-    model = second_task("task", first_task, llama_folder)
-    callback = OrthogonalProjectionCallback(first_task["task"] / "subspace", start=start)
-    trainer = sft(model, llama_folder, tmp_path / "two", callback)
+    _, trainer, _ = second(start=start)
     with pytest.raises(ValueError, match=match):
         trainer.train(resume_from_checkpoint=str(tmp_path / "free" / "checkpoint-3"))
 
@@ -215,11 +212,9 @@ def test_checkpoint_that_was_trained_without_the_callback_is_refused(start, matc
     ],
     ids=lambda options: "-".join(map(str, *options.items())),
 )
-def test_guarantee_holds_with(options, first_task, llama_folder, tmp_path):
-    memory = first_task["task"] / "subspace"
-    worst = Worst(memory)
-    model = second_task("task", first_task, llama_folder)
-    sft(model, llama_folder, tmp_path / "two", [OrthogonalProjectionCallback(memory), worst], **options).train()
+def test_guarantee_holds_with(options, second):
+    _, trainer, worst = second(options=options)
+    trainer.train()
     assert worst.moved > 0 and worst.leak <= 1e-5
 
 
@@ -267,12 +262,11 @@ def leak_of_file(folder, memory):
 
 
 @pytest.mark.parametrize("key", ["z", "unknown"])
-def test_weights_that_are_saved_are_held_also_where_others_are_stepped(key, first_task, llama_folder, tmp_path):
+def test_weights_that_are_saved_are_held_also_where_others_are_stepped(key, first_task, second, tmp_path):
     """A schedule-free optimizer saves an average; where its parts cannot be reached, the run is refused."""
     memory = first_task["lora"] / "subspace"
-    model = second_task("lora", first_task, llama_folder)
     options = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps"}
-    trainer = sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(memory), **options)
+    model, trainer, _ = second("lora", output=".", options=options)
     trainer.optimizer = ScheduleFree(model, key)
     if key == "z":
         trainer.train()
@@ -308,22 +302,19 @@ def test_an_average_over_the_steps_starts_where_they_start(first_task, llama_fol
     assert worst.leak <= 1e-5 and worst.moved > 0
 
 
-def test_a_run_that_begins_anew_with_a_smaller_batch_goes_on(first_task, llama_folder, tmp_path):
+def test_a_run_that_begins_anew_with_a_smaller_batch_goes_on(second, tmp_path):
     """auto_find_batch_size: memory runs out in step 3, and the trainer begins again with the weights as they are."""
-    memory, out = first_task["lora"] / "subspace", At(3, "memory")
-    model = second_task("lora", first_task, llama_folder)
-    worst = Worst(memory)
-    callbacks = [OrthogonalProjectionCallback(memory, room=6), worst, out]
-    trainer = sft(model, llama_folder, tmp_path, callbacks, auto_find_batch_size=True)
+    out = At(3, "memory")
+    model, trainer, worst = second("lora", callbacks=[out], options={"auto_find_batch_size": True}, room=6)
     trainer.train()
     assert out.done and trainer.state.global_step == 6
     assert worst.leak <= 1e-5 and worst.moved > 1e-2
     for pair in trainable_factors(model, None)[1].values():
         assert torch.linalg.matrix_rank(pair.A.detach(), rtol=1e-4) <= 6
-    assert len(Subspace.load(tmp_path / "subspace").tasks) == 2
+    assert len(Subspace.load(tmp_path / "two" / "subspace").tasks) == 2
 
 
-def test_a_skipped_step_moves_nothing_and_leaves_the_metrics_finite(first_task, llama_folder, tmp_path):
+def test_a_skipped_step_moves_nothing_and_leaves_the_metrics_finite(second):
     """What fp16's loss scaling does on overflow: gradients that are not finite, and a step that is left out."""
 
     class Overflowing(OrthogonalProjectionCallback):
@@ -343,10 +334,7 @@ def test_a_skipped_step_moves_nothing_and_leaves_the_metrics_finite(first_task, 
                 for old, new in zip(self.before, after, strict=True):
                     torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
 
-    memory = first_task["task"] / "subspace"
-    worst = Worst(memory)
-    model = second_task("task", first_task, llama_folder)
-    trainer = sft(model, llama_folder, tmp_path / "two", [Overflowing(memory), worst])
+    _, trainer, worst = second(callback=Overflowing)
     trainer.train()
     assert worst.leak <= 1e-5
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -354,25 +342,20 @@ def test_a_skipped_step_moves_nothing_and_leaves_the_metrics_finite(first_task, 
     assert all(math.isfinite(entry["gradient_removed"]) for entry in entries[3:])
 
 
-def test_start_from_inputs_sees_more_of_the_new_task(first_task, llama_folder, tmp_path):
-    memory = first_task["task"] / "subspace"
+class Start(TrainerCallback):
+    """A of each module before the first step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.A = {name: pair.A.detach().clone() for name, pair in trainable_factors(model, None)[1].items()}
+
+
+def test_start_from_inputs_sees_more_of_the_new_task(second, llama_folder):
     seen = {}
     for start in ("random", "inputs", "contrast"):
-
-        class Look(TrainerCallback):
-            def on_step_begin(self, args, state, control, model=None, **kwargs):
-                if state.global_step == 0:
-                    self.rows = {n: p.A.detach().clone() for n, p in trainable_factors(model, None)[1].items()}
-
-        look = Look()
-        model = second_task("task", first_task, llama_folder)
-        sft(
-            model,
-            llama_folder,
-            tmp_path / start,
-            [OrthogonalProjectionCallback(memory, start=start), look],
-            max_steps=1,
-        ).train()
+        began = Start()
+        model, trainer, _ = second(start=start, callbacks=[began], output=start, options={"max_steps": 1})
+        trainer.train()
         tokenizer = AutoTokenizer.from_pretrained(llama_folder)
         layer = model.get_base_model().model.layers[1].mlp.gate_proj
         inputs: list[torch.Tensor] = []
@@ -380,32 +363,23 @@ def test_start_from_inputs_sees_more_of_the_new_task(first_task, llama_folder, t
         with torch.no_grad():
             model(**tokenizer(list(texts()["text"]), return_tensors="pt"))
         handle.remove()
-        A = look.rows["model.layers.1.mlp.gate_proj"]
+        A = began.A["model.layers.1.mlp.gate_proj"]
         seen[start] = (inputs[0].float() @ A.T).norm().item() / A.norm().item()
     assert seen["inputs"] > 1.5 * seen["random"]
     assert seen["contrast"] > 1.2 * seen["random"]
 
 
 @pytest.mark.parametrize("start", ["inputs", "contrast"])
-def test_room_holds_the_rows_to_a_few_directions(start, first_task, llama_folder, tmp_path):
-    memory = first_task["dense"] / "subspace"
-    worst = Worst(memory)
-    model = second_task("dense", first_task, llama_folder)
-    starts = {}
-
-    class Look(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            for name, pair in trainable_factors(model, None)[1].items():
-                starts.setdefault(name, pair.A.detach().double().clone())
-
-    callback = OrthogonalProjectionCallback(memory, start=start, room=3)
-    sft(model, llama_folder, tmp_path / "two", [callback, worst, Look()]).train()
+def test_room_holds_the_rows_to_a_few_directions(start, second):
+    began = Start()
+    model, trainer, worst = second("dense", start=start, room=3, callbacks=[began])
+    trainer.train()
     assert worst.leak <= 1e-5 and worst.moved > 1e-2
     for name, pair in trainable_factors(model, None)[1].items():
-        both = torch.cat([starts[name], pair.A.detach().double()])
+        both = torch.cat([began.A[name], pair.A.detach()]).double()
         values = torch.linalg.svdvals(both)  # 4 rows at the start and 4 at the end, in 3 dimensions
         assert values[2] > 1e-3 and values[3] < 1e-5 * values[0]
-        assert (starts[name] - pair.A.detach()).norm() > 1e-3
+        assert (began.A[name] - pair.A.detach()).norm() > 1e-3
 
 
 def test_base_weights_protect_the_first_task_on_both_sides(llama_folder, tmp_path):
@@ -432,14 +406,14 @@ def test_base_weights_without_energy_keep_more_where_a_layer_changes_less(llama_
 
 
 @pytest.mark.parametrize("kind", ["dense", "lora"])
-def test_past_adapters_are_avoided_without_a_memory(kind, first_task, llama_folder, tmp_path):
-    model = second_task(kind, first_task, llama_folder)
+def test_past_adapters_are_avoided_without_a_memory(kind, second, tmp_path):
+    model, trainer, _ = second(kind, memory=None, source="past_adapters")
     old = {name: pair.past_A[0].detach().double() for name, pair in trainable_factors(model, None)[1].items()}
-    sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(source="past_adapters")).train()
+    trainer.train()
     for name, pair in trainable_factors(model, None)[1].items():
         delta = pair.B.detach().double() @ pair.A.detach().double()
         assert (delta @ old[name].T).norm() <= 1e-5 * delta.norm() * old[name].norm()
-    assert {V.shape[1] for V in Subspace.load(tmp_path / "subspace").right.values()} == {8}
+    assert {V.shape[1] for V in Subspace.load(tmp_path / "two" / "subspace").right.values()} == {8}
 
 
 def test_modules_that_no_past_adapter_had_are_free(llama_folder, tmp_path):
@@ -685,10 +659,9 @@ def test_a_model_of_pictures_keeps_its_first_task(start, tmp_path):
     assert len(leakage) == 3 and 0 < max(leakage) <= 1e-5
 
 
-def test_other_trainable_weights_are_refused(first_task, llama_folder, tmp_path):
-    model = second_task("task", first_task, llama_folder)
+def test_other_trainable_weights_are_refused(second):
+    model, trainer, _ = second()
     model.get_base_model().model.norm.weight.requires_grad_(True)
-    trainer = sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(first_task["task"] / "subspace"))
     with pytest.raises(ValueError, match="more parameters are trainable"):
         trainer.train()
 
@@ -700,22 +673,22 @@ def test_two_adapters_in_training_are_refused(first_task, llama_folder, tmp_path
         sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(first_task["lora"] / "subspace"))
 
 
-def test_a_memory_of_other_modules_another_source_or_its_own_output_is_refused(first_task, llama_folder, tmp_path):
+def test_a_memory_of_other_modules_another_source_or_its_own_output_is_refused(first_task, second, tmp_path):
     memory = first_task["task"] / "subspace"
 
-    def attempt(model, output, memory=memory, **kwargs):
-        sft(model, llama_folder, output, OrthogonalProjectionCallback(memory, **kwargs)).train()
+    def attempt(**arguments):
+        second(**arguments)[1].train()
 
     fewer = Subspace.load(memory)
     fewer.groups.pop("model.layers.1.mlp.down_proj")
     fewer.right.pop("model.layers.1.mlp.down_proj")
     fewer.save(tmp_path / "fewer")
     with pytest.raises(ValueError, match=r"no basis for module 'model\.layers\.1\.mlp\.down_proj'"):
-        attempt(second_task("task", first_task, llama_folder), tmp_path, tmp_path / "fewer")
+        attempt(memory=tmp_path / "fewer")
     with pytest.raises(ValueError, match="source='inputs': go on with that"):
-        attempt(second_task("task", first_task, llama_folder), tmp_path, source="gradients")
+        attempt(source="gradients")
     with pytest.raises(ValueError, match="output_dir of its own"):
-        attempt(second_task("task", first_task, llama_folder), first_task["task"])
+        attempt(output=first_task["task"])
     assert Subspace.load(memory)  # still there
     text = json.loads((memory / "subspace.json").read_text())
     text["model"]["weights_sha256"] = "0"
@@ -723,9 +696,7 @@ def test_a_memory_of_other_modules_another_source_or_its_own_output_is_refused(f
     Subspace.load(memory).save(other)
     (other / "subspace.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match="another base model"):
-        sft(
-            second_task("task", first_task, llama_folder), llama_folder, tmp_path, OrthogonalProjectionCallback(other)
-        ).train()
+        attempt(memory=other)
 
 
 def test_added_after_the_trainer_was_made_it_says_so(first_task, llama_folder, tmp_path):
@@ -735,18 +706,16 @@ def test_added_after_the_trainer_was_made_it_says_so(first_task, llama_folder, t
         trainer.train()
 
 
-def test_full_bases_are_refused_and_short_ones_warned_of(first_task, llama_folder, tmp_path):
+def test_full_bases_are_refused_and_short_ones_warned_of(first_task, second, tmp_path):
     subspace = Subspace.load(first_task["task"] / "subspace")
     for size, name in ((64, "full"), (60, "short")):
         subspace.right = {g: torch.linalg.qr(torch.randn(len(V), len(V)))[0][:, : size if len(V) == 64 else 4]
                           for g, V in subspace.right.items()}  # fmt: skip
         subspace.save(tmp_path / name)
-    model = second_task("task", first_task, llama_folder)
     with pytest.raises(ValueError, match="fill all 64 dimensions"):
-        sft(model, llama_folder, tmp_path / "a", OrthogonalProjectionCallback(tmp_path / "full")).train()
-    model = second_task("task", first_task, llama_folder)
+        second(memory=tmp_path / "full")[1].train()
     with pytest.warns(UserWarning, match="less than 10% of their dimensions left to this task"):
-        sft(model, llama_folder, tmp_path / "b", OrthogonalProjectionCallback(tmp_path / "short"), max_steps=1).train()
+        second(memory=tmp_path / "short", options={"max_steps": 1})[1].train()
 
 
 @pytest.mark.slow
