@@ -193,6 +193,29 @@ def sft(model: nn.Module, folder: str, output, peft_config=None, callbacks=None,
     )
 
 
+def trl_trainer(name: str, method, folder: str, output, data: dict, model=None, **arguments):
+    """TRL's `name`Trainer, not yet run: three steps of four rows on a 4-bit base. `method` is one of METHODS, or the
+    config; a `model` that has its adapter needs none. `arguments` are the config's."""
+    import trl
+    from datasets import Dataset
+
+    torch.manual_seed(0)
+    arguments = {
+        "output_dir": str(output), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "seed": 0,
+        **arguments,
+    }  # fmt: skip
+    rewards = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
+    return getattr(trl, f"{name}Trainer")(
+        model=model or quantized(folder),
+        args=getattr(trl, f"{name}Config")(**arguments),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=METHODS[method](target_modules="all-linear") if isinstance(method, str) else method,
+        **rewards if name in ("GRPO", "RLOO") else {},
+    )
+
+
 class At(TrainerCallback):
     """Do something once, at the end of a step: stop the run, or run out of memory as CUDA does."""
 

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from helpers import At, losses, quantized, randomize, ranks, sft, texts, tiny_llama
+from helpers import At, losses, quantized, randomize, ranks, sft, texts, tiny_llama, trl_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from transformers import TrainerCallback
 
 from peft_mora import FlyLoraConfig, MoraConfig, expert_usage, start_task
 from peft_mora.routed import routed_layers
@@ -336,16 +334,8 @@ def test_frozen_tasks_keep_their_k_and_count_towards_the_budget(llama_folder, tm
 def test_dpo_s_reference_keeps_its_own_k_and_stays_uncounted(llama_folder, tmp_path):
     prompts = texts()["text"]
     pairs = {"prompt": prompts, "chosen": [" yes"] * 24, "rejected": [" no big cat"] * 24}
-    run = DPOTrainer(
-        model=get_peft_model(quantized(llama_folder), config()),
-        args=DPOConfig(
-            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to="none", use_cpu=True,
-            bf16=False, logging_steps=1,
-        ),
-        train_dataset=Dataset.from_dict(pairs),
-        processing_class=AutoTokenizer.from_pretrained(llama_folder),
-        callbacks=[ActivationBudgetCallback(2)],
-    )  # fmt: skip
+    run = trl_trainer("DPO", None, llama_folder, tmp_path, pairs, get_peft_model(quantized(llama_folder), config()))
+    run.add_callback(ActivationBudgetCallback(2))
     run.train()
     assert {layer.top_k("default") for layer in routed_layers(run.model).values()} == {2}
     assert {layer.top_k("ref") for layer in routed_layers(run.model, "ref").values()} == {6}

@@ -104,20 +104,14 @@ def test_a_run_that_begins_anew_with_a_smaller_batch_switches_once(step, llama_f
         run.train()
 
 
-def test_a_calibration_that_saw_nan_ends_with_advice_and_leaves_the_adapter_dense(llama_folder, tmp_path):
-    run = trainer(llama_folder, tmp_path)
-    run.model.get_input_embeddings().weight.data[5] = float("nan")
-    with pytest.raises(ValueError, match="not finite: the calibration run has diverged"):
-        run.train()
-    assert run.model.peft_config["default"].sparsity is None
-
-
-def test_a_calibration_without_data_ends_in_the_sampler_and_leaves_the_adapter_dense(llama_folder, tmp_path):
-    run = trainer(llama_folder, tmp_path)
-    run.train_dataset = run.train_dataset.select([])
-    with pytest.raises(ValueError, match="num_samples=0"):
-        run.train()
-    assert run.model.peft_config["default"].sparsity is None
+def test_a_calibration_that_saw_nan_or_no_data_says_so_and_leaves_the_adapter_dense(llama_folder, tmp_path):
+    diverged, empty = (trainer(llama_folder, tmp_path / name) for name in ("diverged", "empty"))
+    diverged.model.get_input_embeddings().weight.data[5] = float("nan")
+    empty.train_dataset = empty.train_dataset.select([])
+    for run, message in ((diverged, "not finite: the calibration run has diverged"), (empty, "num_samples=0")):
+        with pytest.raises(ValueError, match=message):
+            run.train()
+        assert run.model.peft_config["default"].sparsity is None
 
 
 def test_resuming_a_dense_run_past_the_switch_is_refused(llama_folder, tmp_path):

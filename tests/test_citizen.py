@@ -56,24 +56,20 @@ def test_trainability_is_that_of_a_lora_at_every_step(make_config, tmp_path):
         model = get_peft_model(tiny_llama(), make(target_modules=LAYERS))
         seen()
         model.save_pretrained(folder)
-        model.load_adapter(str(folder), "frozen")
-        seen()
-        model.load_adapter(str(folder), "trained", is_trainable=True)
-        seen()
-        model.base_model.set_adapter(["default", "trained"])
-        seen()
-        model.set_adapter("frozen")
-        seen()
-        model.set_requires_grad("trained")
-        seen()
-        model.set_requires_grad(["frozen", "trained"], requires_grad=False)
-        seen()
-        with model.disable_adapter():
+        for step in (
+            lambda: model.load_adapter(str(folder), "frozen"),
+            lambda: model.load_adapter(str(folder), "trained", is_trainable=True),
+            lambda: model.base_model.set_adapter(["default", "trained"]),
+            lambda: model.set_adapter("frozen"),
+            lambda: model.set_requires_grad("trained"),
+            lambda: model.set_requires_grad(["frozen", "trained"], requires_grad=False),
+            lambda: model.set_adapter("default", inference_mode=True),
+            lambda: model.delete_adapter("frozen"),
+        ):
+            step()
             seen()
-        model.set_adapter("default", inference_mode=True)
-        seen()
-        model.delete_adapter("frozen")
-        seen()
+            with model.disable_adapter():
+                seen()
         for train in (False, True):
             model = PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=train)
             seen()

@@ -33,21 +33,8 @@ def tasks(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(continual, run_recipe, llama_folder, tasks):
     def run(output, *arguments) -> str:
-        common = ["--data", tasks, "--tasks", "colours,winds", "--model", llama_folder, "--device", "cpu", "--r", 4]
-        common += [
-            "--protect",
-            tasks / "pages.jsonl",
-            "--steps",
-            4,
-            "--save-steps",
-            2,
-            "--lr",
-            0.03,
-            "--metrics",
-            "label",
-            "--output",
-            output,
-        ]
+        common = ["--data", tasks, "--model", llama_folder, "--protect", tasks / "pages.jsonl", "--output", output]
+        common += "--tasks colours,winds --device cpu --r 4 --steps 4 --save-steps 2 --lr 0.03 --metrics label".split()
         return run_recipe(continual, *common, *arguments)
 
     return run

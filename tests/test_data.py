@@ -17,7 +17,7 @@ from shared.tasks import read_task
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from peft_mora import LoriConfig, MoraConfig
+from peft_mora import MoraConfig
 
 
 CHAT = [{"role": "user", "content": "is the dog red"}, {"role": "assistant", "content": "no"}]
@@ -224,6 +224,12 @@ def test_a_data_set_s_nulls_for_other_calls_arguments_are_left_out(tmp_path):
     assert [row["messages"] for row in read_dataset(tmp_path / "content")] == [empty, CHAT]
 
 
+def trainer_of(dataset, tokenizer, folder, output, max_length: int) -> SFTTrainer:
+    args = SFTConfig(output_dir=str(output), max_length=max_length, report_to="none", use_cpu=True, bf16=False)
+    adapter = MoraConfig(target_modules="all-linear")
+    return SFTTrainer(quantized(folder), args, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter)
+
+
 def test_the_trainer_sees_no_argument_of_another_call(tmp_path, llama_folder, tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments.items() %}"
@@ -232,10 +238,8 @@ def test_the_trainer_sees_no_argument_of_another_call(tmp_path, llama_folder, to
         "{{ 'big' if thinking else 'small' }}"
     )
     records = [calls(where="mat"), {**calls(n=3), "chat_template_kwargs": {"thinking": True}}, {"messages": CHAT}]
-    args = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_length=32)
     dataset = read_dataset(jsonl(tmp_path / "train.jsonl", *records), tokenizer=tokenizer, max_length=32)
-    trainer = SFTTrainer(quantized(llama_folder), args=args, train_dataset=dataset, processing_class=tokenizer,
-                         peft_config=MoraConfig(target_modules="all-linear"))  # fmt: skip
+    trainer = trainer_of(dataset, tokenizer, llama_folder, tmp_path, max_length=32)
     seen = [tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset]
     assert seen == ["mat blue dog small", "log blue dog big", "small"]
 
@@ -327,17 +331,10 @@ def test_a_record_of_which_truncation_leaves_no_answer_is_refused(record, tmp_pa
 
 def test_the_limit_of_the_length_check_is_the_trainer_s(tmp_path, llama_folder, tokenizer):
     """One token less and the trainer would have no label in the record at all."""
-    from helpers import quantized
-    from trl import SFTConfig, SFTTrainer
-
     file = jsonl(tmp_path / "train.jsonl", {"prompt": "the cat sat on the mat", "answer": "yes"})
     labels = []
     for max_length in (7, 6):
-        args = SFTConfig(output_dir=str(tmp_path), max_length=max_length, report_to="none", use_cpu=True, bf16=False)
-        trainer = SFTTrainer(
-            quantized(llama_folder), args=args, train_dataset=read_dataset(file), processing_class=tokenizer,
-            peft_config=LoriConfig(target_modules="all-linear"),
-        )  # fmt: skip
+        trainer = trainer_of(read_dataset(file), tokenizer, llama_folder, tmp_path, max_length)
         batch = next(iter(trainer.get_train_dataloader())) if len(trainer.train_dataset) else {"labels": []}
         labels.append(sum(int((row != -100).sum()) for row in batch["labels"]))
     assert labels == [1, 0]

@@ -81,8 +81,11 @@ def test_update_norms_equal_the_norms_of_the_whole_update():
     torch.testing.assert_close(whole, (B @ A).square().sum())
 
 
-def test_frequent_directions_bound_holds():
-    rows = torch.randn(40, 12, dtype=torch.float64) * torch.linspace(3, 0.1, 12, dtype=torch.float64)
+@pytest.mark.parametrize("rank", [3, 12])
+def test_frequent_directions_bound_holds(rank):
+    """Of a stream of no more directions than it has it loses none."""
+    rows = torch.randn(40, rank, dtype=torch.float64) * torch.linspace(3, 0.1, rank, dtype=torch.float64)
+    rows = rows @ torch.linalg.qr(torch.randn(12, rank, dtype=torch.float64))[0].T
     sketch = rows[:0]
     cut = 0.0
     for part in rows.split(8):
@@ -93,12 +96,7 @@ def test_frequent_directions_bound_holds():
     difference = torch.linalg.eigvalsh(rows.T @ rows - sketch.T @ sketch)
     assert difference.min() > -1e-9  # never more than was there
     assert difference.max() <= cut + 1e-9  # and at most the sum of what was cut
-
-
-def test_frequent_directions_keep_a_low_rank_stream_exactly():
-    rows = torch.randn(30, 3, dtype=torch.float64) @ torch.randn(3, 12, dtype=torch.float64)
-    sketch = linalg.shrink_sketch(torch.cat([linalg.shrink_sketch(rows[:15], 5), rows[15:]]), 5)
-    torch.testing.assert_close(sketch.T @ sketch, rows.T @ rows)
+    assert rank > 3 or cut < 1e-9
 
 
 def test_contrast_maximises_the_ratio_of_new_to_old():

@@ -4,13 +4,11 @@ import types
 
 import pytest
 import torch
-import trl
 import trl.trainer.grpo_trainer as grpo
-from datasets import Dataset
-from helpers import METHODS, WORDS, adapted, losses, quantized, randomize, tiny_llama
+from helpers import METHODS, WORDS, adapted, losses, quantized, randomize, tiny_llama, trl_trainer
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_mora import start_task
@@ -23,26 +21,6 @@ FOUR = pytest.mark.parametrize("method", KINDS)
 N = 12
 PROMPTS = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(4)) for i in range(N)]
 PAIRS = {"prompt": PROMPTS, "chosen": [" yes cat"] * N, "rejected": [" no dog"] * N}
-
-
-def trainer_of(name: str, method, folder: str, output, data: dict, model=None, **arguments):
-    """TRL's `name`Trainer, not yet run: three steps of four rows on a 4-bit base. `method` is one of METHODS, or the
-    config; a `model` that has its adapter needs none. `arguments` are the config's."""
-    torch.manual_seed(0)
-    arguments = {
-        "output_dir": str(output), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "seed": 0,
-        **arguments,
-    }  # fmt: skip
-    rewards = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
-    return getattr(trl, f"{name}Trainer")(
-        model=model or quantized(folder),
-        args=getattr(trl, f"{name}Config")(**arguments),
-        train_dataset=Dataset.from_dict(data),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=METHODS[method](target_modules="all-linear") if isinstance(method, str) else method,
-        **rewards if name in ("GRPO", "RLOO") else {},
-    )
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -76,7 +54,7 @@ def sums(model: nn.Module, batch: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize(("method", "precompute"), [*((method, False) for method in KINDS), ("mora", True)])
 def test_dpo_s_reference_of_a_fresh_adapter_is_the_base_model(method, precompute, llama_folder, tmp_path, inputs):
-    trainer = trainer_of("DPO", method, llama_folder, tmp_path, PAIRS, beta=0.5, precompute_ref_log_probs=precompute)
+    trainer = trl_trainer("DPO", method, llama_folder, tmp_path, PAIRS, beta=0.5, precompute_ref_log_probs=precompute)
     train_and_check(trainer, quantized(llama_folder), tmp_path, inputs)
     assert set(trainer.model.peft_config) == {"default"}
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
@@ -94,7 +72,7 @@ def test_dpo_s_reference_of_a_fresh_adapter_is_the_base_model(method, precompute
 @FOUR
 def test_kto_runs_with_the_base_as_reference(method, llama_folder, tmp_path, inputs):
     labels = {"completion": [" yes cat", " no dog"] * (N // 2), "label": [True, False] * (N // 2)}
-    trainer = trainer_of("KTO", method, llama_folder, tmp_path, {"prompt": PROMPTS, **labels})
+    trainer = trl_trainer("KTO", method, llama_folder, tmp_path, {"prompt": PROMPTS, **labels})
     train_and_check(trainer, quantized(llama_folder), tmp_path, inputs)
     assert set(trainer.model.peft_config) == {"default"}
     first, *_, last = losses(trainer)
@@ -104,7 +82,7 @@ def test_kto_runs_with_the_base_as_reference(method, llama_folder, tmp_path, inp
 
 def rl(name, method, folder, output, model=None, beta=0.1, **kwargs):
     kwargs |= {"beta": beta, "num_generations": 4, "max_completion_length": 6}
-    return trainer_of(name, method, folder, output, {"prompt": PROMPTS}, model, **kwargs)
+    return trl_trainer(name, method, folder, output, {"prompt": PROMPTS}, model, **kwargs)
 
 
 @FOUR
@@ -141,7 +119,7 @@ def test_a_reward_model_trains_its_head_and_the_adapter(method, llama_folder, tm
         return AutoModelForSequenceClassification.from_pretrained(llama_folder, num_labels=1, dtype=torch.float32)
 
     config = METHODS[method](target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS")
-    train_and_check(trainer_of("Reward", config, llama_folder, tmp_path, PAIRS, base()), base(), tmp_path, inputs)
+    train_and_check(trl_trainer("Reward", config, llama_folder, tmp_path, PAIRS, base()), base(), tmp_path, inputs)
 
 
 class FakeVLLM(VLLMGeneration):

@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from datasets import Dataset
-from helpers import LORA, METHODS, adapted, gradients, losses, quantized, sft, texts, tiny_llama
+from helpers import LORA, METHODS, adapted, gradients, losses, quantized, sft, texts, tiny_llama, trl_trainer
 from peft import PeftModel
-from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer
 
 from peft_mora import start_task
 
@@ -70,16 +67,8 @@ def test_dpo_s_reference_equals_the_trained_adapter(method, tasks, llama_folder,
     model = PeftModel.from_pretrained(quantized(llama_folder), str(tmp_path / "trained"), is_trainable=True)
     with model.disable_adapter():
         base = model.eval()(inputs).logits
-    pairs = Dataset.from_dict({"prompt": texts()["text"], "chosen": [" yes"] * 24, "rejected": [" no"] * 24})
-    trainer = DPOTrainer(
-        model=model,
-        args=DPOConfig(
-            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
-            bf16=False, logging_steps=1, learning_rate=1e-2,
-        ),
-        train_dataset=pairs,
-        processing_class=AutoTokenizer.from_pretrained(llama_folder),
-    )  # fmt: skip
+    pairs = {"prompt": texts()["text"], "chosen": [" yes"] * 24, "rejected": [" no"] * 24}
+    trainer = trl_trainer("DPO", None, llama_folder, tmp_path, pairs, model, max_steps=1)
     model = trainer.model
     assert set(model.peft_config) == {"default", "ref"}
     trained = model.eval()(inputs).logits
