@@ -17,10 +17,12 @@ from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GPT2Config,
     LlamaConfig,
+    T5Config,
     TrainerCallback,
 )
 
@@ -109,6 +111,14 @@ def tiny_gpt2(seed: int = 0) -> nn.Module:
     return AutoModelForCausalLM.from_config(
         GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=64, n_positions=64, bos_token_id=1, eos_token_id=2)
     )
+
+
+def tiny_t5() -> nn.Module:
+    """An encoder and a decoder of one layer each, hidden size 32; no dropout of its own."""
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=64, dropout_rate=0.0)
+    config.decoder_start_token_id = 0
+    return AutoModelForSeq2SeqLM.from_config(config)
 
 
 def quantized(folder: str, bits: int = 4) -> nn.Module:

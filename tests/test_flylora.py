@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from helpers import adapted, tiny_llama
+from helpers import adapted, tiny_llama, tiny_t5
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from peft_mora import FlyLoraConfig, FlyLoraLinear, record_usage
 from peft_mora.routing import balance_step, select_by_magnitude, select_by_sign
@@ -298,12 +297,9 @@ def test_compiled_forwards_before_their_backwards_each_take_their_step():
 
 def test_an_encoder_s_padding_does_not_count_in_either_half(inputs):
     """The decoder's keys and values of its attention to the encoder are made of the encoder's tokens."""
-    t5 = T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=40)
-    t5.update({"decoder_start_token_id": 0, "dropout_rate": 0.0})
 
     def moved(pads: int) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        model = flylora(AutoModelForSeq2SeqLM.from_config(t5), target_modules="all-linear", balance_rate=0.1)
+        model = flylora(tiny_t5(), target_modules="all-linear", balance_rate=0.1)
         ids, mask = (torch.cat([t, t.new_zeros(3, pads)], dim=1) for t in (inputs, torch.ones_like(inputs)))
         model(input_ids=ids, attention_mask=mask, labels=inputs[:, :7].contiguous()).loss.backward()
         return offsets(model)

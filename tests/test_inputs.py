@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import tiny_llama, tiny_t5
 from peft import get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_mora import MoraConfig
 from peft_mora.export import fit_lora
@@ -53,12 +52,6 @@ def test_statistics_are_of_real_tokens_and_shared_inputs_share_them(budget_gib):
     sharing = {tuple(name.rsplit(".", 1)[-1] for name in modules) for modules in found.groups.values()}
     assert sharing == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
     assert len(found.groups) == 8
-
-
-def tiny_t5():
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
-    return T5ForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize("given", ["labels", "labels and inputs", "inputs", "mask"])

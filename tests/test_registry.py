@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import peft
 import peft.mapping as mapping
 import pytest
-from peft import PeftConfig, PeftType
+from peft import PeftType
 from peft.utils import peft_types
 
 import peft_mora
@@ -146,20 +146,6 @@ def test_a_peft_that_registers_in_another_way_is_named_in_one_line(stand_in, mon
         assert list(stand_in.types) == ["LORA"] and not hasattr(stand_in.types, "NEW")
         with pytest.raises(ValueError):
             stand_in.types("NEW")
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_field_from_a_later_version_is_dropped_with_pefts_own_warning(name, tmp_path):
-    CONFIGS[name](r=48, target_modules=["a"]).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    fields = json.loads(file.read_text())
-    assert fields["peft_type"] == name
-    file.write_text(json.dumps(fields | {"a_later_field": 1}))
-    with pytest.warns(
-        UserWarning, match=rf"Unexpected keyword arguments \['a_later_field'\] for class {CONFIGS[name].__name__},"
-    ):
-        config = PeftConfig.from_pretrained(str(tmp_path))
-    assert type(config) is CONFIGS[name] and config.r == 48 and not hasattr(config, "a_later_field")
 
 
 def test_a_peft_that_is_too_old_is_refused_in_one_line(monkeypatch):
