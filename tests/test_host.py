@@ -26,7 +26,8 @@ REFUSALS = {
     ),
     "calibration": (
         LoriCalibrationCallback(),
-        dict.fromkeys(("processes", "deepspeed", "fsdp", "best_model"), "in a run of its own"),
+        dict.fromkeys(("processes", "deepspeed", "fsdp"), "in a run of its own")
+        | {"best_model": "could bring back the dense adapter"},
     ),
 }
 

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import re
-import runpy
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -180,12 +178,6 @@ def test_a_routed_adapter_with_nothing_to_choose_is_fitted_exactly():
     assert effect_error(model, loras, padded(1)).error < 1e-4
 
 
-def run(recipe: str, *arguments, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
-    runpy.run_path(str(RECIPES / recipe), run_name="__main__")
-
-
 @pytest.fixture
 def tasks(tmp_path) -> Path:
     """Two tasks in the tiny model's words, each with answers of its own."""
@@ -211,32 +203,31 @@ def saved(method, llama_folder, folder) -> Path:
 
 
 @pytest.mark.parametrize("method", ["lori-sparse", "mora-dense"])
-def test_the_export_recipe_writes_what_peft_opens(method, llama_folder, tasks, tmp_path, inputs, monkeypatch, capsys):
+def test_the_export_recipe_writes_what_peft_opens(method, llama_folder, tasks, tmp_path, inputs, run_recipe, capsys):
     adapter = saved(method, llama_folder, tmp_path / "adapter")
     command = (adapter, "--output", tmp_path / "lora", "--data", tasks, "--task", "sky", "--device", "cpu")
-    run("export.py", *command, monkeypatch=monkeypatch)
-    printed = capsys.readouterr().out
+    printed = run_recipe("export", *command)
     assert "exact, but for rounding in 16 bits" in printed
     assert float(re.search(r"other texts: (\S+)", printed).group(1)) < 0.05
     assert "vLLM: --enable-lora --max-lora-rank 8\n" in printed  # of rank 4; it does not take 4
     lora = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
     assert_same(lora, PeftModel.from_pretrained(tiny_llama(), adapter), inputs)
     with pytest.raises(SystemExit):
-        run("export.py", *command, monkeypatch=monkeypatch)
+        run_recipe("export", *command)
     assert "exists: delete it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["mora", "flylora"])
 def test_the_export_recipe_refuses_above_its_bound_and_writes_nothing(
-    method, llama_folder, tasks, tmp_path, monkeypatch, capsys
+    method, llama_folder, tasks, tmp_path, run_recipe
 ):
     adapter = saved(method, llama_folder, tmp_path / "adapter")
     command = [adapter, "--output", tmp_path / "out/lora", "--data", tasks, "--task", "sky", "--device", "cpu"]
     with pytest.raises(SystemExit, match="Nothing written: the error .* above --max-error 0.001.*--force"):
-        run("export.py", *command, "--max-error", "0.001", monkeypatch=monkeypatch)
+        run_recipe("export", *command, "--max-error", "0.001")
     assert not (tmp_path / "out").exists()
-    run("export.py", *command, "--max-error", "0.001", "--force", monkeypatch=monkeypatch)
-    printed = float(re.findall(r"other texts: (\S+)", capsys.readouterr().out)[-1])
+    told = run_recipe("export", *command, "--max-error", "0.001", "--force")
+    printed = float(re.findall(r"other texts: (\S+)", told)[-1])
     # by hand, over the texts that the recipe measured on
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     records = [json.loads(line) for line in (tasks / "sky/test.jsonl").read_text().splitlines()]

@@ -213,7 +213,7 @@ def test_patterns_choose_rank_scale_and_layers_also_after_saving(make_config, tm
     model = adapted(
         make_config,
         target_modules=["q_proj", "v_proj"],
-        rank_pattern={"v_proj": 7, "q_proj": 5, r"layers\.1\.self_attn\.q_proj": 6},
+        rank_pattern={"v_proj": 7, "q_proj": 5, r"self_attn\.q_proj": 6},
         alpha_pattern={"v_proj": 21},
         layers_to_transform=[1],
         exclude_modules=["k_proj", "layers.9.q_proj"],
