@@ -25,9 +25,10 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
+from peft_mora.fingerprint import fingerprint
 from trl_callbacks import OrthogonalProjectionCallback
 from trl_callbacks.factors import trainable_factors
-from trl_callbacks.subspace import Subspace, fingerprint
+from trl_callbacks.subspace import Subspace
 
 
 def sft(model, folder, output, callback=None, **kwargs) -> SFTTrainer:

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from test_linalg import covariance, is_orthonormal
 
 from peft_mora import MoraConfig
+from peft_mora.fingerprint import fingerprint
 from peft_mora.inputs import InputStatistics
 from trl_callbacks import subspace as S
 
@@ -26,7 +27,7 @@ def test_old_inputs_are_remembered_to_their_energy_and_their_trace_in_full():
 
 def make_subspace(model=None) -> S.Subspace:
     V = torch.linalg.qr(torch.randn(8, 3))[0]
-    described = S.fingerprint(model if model is not None else tiny_llama())
+    described = fingerprint(model if model is not None else tiny_llama())
     return S.Subspace("inputs", described, [{"name": "one"}], {"q": ("q", "k")}, {"q": V}, {"q": V[:, :1]})
 
 
@@ -101,19 +102,19 @@ def test_missing_and_broken_files_are_named(tmp_path):
 def test_another_base_model_is_refused_by_what_differs(tmp_path):
     subspace = make_subspace(tiny_llama())
     with pytest.raises(ValueError, match="weights_sha256"):
-        subspace.check_model(S.fingerprint(tiny_llama(seed=1)), tmp_path)
+        subspace.check_model(fingerprint(tiny_llama(seed=1)), tmp_path)
     with pytest.raises(ValueError, match="model_type 'llama' there, 'gpt2' here"):
-        subspace.check_model(S.fingerprint(tiny_gpt2()), tmp_path)
+        subspace.check_model(fingerprint(tiny_gpt2()), tmp_path)
 
 
 def test_fingerprint_is_the_same_quantised_adapted_and_in_another_dtype(llama_folder):
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-    expected = S.fingerprint(plain)
-    assert S.fingerprint(plain.to(torch.bfloat16)) == expected
-    assert S.fingerprint(quantized(llama_folder)) == expected
+    expected = fingerprint(plain)
+    assert fingerprint(plain.to(torch.bfloat16)) == expected
+    assert fingerprint(quantized(llama_folder)) == expected
     model = get_peft_model(
         quantized(llama_folder), MoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[1])
     )
-    assert S.fingerprint(model.get_base_model()) == expected
+    assert fingerprint(model.get_base_model()) == expected

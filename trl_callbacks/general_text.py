@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
+from peft_mora.fingerprint import fingerprint
 from peft_mora.inputs import eval_mode, input_statistics, visit
 
-from .subspace import Subspace, fingerprint
+from .subspace import Subspace
 
 
 # SmolLM2-135M in NF4 on WikiText pages: docs/general-ability.md has what other settings give.

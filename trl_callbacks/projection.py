@@ -23,6 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
+from peft_mora.fingerprint import fingerprint
 from peft_mora.linalg import contrast_directions, leading_directions, project_out, update_norms
 
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
@@ -30,7 +31,7 @@ from .factors import Factors, trainable_factors
 from .general_text import TOKENS, add_text
 from .host import HostCallback, ahead_of_reporters, calibration_batches, output_folder
 from .sources import SOURCES, Run
-from .subspace import Subspace, fingerprint
+from .subspace import Subspace
 
 
 Start = Literal["random", "inputs", "contrast"]

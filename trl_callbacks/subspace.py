@@ -8,7 +8,6 @@ No trainer in this file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,44 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from peft_mora.files import whole_folder
 from peft_mora.inputs import InputStatistics
 from peft_mora.linalg import leading_directions, orthonormal
-
-
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells one base model from another, whatever it is quantised to: its type, sizes and a hash of weights.
-
-    The hash is over 64 rows of the input embeddings and all norms' weights, in bfloat16: those stay as they are when
-    a model is quantised or loaded in another float dtype.
-    """
-    config = getattr(model, "config", None)
-    table: Any = model.get_input_embeddings()
-    while isinstance(table, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        table = table.get_base_layer() if isinstance(table, BaseTunerLayer) else table.original_module
-    table = table.weight if hasattr(table, "weight") else next(table.parameters())  # pixels go through a convolution
-    weights = [table[:: max(1, len(table) // 64)]]
-    for name, module in model.named_modules():
-        if "Norm" in type(module).__name__ and "modules_to_save" not in name:
-            weights += list(module.parameters(recurse=False))
-    digest = hashlib.sha256()
-    for weight in weights:
-        plain = weight.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(plain.view(torch.int16).numpy().tobytes())
-    return {
-        "model_type": getattr(config, "model_type", type(model).__name__),
-        "hidden_size": getattr(config, "hidden_size", None),
-        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
-        "vocab_size": len(table),
-        "weights_sha256": digest.hexdigest(),
-    }
 
 
 VERSION = 1

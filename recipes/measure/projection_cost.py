@@ -18,9 +18,10 @@ import torch
 from peft import get_peft_model
 from transformers import TrainerCallback
 
+from peft_mora.fingerprint import fingerprint
 from trl_callbacks import OrthogonalProjectionCallback
 from trl_callbacks.projection import trainable_factors
-from trl_callbacks.subspace import Subspace, fingerprint
+from trl_callbacks.subspace import Subspace
 
 
 sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
