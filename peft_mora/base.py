@@ -216,6 +216,14 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         """A (R, I) and B (O, R) of all experts, float32 or wider. Where ΔW is static, it is scaling · B·A."""
         raise NotImplementedError
 
+    def row_names(self) -> list[str]:
+        """What a row of a mixed batch may be named: the adapters, and what else `of_row` knows."""
+        return list(self.r)
+
+    def of_row(self, name: str) -> tuple[str, Parts] | None:
+        """The adapter that a row of this name goes through, and what of it; None: the row gets the base alone."""
+        return (name, self.parts(name)) if name in self.r else None
+
     def trained(self, adapter_name: str) -> Trained | None:
         """A and B in training, where it is y = B·A·x of the layer's own input; None if A is frozen, or nothing trains:
         no choice of A then keeps what is learnt from inputs that are to be left alone."""
@@ -327,9 +335,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             base = None
         return result
 
-    def _add(self, result: Tensor, adapter_name: str, x: Tensor, add: Any = plain_add_update, *args: Any) -> Tensor:
+    def _add(
+        self, result: Tensor, adapter_name: str, x: Tensor, add: Any = plain_add_update, *args: Any,
+        parts: Parts | None = None,
+    ) -> Tensor:  # fmt: skip
         dropout = self.dropout[adapter_name] if self.training else 0.0
-        return add(result, x, *self.parts(adapter_name), self.scaling[adapter_name], dropout, *args)
+        return add(result, x, *(parts or self.parts(adapter_name)), self.scaling[adapter_name], dropout, *args)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch goes through adapter `adapter_names[i]`."""
@@ -344,11 +355,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             )
         result = self.base_layer(x, *args, **kwargs)
         for adapter_name in dict.fromkeys(adapter_names):
-            if adapter_name == BASE_ADAPTER or adapter_name not in self.r:
+            found = self.of_row(adapter_name)
+            if found is None:
                 continue
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
             add = add_update if self.lean and can_run(x) else plain_add_update
-            updated = self._add(result.index_select(0, rows), adapter_name, x.index_select(0, rows), add)
+            own, parts = found
+            updated = self._add(result.index_select(0, rows), own, x.index_select(0, rows), add, parts=parts)
             result = result.index_copy(0, rows, updated)
         return result
 
@@ -620,7 +633,8 @@ class AdapterModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when the model is in training mode: call model.eval() first."
             )
-        unknown = sorted(set(adapter_names) - {BASE_ADAPTER} - set(self.peft_config))
+        known = {name for m in self.modules() if isinstance(m, AdapterLinear) for name in m.row_names()}
+        unknown = sorted(set(adapter_names) - {BASE_ADAPTER} - set(self.peft_config) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         num_beams = kwargs.get("num_beams") or 1

@@ -204,8 +204,8 @@ class MoraLinear(RoutedLinear):
     prefix = "mora_"
     adapter_layer_names = ("mora_A", "mora_B")
     other_param_names = (
-        "mora_bank_A", "mora_bank_B", "mora_rule", "mora_sizes", "mora_frozen_top_k", "module_names", "usage",
-        "r", "scaling", "dropout",
+        "mora_bank_A", "mora_bank_B", "mora_rule", "mora_sizes", "mora_frozen_top_k", "mora_tasks", "module_names",
+        "usage", "r", "scaling", "dropout",
     )  # fmt: skip
     merge_refusal = (
         "Cannot merge a MORA adapter with routing 'task' or 'bank': which experts are active depends on the input, so "
@@ -222,6 +222,7 @@ class MoraLinear(RoutedLinear):
         self.mora_rule: dict[str, Rule] = {}
         self.mora_sizes: dict[str, list[int]] = {}  # experts of each task, r unless pruned
         self.mora_frozen_top_k: dict[str, list[int]] = {}  # K of each frozen task
+        self.mora_tasks: dict[str, dict[str, int]] = {}  # "adapter/task" -> blocks that were there when it was learnt
 
     def create_weights(self, adapter_name: str, config: MoraConfig, module_name: str, original: str | None) -> None:
         r = self.r[adapter_name]
@@ -233,6 +234,7 @@ class MoraLinear(RoutedLinear):
         self.mora_frozen_top_k[adapter_name] = list(
             config.frozen_top_k.get(module_name, [top_k] * (len(config.tasks) - 1))
         )
+        self.mora_tasks[adapter_name] = {f"{adapter_name}/{task}": i for i, task in enumerate(config.tasks, 1)}
         self._add_fresh_experts(adapter_name, sizes[-1], zero_B=config.init_weights)
         frozen = sum(sizes[:-1])
         if adapter_name == REFERENCE and original in self.mora_bank_A:
@@ -262,19 +264,32 @@ class MoraLinear(RoutedLinear):
             yield from zip(bank_A.split(sizes), bank_B.split(sizes, dim=1), strict=True)
         yield self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight
 
-    def parts(self, adapter_name: str) -> Parts:
+    def parts(self, adapter_name: str, blocks: int | None = None) -> Parts:
+        """Of the first so many blocks, which then do what they did before the others came; None: of all."""
         As, Bs = zip(*self._stored(adapter_name), strict=True)
-        return Parts([Weight(A) for A in As], [Weight(B) for B in Bs], self._gate(adapter_name))
+        ups = [Weight(B) for B in Bs[:blocks]]
+        return Parts([Weight(A) for A in As[:blocks]], ups, self._gate(adapter_name, blocks))
 
-    def _gate(self, adapter_name: str) -> Gate:
+    def row_names(self) -> list[str]:
+        """Also "adapter/task": the adapter as it was when it had learnt that task, the later blocks off."""
+        return [*self.r, *(name for tasks in self.mora_tasks.values() for name in tasks)]
+
+    def of_row(self, name: str) -> tuple[str, Parts] | None:
+        if name in self.r:
+            return name, self.parts(name)
+        adapter = next((adapter for adapter, tasks in self.mora_tasks.items() if name in tasks), None)
+        return None if adapter is None else (adapter, self.parts(adapter, self.mora_tasks[adapter][name]))
+
+    def _gate(self, adapter_name: str, blocks: int | None = None) -> Gate:
         rule = self.mora_rule[adapter_name]
         if rule.routing == "dense":
             return NO_GATE
         joint = rule.routing == "bank"
-        top_k = [rule.top_k] if joint else [*self.mora_frozen_top_k[adapter_name], rule.top_k]
+        top_k = [rule.top_k] if joint else [*self.mora_frozen_top_k[adapter_name], rule.top_k][:blocks]
         threshold = 0.0 if self.training else rule.threshold
-        sizes = self.mora_sizes[adapter_name] if joint else None
-        return SoftmaxGate(top_k, rule.temperature, threshold, sizes, self.counting(adapter_name))
+        sizes = self.mora_sizes[adapter_name][:blocks] if joint else None
+        usage = self.counting(adapter_name) if blocks is None else None  # whose counts are of all experts
+        return SoftmaxGate(top_k, rule.temperature, threshold, sizes, usage)
 
     def is_routed(self, adapter_name: str) -> bool:
         return self.mora_rule[adapter_name].routing != "dense"
@@ -338,8 +353,8 @@ class MoraLinear(RoutedLinear):
         return False
 
     @torch.no_grad()
-    def grow(self, adapter_name: str) -> None:
-        """Freeze this task's experts into the bank and put r fresh ones (B = 0) in their place."""
+    def grow(self, adapter_name: str, task: str) -> None:
+        """Freeze this task's experts into the bank and put r fresh ones (B = 0) in their place, for a new one."""
         A, B = self.mora_A[adapter_name].weight.detach(), self.mora_B[adapter_name].weight.detach()
         if adapter_name in self.mora_bank_A:
             A = torch.cat([self.mora_bank_A[adapter_name], A])
@@ -348,6 +363,7 @@ class MoraLinear(RoutedLinear):
         self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name] = A.clone(), B.clone()
         self._add_fresh_experts(adapter_name, self.r[adapter_name], zero_B=True)
         self.mora_sizes[adapter_name].append(self.r[adapter_name])
+        self.mora_tasks[adapter_name][f"{adapter_name}/{task}"] = len(self.mora_sizes[adapter_name])
         self.mora_frozen_top_k[adapter_name].append(self.top_k(adapter_name))
         self.usage.pop(adapter_name, None)  # counts of other experts
         for fresh in (self.mora_A[adapter_name], self.mora_B[adapter_name]):
@@ -437,7 +453,7 @@ def start_task(model: Any, name: str, adapter_name: str = "default") -> TaskSumm
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError("Cannot start a task on a merged adapter: call model.unmerge_adapter() first.")
     for layer in layers.values():
-        layer.grow(adapter_name)
+        layer.grow(adapter_name, name)
     # A copy: TRL gives its reference adapter the same config object, and the reference does not grow.
     config = copy.deepcopy(config)
     config.tasks.append(name)
