@@ -14,6 +14,7 @@ try:
     from .pruning import PruneSummary, prune_experts
     from .quantization import use_exact_4bit_kernels
     from .sparsity import SparsitySummary, sparsify
+    from .task_router import Routes, TaskRouter, TaskRouterConfig, TaskRouterModel
     from .usage import expert_usage, record_usage
 except (ImportError, AttributeError) as error:
     raise registry.does_not_fit(error) from error
@@ -29,6 +30,7 @@ METHODS = {
 }
 for _method in METHODS.values():
     registry.register(*_method)
+registry.register(TaskRouterConfig, TaskRouterModel, adapter=False)
 
 __version__ = "0.1.0"
 
@@ -44,7 +46,9 @@ __all__ = [
     "MoraLinear",
     "MoraModel",
     "PruneSummary",
+    "Routes",
     "SparsitySummary",
+    "TaskRouter",
     "TaskSummary",
     "expert_usage",
     "prune_experts",

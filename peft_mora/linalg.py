@@ -151,3 +151,29 @@ def reduced_rank_regression(xx: Tensor, xz: Tensor, rank: int, ridge: float) -> 
     full = torch.cholesky_solve(xz, torch.linalg.cholesky(damped))
     C = torch.linalg.eigh(xz.T @ full).eigenvectors[:, -rank:]  # eigenvalues ascend
     return (full @ C).T, C
+
+
+def ridge_regression(X: Tensor, Y: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """W with least Σ_i w_i |y_i - x_i W|² + λ|W|², and each row's leverage.
+
+    With h_i the leverage, the fit without row i predicts `(x_i W - h_i y_i) / (1 - h_i)` for it. Solved over rows or
+    over columns, whichever are fewer.
+
+    Args:
+        X: (N, D) float64. Y: (N, C) float64. weights: (N,) float64, > 0.
+        ridge: λ as a share of the mean of the diagonal of Σ_i w_i x_i x_iᵀ, > 0.
+
+    Returns:
+        W (D, C) and the leverages (N,) in [0, 1).
+    """
+    rows = X * weights.sqrt()[:, None]
+    targets = Y * weights.sqrt()[:, None]
+    N, D = X.shape
+    damping = ridge * rows.square().sum() / D
+    gram = rows @ rows.T if N < D else rows.T @ rows
+    solver = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=X.dtype))
+    if N < D:
+        inverse = torch.cholesky_inverse(solver)
+        return rows.T @ (inverse @ targets), 1 - damping * inverse.diagonal()  # gram · inverse = 1 - damping · inverse
+    half = torch.linalg.solve_triangular(solver, rows.T, upper=False)  # (D, N)
+    return torch.cholesky_solve(rows.T @ targets, solver), half.square().sum(dim=0)

@@ -35,8 +35,11 @@ class Method(NamedTuple):
 registered: dict[str, Method] = {}  # what PEFT knows by now, for rooms below the table to name
 
 
-def register(config_cls: Any, model_cls: Any) -> None:
+def register(config_cls: Any, model_cls: Any, adapter: bool = True) -> None:
     """Tell PEFT of one method: enum member, config, model and parameter prefix.
+
+    Args:
+        adapter: whether it is one of the adapters that messages speak of.
 
     Raises:
         ImportError: this PEFT is too old, has a method of that name, or no longer registers methods the way it did.
@@ -51,7 +54,8 @@ def register(config_cls: Any, model_cls: Any) -> None:
 
         known = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
         if known is not None and known.__module__ == config_cls.__module__:
-            registered[method.name] = method
+            if adapter:
+                registered[method.name] = method
             return
         if name in PeftType.__members__:
             raise ImportError(
@@ -64,7 +68,8 @@ def register(config_cls: Any, model_cls: Any) -> None:
         except Exception:
             remove_member(PeftType, name)  # a second import must say the same
             raise
-        registered[method.name] = method
+        if adapter:
+            registered[method.name] = method
     except (ImportError, AttributeError, TypeError, KeyError, ValueError) as error:
         if isinstance(error, ImportError) and "peft_mora" in str(error):
             raise

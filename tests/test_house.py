@@ -8,13 +8,13 @@ from peft_mora import METHODS
 
 
 HOUSE = f"""
-    peft_mora: checks files linalg inputs registry model_card packed kernels
-    peft_mora: routing
+    peft_mora: checks files fingerprint linalg inputs registry model_card packed kernels
+    peft_mora: routing task_scores task_features
     peft_mora: lean
     peft_mora: quantization bases
     peft_mora: base
     peft_mora: seeded routed lora_file
-    peft_mora: balance usage
+    peft_mora: balance usage task_driver
     peft_mora: {" ".join(method.config.__module__.split(".")[1] for method in METHODS.values())}
     peft_mora: sparsity pruning export merging task_router
     peft_mora: __init__

@@ -1,0 +1,419 @@
+"""The router: its fit against a plain float64 reference, its features, and models that it drives row by row."""
+
+import copy
+
+import pytest
+import torch
+from helpers import LORA, METHODS, adapted, randomize, tiny_gpt2, tiny_llama
+from peft import IA3Config, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
+
+from peft_mora import TaskRouter, start_task
+from peft_mora.task_features import HiddenStates, real_tokens
+from peft_mora.task_scores import Scores
+
+
+class Numbers:
+    """A tokenizer of texts that are token ids."""
+
+    def __call__(self, text):
+        return type("Encoded", (), {"input_ids": [int(word) for word in text.split()]})
+
+
+def tokens(low: int, high: int, rows: int = 20, seed: int = 0) -> torch.Tensor:
+    return torch.randint(low, high, (rows, 9), generator=torch.Generator().manual_seed(seed))
+
+
+def texts(ids: torch.Tensor) -> list[str]:
+    return [" ".join(map(str, row)) for row in ids.tolist()]
+
+
+A, B, UNKNOWN = (4, 24), (24, 44), (44, 64)  # a task is where its tokens are from
+TEST = torch.cat([tokens(*A, 3, 9), tokens(*B, 3, 9), tokens(*UNKNOWN, 2, 9)])
+MASK = torch.ones_like(TEST)
+
+
+def two_adapters(config=LORA, base: nn.Module | None = None, **fields) -> PeftModel:
+    model = adapted(config, base, task_type="CAUSAL_LM", **fields)
+    model.add_adapter("b", config(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}))
+    model.set_adapter("b")
+    randomize(model, seed=5)
+    model.set_adapter("default")
+    return model.eval()
+
+
+def bank(routing: str = "task", base: nn.Module | None = None) -> PeftModel:
+    return adapted(METHODS["mora"], base, tasks=2, task_type="CAUSAL_LM", routing=routing)
+
+
+def fitted(model, first: str = "default", second: str = "b", **arguments) -> TaskRouter:
+    router = TaskRouter(model, Numbers(), layers=1, **arguments)
+    router.add_task(first, texts(tokens(*A)))
+    router.add_task(second, texts(tokens(*B)))
+    return router
+
+
+# The fit
+
+
+def features(n: int, dimensions: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(dimensions, generator=generator)
+    return nn.functional.normalize(centre + 0.5 * torch.randn(n, dimensions, generator=generator), dim=-1)
+
+
+@pytest.mark.parametrize("dimensions", [5, 60])  # fewer than there are rows, and more
+def test_the_fit_is_ridge_regression_on_the_tasks_sums_and_leaves_rows_out_as_a_second_fit_would(dimensions):
+    rows = {name: features(n, dimensions, n) for name, n in (("b", 7), ("a", 11), ("none", 9))}
+    scores, ridge = Scores(rows, 0.05), 0.05
+    assert scores.names == ["a", "b", "none"]
+    X = {name: torch.cat([x.double(), torch.ones(len(x), 1)], 1) for name, x in rows.items()}
+
+    def solve(parts, damping):
+        S = sum((w[:, None] * x).T @ x for x, w, _ in parts)
+        M = torch.stack([sum((w[:, None] * x).sum(0) * (c == k) for x, w, c in parts) for k in range(3)], 1)
+        return torch.linalg.solve(S + damping * torch.eye(len(S), dtype=torch.float64), M)
+
+    parts = [
+        (X[n], torch.full((len(X[n]),), 1 / len(X[n]), dtype=torch.float64), c) for c, n in enumerate(scores.names)
+    ]
+    S = sum((w[:, None] * x).T @ x for x, w, _ in parts)
+    damping = ridge * S.diagonal().mean()
+    torch.testing.assert_close(scores.W, solve(parts, damping), rtol=1e-8, atol=1e-10)
+
+    own = []  # of each row of a task: its score and residual, by a fit in which it has no weight
+    for c in range(2):
+        x, w, _ = parts[c]
+        for i in range(len(x)):
+            without = w.clone()
+            without[i] = 0
+            score = x[i] @ solve([*parts[:c], (x, without, c), *parts[c + 1 :]], damping)[:, c]
+            others = torch.cat([x[:i], x[i + 1 :]])
+            mu = ridge * x.square().sum(1).mean()
+            inner = others @ others.T + mu * torch.eye(len(others), dtype=torch.float64)
+            k = others @ x[i]
+            own.append((score, (x[i] @ x[i] - k @ torch.linalg.solve(inner, k)).log(), c))
+    z = []
+    groups = [torch.tensor([[s, r] for s, r, c in own if c == k]) for k in range(2)]
+    pooled = torch.cat([g - g.mean(0) for g in groups]).square().mean(0)
+    for g in groups:
+        sd = (((g - g.mean(0)).square().sum(0) + 8 * pooled) / (len(g) + 8)).sqrt()
+        z.append((((g - g.mean(0)) / sd) * torch.tensor([1, -1])).sum(1))
+    torch.testing.assert_close(scores.known, torch.cat(z).double().sort().values, rtol=1e-5, atol=1e-5)
+
+
+def test_any_order_gives_the_same_router_and_a_removed_task_leaves_no_trace():
+    rows = {name: features(6 + i, 30, i) for i, name in enumerate("cab")}
+    one, other = TaskRouter(), TaskRouter()
+    for name in "abc":
+        one.add_task(name, rows[name])
+    for name in ("c", "x", "b", "a"):
+        other.add_task(name, rows.get(name, features(9, 30, 99)))
+    held = other.rows["c"].clone()
+    other.remove_task("x")
+    assert torch.equal(one.scores.W, other.scores.W) and torch.equal(one.scores.known, other.scores.known)
+    assert torch.equal(other.rows["c"], held)
+    probe = torch.cat(list(rows.values()))
+    assert torch.equal(one.route(probe).probabilities, other.route(probe).probabilities)
+
+
+def test_probabilities_say_how_often_the_router_is_right():
+    """Two tasks that overlap: of what is given 80 %, about 80 % are right."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shift, n):
+        return torch.randn(n, 8, generator=generator) + shift * torch.eye(8)[0]
+
+    router = TaskRouter(false_alarms=0)
+    router.add_task("a", draw(-0.7, 500))
+    router.add_task("b", draw(0.7, 500))
+    names, p = router.route(torch.cat([draw(-0.7, 2000), draw(0.7, 2000)]))
+    right = torch.tensor([name == ("a" if i < 2000 else "b") for i, name in enumerate(names)]).double()
+    assert abs(float(p.max(dim=1).values.mean() - right.mean())) < 0.03 and right.mean() > 0.7
+
+
+def test_unknown_prompts_are_none_and_known_ones_are_not_more_often_than_asked():
+    router = TaskRouter(false_alarms=0.1)
+    for i, name in enumerate("abc"):
+        router.add_task(name, features(60, 40, i)[:40])
+    known = [name for i in range(3) for name in router.route(features(60, 40, i)[40:]).names]
+    assert 0 < known.count("none") / 60 < 0.2
+    assert [name for name in known if name != "none"] == [
+        n for n, k in zip(sorted("abc" * 20), known, strict=True) if k != "none"
+    ]
+    assert router.route(features(50, 40, 7)).names == ["none"] * 50
+    router.add_task("none", features(20, 40, 8))
+    assert router.classes == ["a", "b", "c", "none"] and router.route(features(30, 40, 8)[20:]).names == ["none"] * 10
+
+
+# Features
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_features_are_the_means_of_the_frozen_base_and_the_rest_of_the_model_does_not_run(base):
+    base = base()
+    prompts = ["5 6 7 8 9 10", "11 12", "13 14 15 16"]
+    want = []
+    for prompt in prompts:
+        ids = torch.tensor([Numbers()(prompt).input_ids])
+        with torch.no_grad():
+            states = base.eval()(ids, output_hidden_states=True).hidden_states[1:3]
+        parts = [
+            nn.functional.normalize(nn.functional.normalize(h[0].double(), dim=-1).mean(0), dim=-1) for h in states
+        ]
+        want.append(torch.cat(parts) / 2**0.5)
+    model = adapted(LORA, base).train()
+    ran = []
+    model.get_base_model().get_output_embeddings().register_forward_hook(lambda *_: ran.append("head"))
+    # The second state of transformers' list is behind the last norm: the module's own output is what is meant.
+    first = TaskRouter(model, Numbers(), layers=1).features(prompts).double()
+    torch.testing.assert_close(first, torch.stack(want)[:, : first.shape[1]] * 2**0.5, rtol=1e-5, atol=1e-6)
+    both = TaskRouter(model, Numbers(), layers=[2, 1]).features(prompts)
+    assert both.shape == (3, 2 * first.shape[1]) and not ran and model.training
+    torch.testing.assert_close(both.norm(dim=1), torch.ones(3))
+
+
+def test_without_a_mask_the_zeros_at_the_end_are_padding():
+    ids = torch.tensor([[5, 0, 6, 0, 0], [0, 0, 0, 0, 0], [5, 6, 7, 8, 2]])
+    assert real_tokens(ids, [2, None]).tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
+
+
+# Driving
+
+
+def told(model, names: list[str]) -> torch.Tensor:
+    return model(TEST, adapter_names=names).logits
+
+
+CASES = {
+    "lora": (two_adapters, ["default", "b"]),
+    "lori": (lambda: two_adapters(METHODS["lori"]), ["default", "b"]),
+    "flylora": (lambda: two_adapters(METHODS["flylora"]), ["default", "b"]),
+    "mora task": (bank, ["default/initial", "default/task1"]),
+    "mora bank": (lambda: bank("bank"), ["default/initial", "default/task1"]),
+    "mora dense": (lambda: bank("dense"), ["default/initial", "default/task1"]),
+    "gpt2": (lambda: two_adapters(base=tiny_gpt2()), ["default", "b"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_each_row_goes_through_its_tasks_adapter_in_forward_and_generate(case):
+    make, adapters = CASES[case]
+    model = make()
+    router = fitted(model, *(name.rpartition("/")[2] for name in adapters))
+    tasks = router.route(texts(TEST)).names
+    assert tasks[:6] == [name.rpartition("/")[2] for name in adapters for _ in range(3)] and tasks[7] == "none"
+    rows = ["__base__" if task == "none" else next(a for a in adapters if a.endswith(task)) for task in tasks]
+    options = {"attention_mask": MASK, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = told(model, rows)
+    answers = model.generate(TEST, adapter_names=rows, **options)
+    by_beams = model.generate(TEST, adapter_names=rows, num_beams=2, **options)
+    with model.disable_adapter():
+        base = model(TEST).logits
+
+    router.attach()
+    assert torch.equal(model(TEST).logits, want) and router.last == tasks
+    assert torch.equal(want[7:], base[7:]) and not torch.allclose(want[:6], base[:6], atol=1e-2)
+    assert torch.equal(model.generate(TEST, **options), answers)
+    assert torch.equal(model.generate(TEST, use_cache=False, **options), answers)
+    assert torch.equal(model.generate(TEST, num_beams=2, **options), by_beams)
+    padded = {**options, "attention_mask": nn.functional.pad(MASK, (3, 0))}
+    assert torch.equal(model.generate(nn.functional.pad(TEST, (3, 0)), **padded)[:, 3:], answers)
+    assert torch.equal(copy.deepcopy(model).generate(TEST, **options), answers)
+    asked = model(TEST, adapter_names=["__base__"] * 8).logits  # by hand: the router stands back
+    assert torch.equal(asked, base)
+    with model.disable_adapter():
+        assert torch.equal(model(TEST).logits, base)
+    router.detach()
+    assert "generate" not in vars(model.get_base_model())
+    assert torch.equal(told(model, rows), want)
+
+
+@torch.no_grad()
+def test_an_answer_stays_with_its_prompts_task_whatever_it_says():
+    model = two_adapters()
+    router = fitted(model)
+    router.attach()
+    cache = DynamicCache()
+    model(TEST[:3], past_key_values=cache, use_cache=True)
+    foreign = tokens(*B, 3)
+    got = model(foreign, past_key_values=cache).logits
+    router.detach()
+    both = torch.cat([TEST[:3], foreign], 1)
+    torch.testing.assert_close(got, model(both, adapter_names=["default"] * 3).logits[:, 9:])
+
+
+@pytest.mark.parametrize("case", ["lora", "mora task", "mora bank", "mora dense"])
+@torch.no_grad()
+def test_old_prompts_answers_stay_bit_for_bit_when_a_task_is_added(case):
+    make, adapters = CASES[case]
+    model = make()
+    router = fitted(model, *(name.rpartition("/")[2] for name in adapters))
+    router.attach()
+    before = model(TEST).logits
+    with torch.enable_grad():
+        if case == "lora":
+            model.add_adapter("c", LORA(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+            model.set_adapter("c")
+        else:
+            start_task(model, "c")
+        randomize(model, seed=11)
+    router.add_task("c", texts(tokens(*UNKNOWN)))
+    router.attach()
+    model.eval()
+    after = model(TEST).logits
+    assert router.last == [name.rpartition("/")[2] for name in adapters for _ in range(3)] + ["c"] * 2
+    assert torch.equal(after[:6], before[:6]) and not torch.equal(after[6:], before[6:])
+
+
+@torch.no_grad()
+def test_top2_weighs_the_two_likeliest_adapters_updates():
+    model = two_adapters()
+    router = fitted(model)
+    router.attach(mode="top2", none=False)
+    got = model(TEST).logits
+    router.detach()
+    weights = router.route(texts(TEST)).probabilities  # columns b, default
+    for row in (0, 4):
+        b, default = weights[row].tolist()
+        model.add_weighted_adapter(["b", "default"], [b, default], f"mix{row}", combination_type="cat")
+        want = model(TEST, adapter_names=[f"mix{row}"] * 8).logits[row]
+        torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got[row], model(TEST, adapter_names=["default", "b"] * 4).logits[row], atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_first_layers_run_once_where_they_have_no_adapter():
+    for layers, runs in (([1], 1), ([0, 1], 2)):
+        model = (
+            two_adapters(layers_to_transform=layers, target_modules=["q_proj", "v_proj"])
+            if layers == [1]
+            else two_adapters()
+        )
+        router = fitted(model)
+        want = told(model, ["default"] * 3 + ["b"] * 3 + ["__base__"] * 2)
+        router.attach()
+        counted = []
+        handle = model.get_base_model().model.layers[0].register_forward_hook(lambda *_, c=counted: c.append(1))
+        assert torch.equal(model(TEST).logits, want) and len(counted) == runs
+        handle.remove()
+
+
+# Files
+
+
+@torch.no_grad()
+def test_a_saved_router_routes_bit_for_bit_and_only_on_its_own_base(tmp_path):
+    model = two_adapters()
+    router = fitted(model)
+    router.add_task("none", texts(tokens(*UNKNOWN)))
+    router.save(tmp_path / "router")
+    again = TaskRouter.load(tmp_path / "router", tiny_llama(), Numbers())
+    assert torch.equal(again.route(texts(TEST)).probabilities, router.route(texts(TEST)).probabilities)
+    with pytest.raises(ValueError, match="of another base model .*weights_sha256"):
+        TaskRouter.load(tmp_path / "router", tiny_llama(seed=1))
+    (tmp_path / "router" / "router.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not hold a router"):
+        TaskRouter.load(tmp_path / "router")
+    large = tiny_llama()
+    large.resize_token_embeddings(200)
+    TaskRouter(large).save(tmp_path / "router")
+    large.resize_token_embeddings(199)  # as lm-eval does where the tokenizer has fewer words
+    TaskRouter.load(tmp_path / "router", large)
+    with pytest.raises(FileNotFoundError, match="TaskRouter.save wrote"):
+        TaskRouter.load(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["lora", "lori", "lori-sparse", "flylora", "mora task"])
+@torch.no_grad()
+def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_folder, tmp_path):
+    def base():
+        return AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+
+    config = LORA if case == "lora" else METHODS[case.split()[0]]
+    model = bank(base=base()) if case == "mora task" else two_adapters(config, base())
+    router = fitted(model, *(("initial", "task1") if case == "mora task" else ("default", "b")))
+    router.attach()
+    want, tasks = model(TEST).logits, router.last
+    answers = model.generate(TEST, attention_mask=MASK, max_new_tokens=3, do_sample=False)
+    router.save_pretrained(tmp_path / "routed")
+
+    opened = {
+        "peft": PeftModel.from_pretrained(base(), tmp_path / "routed").eval(),
+        "empty": PeftModel.from_pretrained(base(), tmp_path / "routed", low_cpu_mem_usage=True).eval(),
+    }
+    if case != "lori-sparse":  # transformers' own loader knows no packed weights
+        opened["transformers"] = AutoModelForCausalLM.from_pretrained(tmp_path / "routed", dtype=torch.float32)
+    for name, other in opened.items():
+        torch.testing.assert_close(
+            other(TEST).logits, want, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        assert TaskRouter.of(other).last == tasks
+        got = other.generate(input_ids=TEST, attention_mask=MASK, max_new_tokens=3, do_sample=False)
+        assert torch.equal(got, answers)
+    with pytest.raises(ValueError, match="of another base model"):
+        PeftModel.from_pretrained(tiny_llama(seed=1), tmp_path / "routed")
+
+
+# Errors
+
+
+def test_mistakes_are_refused_by_name():
+    model = two_adapters()
+    router = fitted(model)
+    for wrong, match in (
+        (lambda: router.add_task("b", ["5 6"]), "has a task 'b' already"),
+        (lambda: router.add_task("c", []), "no prompts"),
+        (lambda: router.add_task("c", ["5 6", " "]), "Prompt 1 is empty"),
+        (lambda: router.add_task("c", torch.zeros(3, 5)), "have 5 dimensions, those of the others 64"),
+        (lambda: router.add_task("c", "5 6"), "a list of prompts"),
+        (lambda: router.add_task("c", torch.full((3, 64), float("nan"))), "finite features"),
+        (lambda: router.remove_task("c"), "no task 'c'"),
+        (lambda: router.attach(adapters={"c": "b"}), "does not have: ['c']"),
+        (lambda: router.attach(adapters={"b": "B"}), "no adapter 'B' on this model"),
+        (lambda: router.attach(mode="top3"), "'top1' or 'top2'"),
+        (lambda: router.attach(tiny_llama(seed=1)), "of another base model"),
+        (lambda: router.save_pretrained("nowhere"), "router.attach(model) first"),
+        (lambda: TaskRouter().route(torch.zeros(1, 4)), "no task yet"),
+        (lambda: TaskRouter().route(["5"]), "no model to read prompts with"),
+        (lambda: TaskRouter(layers=[1, 2, 3]), "`layers`"),
+        (lambda: TaskRouter(tiny_llama(), layers=3), "layers from 1 to 2"),
+        (lambda: TaskRouter(ridge=0), "`ridge`"),
+        (lambda: TaskRouter(false_alarms=1), "`false_alarms`"),
+    ):
+        with pytest.raises(ValueError) as error:
+            wrong()
+        assert match in str(error.value)
+    assert router.tasks == ["b", "default"] and "generate" not in vars(model.get_base_model())
+    t5 = T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=64, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match="an encoder and a decoder"):
+        HiddenStates(T5ForConditionalGeneration(t5), [1])
+    ia3 = get_peft_model(tiny_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="take no adapter for each row"):
+        fitted(ia3, "a", "b").attach(adapters={"a": "default", "b": "default"})
+    assert "generate" not in vars(ia3.get_base_model())
+
+
+def test_what_changes_under_an_attached_router_is_refused_where_it_shows():
+    model = two_adapters()
+    router = fitted(model)
+    router.attach()
+    with pytest.raises(ValueError, match="in training mode"):
+        model.train()(TEST)
+    model.eval()
+    cache = DynamicCache()
+    router.detach()
+    model(TEST, past_key_values=cache)
+    router.attach()
+    with pytest.raises(ValueError, match="no router has seen"):
+        model(TEST[:, :1], past_key_values=cache)
+    model.delete_adapter("b")
+    with pytest.raises(ValueError, match="Tasks \\['b'\\] of the router have no adapter"):
+        model(TEST)
+    router.remove_task("b")
+    assert model(TEST[:3]).logits.isfinite().all()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the base"):
+        model(TEST)
