@@ -121,16 +121,14 @@ def tiny_t5() -> nn.Module:
     return AutoModelForSeq2SeqLM.from_config(config)
 
 
-def quantized(folder: str, bits: int = 4) -> nn.Module:
+def quantized(folder: str, bits: int = 4, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     nf4 = {
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "bnb_4bit_compute_dtype": dtype,
     }
     config = BitsAndBytesConfig(load_in_4bit=True, **nf4) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map="cpu", dtype=torch.bfloat16
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map=device, dtype=dtype)
 
 
 def randomize(model: nn.Module, seed: int = 3) -> None:
