@@ -27,7 +27,7 @@ from peft_mora.inputs import eval_mode, input_statistics, visit
 from .subspace import Subspace
 
 
-# SmolLM2-135M in NF4 on WikiText pages: docs/general-ability.md has what other settings give.
+# SmolLM2-135M in NF4 on WikiText pages: docs/projection.md has what it gives.
 ENERGY = 0.95
 TOKENS = 10_240
 LENGTH = 256  # tokens of one sample: many short ones say more than a few long ones
