@@ -47,8 +47,11 @@ def test_a_callback_refuses_the_runs_that_it_cannot_work_in_and_no_others(row):
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
-def test_what_accelerate_launch_asks_for_is_seen_without_an_argument_before_the_run(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("row", "begin"), [("projection", "on_init_end"), ("pruning", "on_train_begin"), ("calibration", "on_train_begin")]
+)
+def test_what_accelerate_launch_asks_for_is_seen_without_an_argument_as_the_run_begins(row, begin, kind, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
-    callback, refused = REFUSALS["projection"]
+    callback, refused = REFUSALS[row]
     with pytest.raises(ValueError, match=refused[kind]):
-        callback.on_init_end(SimpleNamespace(**PLAIN), None, None, model=None)
+        getattr(callback, begin)(SimpleNamespace(**PLAIN), None, None, model=None)
