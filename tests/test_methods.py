@@ -46,6 +46,8 @@ def test_save_and_load_is_bit_exact(make_config, inputs, tmp_path, low_cpu_mem_u
     saved, loaded = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[k], loaded[k]) and saved[k].dtype == loaded[k].dtype for k in saved)
+    in_file = any(key.endswith(("_A", "_index")) for key in saved)  # a projection that the seed draws
+    assert in_file == getattr(model.peft_config["default"], "save_projection", False)
     want, got = model.peft_config["default"].to_dict(), again.peft_config["default"].to_dict()
     for values in (want, got):  # what PEFT itself sets while saving and loading
         for name in ("inference_mode", "auto_mapping", "base_model_name_or_path"):
