@@ -59,7 +59,7 @@ class TaskRouter:
         model: the base model, or a PeftModel on it, whose adapters are off while it is looked at. None where all that
             is added and routed are features.
         tokenizer: of the model; None loads it from where the model came from, when a text is to be read.
-        layers: the hidden states to look at, counted from 1; one or two. None is the layer at 8/30 of the depth.
+        layers: the hidden states to look at, counted from 1; one is enough. None is the layer at 8/30 of the depth.
         ridge: of the fit, as a share of the mean of the diagonal, > 0.
         false_alarms: prompts of a task that may be taken for unknown, as a share in [0, 1): what is as unfamiliar as
             that share of the tasks' own prompts is "none". 0 turns that off.
@@ -87,8 +87,8 @@ class TaskRouter:
         ok = is_number(false_alarms) and 0 <= false_alarms < 1
         check_field(ok, "false_alarms", false_alarms, "a number in [0, 1)")
         given = [layers] if is_int(layers) else layers
-        ok = given is None or (is_indices(given) and 1 <= len(set(given)) <= 2)  # type: ignore[arg-type]
-        check_field(ok, "layers", layers, "one or two layers, as integers, or None")
+        ok = given is None or (is_indices(given) and len(given) > 0)  # type: ignore[arg-type]
+        check_field(ok, "layers", layers, "layers as integers, or None")
         self.ridge, self.false_alarms = float(ridge), float(false_alarms)
         self.layers: list[int] | None = None if given is None else sorted(set(given))  # type: ignore[arg-type]
         self.rows: dict[str, Tensor] = {}  # class -> (n, D) float32 features of its prompts

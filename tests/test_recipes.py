@@ -1,5 +1,6 @@
 """sft.py and score.py as a person runs them, on a tiny model: flags, refusals, the numbers and the kernels."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -22,6 +23,7 @@ from shared.tasks import find_task, read_task
 from transformers import AutoTokenizer
 
 import peft_mora
+from peft_mora import TaskRouter
 
 
 BNB = importlib.util.find_spec("bitsandbytes") is not None
@@ -305,6 +307,34 @@ def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, 
     arguments = ["--model", llama_folder, "--data", task, "--tasks", "colours", "--methods", "lora"]
     with pytest.raises(SystemExit, match="lora-colours was trained on another/base, not on .*: give another --output"):
         run_recipe("merge", *arguments, "--output", tmp_path, "--reuse")
+
+
+def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_folder, tmp_path):
+    """Two tasks that a model of 24 words tells apart, random adapters: routed prompts are answered as told ones are."""
+    for seed, (name, words) in enumerate({"pets": ("cat", "dog"), "walks": ("north", "south")}.items()):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        records = [{"prompt": f"{words[i % 2]} {'the ' * (1 + i % 5)} Answer:", "answer": "yes"} for i in range(10)]
+        for split in ("train", "test"):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        model = adapted(lora_config, quantized(llama_folder), task_type="CAUSAL_LM")
+        randomize(model, seed=seed)
+        model.save_pretrained(tmp_path / "adapters" / f"lora-{name}")
+    pages = tmp_path / "pages.jsonl"
+    pages.write_text('{"page": "a big red log sat under the small blue mat"}\n')
+    common = ["--model", llama_folder, "--device", "cpu", "--data", tmp_path / "data", "--tasks", "pets,walks"]
+    common += ["--output", tmp_path, "--perplexity", pages, "--prompts", 8, "--layers", 1]
+    shown = run_recipe("route", *common, "--adapters", tmp_path / "adapters", "--limit", 4)
+    with open(tmp_path / "route.csv", encoding="utf-8") as file:
+        rows = {row["way"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["base", "told", "router", "top2", "always", "similar", "arrow", "merged"]
+    assert float(rows["always"]["routed"]) == 1 and rows["always"]["mean"] == rows["told"]["mean"]
+    assert rows["router"]["perplexity"] and not rows["told"]["perplexity"] and "route.csv" in shown
+    assert TaskRouter.load(tmp_path / "router").tasks == ["pets", "walks"]
+    assert "of it)" in run_recipe("route", *common, "--look", "--seeds", 0)
+    with open(tmp_path / "look.csv", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["right"]) == 1 and float(row["false alarms"]) < 1
 
 
 def test_export_says_that_a_plain_lora_is_one_already(run_recipe, llama_folder, tmp_path):
