@@ -310,7 +310,7 @@ def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, 
 
 
 def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_folder, tmp_path):
-    """Two tasks that a model of 24 words tells apart, random adapters: routed prompts are answered as told ones are."""
+    """Two tasks that a model of 24 words tells apart, random adapters: routed prompts are answered as told ones."""
     for seed, (name, words) in enumerate({"pets": ("cat", "dog"), "walks": ("north", "south")}.items()):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
