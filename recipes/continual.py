@@ -3,6 +3,7 @@
 python recipes/continual.py                                        # three embedded tasks, offline, on a CPU
 python recipes/continual.py --data DIR --tasks a,b,c --perplexity pages.jsonl
 python recipes/continual.py --ways all --scorer answers            # what each way forgets, without lm-eval
+python recipes/continual.py --data DIR --tasks dbpedia-1of4,warehouse,dbpedia-2of4   # embedded ones too, and parts
 python recipes/continual.py --model Qwen/Qwen3-0.6B --device cuda --data DIR --tasks a,b --general arc_easy
 
 --scorer lm-eval asks its evaluator; `answers` takes one forward a prompt (shared/scores.py), many times faster. No way
@@ -50,6 +51,7 @@ WAYS = {
     "task+protection": ("task", 6, True, True, True),
 }
 METRICS = ("greedy", "label")
+ROOM = ["directions", "room left"]  # protected, and the share of a module's dimensions that is not: means over modules
 
 
 def parse() -> argparse.Namespace:
@@ -146,6 +148,16 @@ def score(
     return found
 
 
+def protected(folder: Path) -> list[float]:
+    """[mean number of protected directions a module, mean share of its dimensions that is left], or [] without any."""
+    path = folder / "subspace" / "subspace.json"
+    if not path.exists():
+        return []
+    groups = [g for g in json.loads(path.read_text(encoding="utf-8"))["groups"].values() for _ in g["modules"]]
+    left = [1 - group["rank"] / group["dimensions"] for group in groups]
+    return [sum(group["rank"] for group in groups) / len(groups), sum(left) / len(left)]
+
+
 def show(head: list[str], stages: list[str], rows: list[list[float]], shares: int, title: str, folder: Path) -> None:
     """Print the scores after each stage, and write them as matrix.csv and, the first columns, as matrix.png."""
     from matplotlib.figure import Figure
@@ -187,16 +199,18 @@ def main() -> None:
     zero_shot = score(None, output / "zero_shot.json", *common)
     table = Table("way", "seed", *head, *(f"{key} {metric}" for metric in args.metrics for key in ("AA", "BWT")))
     for way, seed in product(args.ways, args.seeds):
-        root, before, rows = output / f"{way}-{seed}", None, [zero_shot]
+        root, before, rows, room = output / f"{way}-{seed}", None, [zero_shot], [[0.0, 1.0]]
         for stage, task in enumerate(learnt):
             folder = root / f"{stage + 1}-{task['name']}"
             if not (folder / "trained").exists():
                 train(way, seed, task, before, folder, base, args)
             rows.append(score(folder, folder / "scores.json", *common))
+            room.append(protected(folder))
             before = None if way == "separate" else folder
         stages = ["zero-shot", *(f"after {name}" for name in names)]
         matrix = [[row[name] for name in columns] for row in rows]
-        show(head, stages, matrix, len(columns) - len(general), f"{way}, seed {seed}", root)
+        shown, more = (matrix, []) if [] in room else ([a + b for a, b in zip(matrix, room, strict=True)], ROOM)
+        show([*head, *more], stages, shown, len(columns) - len(general), f"{way}, seed {seed}", root)
         last, found = list(matrix[-1]), []
         for i, (metric, ours) in enumerate(of_metric.items()):
             square = [[row[name] for name in ours] for row in rows]

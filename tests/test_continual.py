@@ -54,7 +54,10 @@ def test_killed_twice_and_given_again_it_ends_with_the_same_matrix(
     way = "dense+protection-0"
     whole = matrix(tmp_path / "whole" / way)
     assert [row[0] for row in whole] == ["", "zero-shot", "after colours", "after winds"]
-    assert len(whole[0]) == 4  # two tasks and the perplexity
+    assert whole[0][4:] == ["directions", "room left"]  # behind two tasks and the perplexity
+    memory = Subspace.load(tmp_path / "whole" / way / "2-winds" / "subspace")
+    ranks = [memory.right[group].shape[1] for group, modules in memory.groups.items() for _ in modules]
+    assert float(whole[3][4]) == pytest.approx(sum(ranks) / len(ranks)) and 0 < float(whole[3][5]) < float(whole[2][5])
     assert (tmp_path / "whole" / way / "matrix.png").stat().st_size > 1000
 
     # in the middle of the second task's training, after its first checkpoint
@@ -126,7 +129,7 @@ def test_every_way_has_a_row_in_the_table_and_nothing_runs_twice(run, tmp_path, 
     found = json.loads((folder / "scores.json").read_text())
     assert set(found) == {f"peft_mora_{name}{kind}" for name in ("colours", "winds") for kind in ("", "_greedy")}
     assert all(0 <= found[f"{name}_greedy"] <= found[name] <= 1 for name in ("peft_mora_colours", "peft_mora_winds"))
-    assert matrix(folder.parent)[0] == ["", "colours greedy", "winds greedy", "colours label", "winds label"]
+    assert matrix(folder.parent)[0][:5] == ["", "colours greedy", "winds greedy", "colours label", "winds label"]
     assert Subspace.load(folder / "subspace").tasks[1]["energy"] == 0.9
     monkeypatch.setattr(trl.SFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
     assert table(run(tmp_path, *arguments)) == rows

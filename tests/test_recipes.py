@@ -299,6 +299,18 @@ def test_a_list_of_tasks_may_mix_folders_and_embedded_ones(task):
         find_task("colors", task)
 
 
+def test_a_task_is_cut_into_parts_by_its_labels():
+    whole, parts = find_task("museum"), [find_task(f"museum-{k}of3") for k in (1, 2, 3)]
+    assert [part["labels"] for part in parts] == [["Gold", "Bronze"], ["Silver"], ["Iron"]]
+    for split in ("train", "test"):
+        assert [record for part in parts for record in part[split]] == sorted(
+            whole[split], key=lambda r: next(i for i, part in enumerate(parts) if r["answer"] in part["labels"])
+        )
+    for wrong in ("museum-0of2", "museum-3of2", "museum-1of5"):
+        with pytest.raises(ValueError, match=r"museum has 4 labels; write museum-KofN with 1 <= K <= N <= 4"):
+            find_task(wrong)
+
+
 def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, tmp_path):
     """A folder's name says method and task, and not which base it was trained on."""
     model = adapted(lora_config, quantized(llama_folder))

@@ -29,17 +29,34 @@ def cut_passage(prompt: str, max_words: int) -> str:
 def find_task(name: str, data_dir: str | Path | None = None, max_passage_words: int | None = 48, seed: int = 0) -> Any:
     """The task of `read_task` where DATA_DIR/NAME is a folder, else the embedded one; a list of names may mix them.
 
+    NAME-KofN is the part of task NAME with every N-th of its labels, from the K-th on: one data set is N tasks.
+
     Raises:
-        ValueError: there is neither; else as `read_task`.
+        ValueError: there is neither, or no such part; else as `read_task`.
     """
     if data_dir and (Path(data_dir) / name).is_dir():
         return read_task(data_dir, name, max_passage_words)
-    if data_dir and name not in TASKS:
+    if name in TASKS:
+        return make_task(name, seed=seed)
+    if part := re.fullmatch(r"(.+)-(\d+)of(\d+)", name):
+        return _part(find_task(part[1], data_dir, max_passage_words, seed), name, int(part[2]), int(part[3]))
+    if data_dir:
         raise ValueError(
             f"{Path(data_dir) / name} is no folder, and no embedded task has that name: write "
             f"{Path(data_dir) / name}/{{train,test}}.jsonl, or choose one of {', '.join(TASKS)}"
         )
     return make_task(name, seed=seed)
+
+
+def _part(task: dict[str, Any], name: str, k: int, n: int) -> dict[str, Any]:
+    if not 1 <= k <= n <= len(task["labels"]):
+        raise ValueError(
+            f"{name}: {task['name']} has {len(task['labels'])} labels; write {task['name']}-KofN with 1 <= K <= N <= "
+            f"{len(task['labels'])}"
+        )
+    labels = task["labels"][k - 1 :: n]
+    records = {split: [r for r in task[split] if r["answer"] in labels] for split in ("train", "test")}
+    return {"name": name, "labels": labels, **records}
 
 
 def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 48) -> dict[str, Any]:
