@@ -46,6 +46,13 @@ def test_drift_is_perplexity_and_kl_of_real_next_tokens(config):
     assert model.training and found == pytest.approx(expected, rel=1e-4) and found["kl"] > 1e-3
 
 
+def test_an_adapter_of_nan_has_drifted_by_nan():
+    model = adapted("mora-dense")
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
+    found = drift(model, [batch()])
+    assert math.isnan(found["kl"]) and math.isnan(found["perplexity"]) and math.isfinite(found["base_perplexity"])
+
+
 def trained(llama_folder, output, *callbacks, **arguments):
     torch.manual_seed(0)
     model = get_peft_model(quantized(llama_folder), MoraConfig(r=4, routing="dense", target_modules="all-linear"))

@@ -300,7 +300,7 @@ def _bars(row: dict[str, Any], max_drift: float | None) -> str:
     full = max(row["before"], row["after"]) if row["relative"] else 1.0
     bars = ""
     for when, colour in (("before", "before"), ("after", _colour(row, max_drift))):
-        share = row[when] / full if full and math.isfinite(row[when] / full) else 1.0
+        share = min(1.0, max(0.0, row[when] / full)) if full and math.isfinite(row[when] / full) else 1.0
         bars += (
             f'<div class="bar"><svg role="img" aria-label="{when} {_number(row[when])}" preserveAspectRatio="none" '
             f'viewBox="0 0 100 10"><rect class="track" width="100" height="10"/>'
