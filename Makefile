@@ -1,4 +1,4 @@
-# make demo   fine-tune a 4-bit SmolLM2 with MORA and show accuracy before and after
+# make demo   fine-tune a 4-bit SmolLM2 with MORA and show what it has learnt and what it has kept
 # make test   the default test suite: CPU, no network
 # make lint   ruff and mypy
 # make test-with WITH="peft==0.21.0"   the suite over other releases of the hosts, laid over .venv

@@ -174,7 +174,7 @@ def test_help_names_every_method(sft, run_recipe, capsys):
 
 def test_a_new_row_of_the_table_is_a_choice_of_every_program(monkeypatch):
     monkeypatch.setitem(peft_mora.METHODS, "dummy", peft_mora.METHODS["lori"])
-    monkeypatch.delitem(sys.modules, "shared.training")
+    monkeypatch.delitem(sys.modules, "shared.training", raising=False)
     demo, merge, sft = map(load_recipe, ("demo", "merge", "sft"))
     monkeypatch.setattr(sys, "argv", ["program"])
     assert merge.parse().methods == ("lora", "mora", "lori", "flylora", "dummy")
@@ -309,6 +309,18 @@ def test_a_task_is_cut_into_parts_by_its_labels():
     for wrong in ("museum-0of2", "museum-3of2", "museum-1of5"):
         with pytest.raises(ValueError, match=r"museum has 4 labels; write museum-KofN with 1 <= K <= N <= 4"):
             find_task(wrong)
+
+
+def test_demo_protects_general_text_where_the_method_allows_it_and_says_what_was_kept(
+    run_recipe, llama_folder, task, tmp_path
+):
+    few = ["--model", llama_folder, "--data", task, "--task", "colours", "--steps", "2", "--r", "2", "--limit", "4"]
+    told = run_recipe("demo", *few, "--method", "mora", "lori", "--device", "cpu", "--output", tmp_path)
+    assert re.search(r"^mora, general text protected: .* perplexity embedded \(word perplexity", told, re.MULTILINE)
+    assert re.search(r"^lori, nothing protected: .* perplexity embedded \(word perplexity", told, re.MULTILINE)
+    memory = json.loads((tmp_path / "mora-colours" / "subspace" / "subspace.json").read_text())
+    assert [known["name"] for known in memory["tasks"]] == ["general text", "initial"]
+    assert not (tmp_path / "lori-colours" / "subspace").exists()
 
 
 def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, tmp_path):

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from peft_mora import METHODS
+from peft_mora.base import AdapterLinear
 
 from .base_model import load_base
 from .tasks import to_dataset
@@ -44,6 +45,11 @@ def adapter_config(method: str, **given: Any) -> Any:
     if "seed" not in {field.name for field in fields(config)}:
         given.pop("seed", None)
     return config(**given)
+
+
+def protectable(method: str) -> bool:
+    """Whether OrthogonalProjectionCallback can hold it: it trains the A that reads a module's own input."""
+    return method == "lora" or METHODS[method].model.tuner_layer_cls.trained is not AdapterLinear.trained
 
 
 BENCH = (*NAMES, "lori-s")
