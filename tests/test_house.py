@@ -24,7 +24,7 @@ HOUSE = f"""
     trl_callbacks: constraint sources
     trl_callbacks: general_text
     trl_callbacks: drift
-    trl_callbacks: projection surgery penalties budget calibration
+    trl_callbacks: projection surgery penalties budget calibration input_statistics
     trl_callbacks: __init__
 """  # a floor sees those above it in this list; a folder is one room
 FLOORS = [line.split() for line in HOUSE.strip().splitlines()]

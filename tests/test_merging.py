@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, quantized, randomize
+from helpers import METHODS, quantized, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_mora.lora_file import Lora, read_lora, write_lora
-from peft_mora.merging import RULES, collect_inputs, merge_adapters, rules, scaling, sequential
+from peft_mora.merging import RULES, collect_inputs, merge_adapters, merge_into_base, rules, scaling, sequential
 from peft_mora.merging.core import canonical, core_space, reduced, to_lora
 from peft_mora.merging.inputs import Inputs, Spread, Statistics, inputs, output_energy, spread
 from peft_mora.merging.lego import lego, robust
@@ -705,6 +705,37 @@ def test_statistics_are_of_real_tokens_under_the_adapter_and_half_of_last_ones(t
         assert torch.equal(loaded.spreads[name].values, one.values) and loaded.spreads[name].rest == one.rest
 
 
+def test_the_report_has_what_each_adapter_adds_to_the_outputs_of_another(three):
+    spreads = [spread(C, 4) for C in covariances(3)]
+    for path, C in zip(three, spreads, strict=True):
+        Statistics({LAYERS[0]: C}, {LAYERS[0]: (LAYERS[0],)}, 1, 1).save(path)
+    report, deltas = merge_adapters(three, rank=3), [dense(path)[LAYERS[0]] for path in three]
+    merged = dense(report)[LAYERS[0]]
+    for t, C in enumerate(spreads):
+        root = torch.linalg.cholesky(C.times(torch.eye(16, dtype=torch.float64)))
+        own = (deltas[t] @ root).norm()
+        want = [float((delta @ root).norm() / own) for delta in deltas]
+        assert report.interference[t] == pytest.approx(want, rel=1e-2)  # directions are in 16 bits
+        assert report.adapters[t].output_error == pytest.approx(
+            float(((merged - deltas[t]) @ root).norm() / own), rel=1e-2
+        )
+    assert merge_adapters(three, "mean").interference is None
+
+
+def test_lori_s_own_sum_is_that_of_the_files(tmp_path):
+    """Over one base, at the rank of its seeds; `merge_adapters` gives the same updates without a model."""
+    model = get_peft_model(tiny_llama(), METHODS["lori"](target_modules=["q_proj"], seed=0), adapter_name="one")
+    model.add_adapter("two", METHODS["lori"](target_modules=["q_proj", "up_proj"], seed=1))
+    model.base_model.set_adapter(["one", "two"])
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "both")
+    report = merge_adapters([tmp_path / "one", tmp_path / "two"], "sum", weights=[0.5, 2.0])
+    for name, (A, B) in report.loras.items():
+        want = model.get_base_model().get_submodule(name).get_delta_weight("both")
+        torch.testing.assert_close(B @ A, want, rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_of_other_weights_or_a_damaged_file_are_refused(trained):
     base, folders = trained
     collect_inputs(base, TEXTS["task1"], folders[0])
@@ -762,3 +793,90 @@ def test_prompts_need_a_base_model_and_every_folder(trained):
             merge_adapters(folders, **arguments)
     with pytest.raises(ValueError, match="is a PeftModel: give the base"):
         merge_adapters(folders, model=PeftModel.from_pretrained(base, folders[0]), prompts=prompts)
+
+
+# Into the base's weights
+
+
+@pytest.fixture
+def over_nf4(llama_folder, tmp_path) -> tuple[Path, Path]:
+    """A base that is saved in NF4, and an adapter trained on it."""
+    for part in (quantized(llama_folder), AutoTokenizer.from_pretrained(llama_folder)):
+        part.save_pretrained(tmp_path / "nf4")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4"),
+        LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "nf4", tmp_path / "adapter"
+
+
+def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def test_an_adapter_goes_into_the_dequantised_base_and_never_into_4_bits(over_nf4, llama_folder, inputs, tmp_path):
+    nf4, adapter = over_nf4
+    done = merge_into_base(adapter, tmp_path / "whole", dtype=torch.float32, requantize=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert "quantization_config" not in json.loads((tmp_path / "whole/config.json").read_text())
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("the cat") and done.dequantized
+    plain = AutoModelForCausalLM.from_pretrained(nf4).dequantize(torch.float32).float()
+    before = logits(plain, inputs)
+    want = logits(PeftModel.from_pretrained(plain, adapter), inputs)
+    torch.testing.assert_close(logits(merged, inputs), want, rtol=1e-4, atol=1e-4)
+    assert (want - before).abs().max() > 0.1
+
+    again = quantized(str(tmp_path / "whole")).dequantize(torch.float32)
+    off = whole = 0.0
+    for name, (A, B) in read_lora(adapter).loras.items():
+        lost = (again.get_submodule(name).weight - merged.get_submodule(name).weight).square().sum()
+        assert done.loss[name] == pytest.approx(float(lost.sqrt() / (B @ A).norm()), rel=0.02)  # bf16 on the way
+        off, whole = off + lost, whole + (B @ A).square().sum()
+    assert done.total == pytest.approx(float((off / whole).sqrt()), rel=0.02) and f"{done.total:.2f}" in str(done)
+
+
+def test_the_16_bit_base_is_taken_where_it_is_given(over_nf4, llama_folder, inputs, tmp_path):
+    _, adapter = over_nf4
+    done = merge_into_base(adapter, tmp_path / "whole", base=llama_folder)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert merged.dtype == torch.bfloat16 and not done.dequantized and done.total is None
+    plain = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.bfloat16)
+    for name, (A, B) in read_lora(adapter).loras.items():
+        want = (plain.get_submodule(name).weight.float() + B @ A).bfloat16()
+        assert torch.equal(merged.get_submodule(name).weight, want)
+    with pytest.raises(FileExistsError, match="delete it"):
+        merge_into_base(adapter, tmp_path / "whole")
+
+
+def test_an_output_head_is_untied_from_the_embeddings_that_stay(tmp_path):
+    base = tiny_llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "base")
+    head = {"lm_head": Lora(torch.randn(2, 64), torch.randn(64, 2))}
+    write_lora(tmp_path / "adapter", head, base_model_name_or_path=str(tmp_path / "base"))
+    merge_into_base(tmp_path / "adapter", tmp_path / "whole", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    embeddings = base.get_input_embeddings().weight
+    assert torch.equal(merged.get_input_embeddings().weight, embeddings)
+    torch.testing.assert_close(merged.lm_head.weight, embeddings + head["lm_head"].B @ head["lm_head"].A)
+
+
+def test_what_is_of_another_model_or_task_goes_into_no_base(over_nf4, llama_folder, tmp_path):
+    nf4, adapter = over_nf4
+    for arguments, message in (
+        ({"base": str(nf4), "dtype": torch.int8}, "`dtype` must be a torch dtype"),
+        (
+            {"adapter": folder(tmp_path, 1, base_model_name_or_path=str(nf4))},
+            "is 64 x 128 in .*nf4, and its update 16 x 24",
+        ),
+        ({"adapter": folder(tmp_path, 2, base_model_name_or_path=None)}, "does not say which model it is for"),
+        ({"adapter": folder(tmp_path, 3, task_type="SEQ_CLS")}, "is for SEQ_CLS"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_into_base(**{"adapter": adapter, "output": tmp_path / "whole", **arguments})
+    assert not (tmp_path / "whole").exists()

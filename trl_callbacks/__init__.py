@@ -4,6 +4,7 @@ from .budget import ActivationBudgetCallback
 from .calibration import LoriCalibrationCallback
 from .drift import DriftCallback, drift
 from .general_text import protect
+from .input_statistics import InputStatisticsCallback
 from .metrics import continual_metrics
 from .projection import OrthogonalProjectionCallback
 
@@ -11,6 +12,7 @@ from .projection import OrthogonalProjectionCallback
 __all__ = [
     "ActivationBudgetCallback",
     "DriftCallback",
+    "InputStatisticsCallback",
     "LoriCalibrationCallback",
     "OrthogonalProjectionCallback",
     "continual_metrics",

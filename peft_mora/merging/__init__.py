@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..checks import check_field, is_int, is_number, listed
 from ..lora_file import Lora, write_lora
@@ -30,16 +29,19 @@ from .inputs import (
     collect_inputs,
     input_spreads,
     inputs,
-    output_errors,
+    output_energies,
+    output_error,
     saved_tokenizer,
     texts_of,
+    tokenized,
 )
+from .into_base import IntoBase, merge_into_base
 from .lego import lego, robust
-from .report import Adapter, Measures, MergeReport
+from .report import Adapter, Measures, MergeReport, bar
 from .sequential import opcm, slao
 
 
-__all__ = ["RULES", "MergeReport", "collect_inputs", "merge_adapters"]
+__all__ = ["RULES", "IntoBase", "MergeReport", "collect_inputs", "merge_adapters", "merge_into_base"]
 
 
 class Rule(NamedTuple):
@@ -102,7 +104,7 @@ def merge_adapters(
     passes: int = 2,
     directions: int = 32,
     last: float = 0.5,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Any,
 ) -> MergeReport:
     """Merge adapters of one base model into one plain LoRA that PEFT opens without this package.
@@ -127,7 +129,7 @@ def merge_adapters(
             it is.
         passes: with a model; 1 looks at the adapters on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
-        progress: show a bar.
+        progress: show a bar; None: in a terminal.
         options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
             "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1).
 
@@ -176,7 +178,7 @@ def merge_adapters(
     def run() -> dict[str, Lora]:
         merge.prepare(adapters, updates)
         merged: dict[str, Lora] = {}
-        for module in tqdm(adapters.sizes, desc=rule, disable=not progress):
+        for module in bar(adapters.sizes, rule, progress):
             A, B = merge(module, updates(module))
             if "match" in after:
                 B = B * scaling.match(Lora(A, B), adapters.updates(module))
@@ -202,7 +204,7 @@ def merge_adapters(
         warnings.warn(text, stacklevel=2)
     shown = dict(options) | ({"passes": passes, **look.kept} if look is not None else {})
     report = _report(
-        adapters, merged, weights, merge.statistics,
+        adapters, merged, weights, merge.statistics, progress,
         rule=rule, space=merge.space, ordered=chosen.ordered, before=list(before), after=list(after),
         options=shown, seed=seed, warnings=said,
     )  # fmt: skip
@@ -227,7 +229,7 @@ class _Look:
         found = []
         for file, texts in zip(self.adapters.files, self.texts, strict=True):
             with adapted(self.model, file.folder) as model:
-                found.append(input_spreads(model, list(file.loras), texts, self.tokenizer, **self.kept))
+                found.append(input_spreads(model, list(file.loras), tokenized(texts, self.tokenizer), **self.kept))
         return found
 
     def under(self, merged: dict[str, Lora]) -> list[Statistics]:
@@ -236,7 +238,7 @@ class _Look:
             write_lora(Path(folder) / "merged", merged, saved=self.adapters.saved, **self.adapters.fields)
             with adapted(self.model, Path(folder) / "merged") as model:
                 return [
-                    input_spreads(model, list(file.loras), texts, self.tokenizer, **self.kept)
+                    input_spreads(model, list(file.loras), tokenized(texts, self.tokenizer), **self.kept)
                     for file, texts in zip(self.adapters.files, self.texts, strict=True)
                 ]
 
@@ -349,16 +351,27 @@ def _lines(adapters: Adapters, merged: dict[str, Lora], beta: float) -> dict[str
 
 
 def _report(
-    adapters: Adapters, merged: dict[str, Lora], weights: list[float], statistics: list[Statistics], **fields: Any
+    adapters: Adapters,
+    merged: dict[str, Lora],
+    weights: list[float],
+    statistics: list[Statistics],
+    progress: bool | None,
+    **fields: Any,
 ) -> MergeReport:
     measures = Measures(len(adapters))
-    outputs = torch.zeros(len(adapters), 2, dtype=torch.float64)
-    for module, (A, B) in merged.items():
+    missed = torch.zeros(len(adapters), dtype=torch.float64)  # E‖(ΔW - ΔW_t) x‖²
+    energies = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)  # [t, s]: E‖ΔW_s x_t‖²
+    for module in bar(merged, "report", progress):
+        A, B = merged[module]
         loras, found = adapters.updates(module), Lora(A.double(), B.double())
         measures.add(loras, found)
         if statistics:
-            outputs += torch.tensor(output_errors(loras, found, [one.of(module) for one in statistics]))
+            spreads = [one.of(module) for one in statistics]
+            energies += output_energies(loras, spreads)
+            missed += torch.tensor([output_error(lora, found, C) for lora, C in zip(loras, spreads, strict=True)])
     tables = measures.tables()
+    own = energies.diagonal()
+    interference = (energies / own[:, None].clamp_min(1e-300)).sqrt().tolist() if statistics else None
     entries = [
         Adapter(
             folder=str(file.folder),
@@ -369,14 +382,15 @@ def _report(
             norm=norm,
             share=share,
             kept=kept,
-            output_error=float((missed / own).sqrt()) if own > 0 else None,
+            output_error=float((error / energy).sqrt()) if energy > 0 else None,
         )
-        for file, digest, weight, norm, share, kept, (missed, own) in zip(
+        for file, digest, weight, norm, share, kept, error, energy in zip(
             adapters.files,
             adapters.digests,
             weights,
             *(tables[x] for x in ("norms", "share", "kept")),
-            outputs,
+            missed,
+            own,
             strict=True,
         )
     ]
@@ -386,6 +400,7 @@ def _report(
         norm=measures.merged**0.5,
         mean_norm=sum(tables["norms"]) / len(adapters),
         loras=merged,
+        interference=interference,
         **{name: tables[name] for name in ("cosine", "rows", "columns")},
         **fields,
     )

@@ -85,15 +85,19 @@ class Statistics:
     def of(self, module: str) -> Spread | None:
         return next((self.spreads[group] for group, modules in self.groups.items() if module in modules), None)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write FOLDER/input_statistics.safetensors beside the adapter that they are of; directions in 16 bits."""
+    def save(self, folder: str | Path, weights: str | None = None) -> Path:
+        """Write FOLDER/input_statistics.safetensors beside the adapter that they are of; directions in 16 bits.
+
+        Args:
+            weights: `digest` of the adapter, if it is not in `folder` yet.
+        """
         tensors = {}
         for name, (Q, values, rest) in self.spreads.items():
             tensors[f"{name}.directions"] = Q.half().contiguous()
             tensors[f"{name}.values"] = torch.cat([values.float(), torch.tensor([rest])])
         text = {
             "version": VERSION, "groups": self.groups, "prompts": self.prompts, "tokens": self.tokens,
-            "adapter_sha256": digest(folder),
+            "adapter_sha256": weights or digest(folder),
         }  # fmt: skip
         path = Path(folder) / FILE
         with whole_file(path) as written:
@@ -162,10 +166,8 @@ def collect_inputs(
     modules = list(read_lora(folder).loras)
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
-        statistics = input_spreads(
-            with_adapter, modules, texts, tokenizer,
-            directions=directions, last=last, batch_size=batch_size, max_length=max_length,
-        )  # fmt: skip
+        batches = tokenized(texts, tokenizer, batch_size, max_length)
+        statistics = input_spreads(with_adapter, modules, batches, directions=directions, last=last)
     statistics.save(folder)
     return statistics
 
@@ -185,30 +187,38 @@ def adapted(model: nn.Module, folder: str | Path) -> Iterator[PeftModel]:
         with_adapter.unload()
 
 
+def tokenized(
+    texts: Sequence[str], tokenizer: Any, batch_size: int = 8, max_length: int = 1024
+) -> list[dict[str, Tensor]]:
+    """input_ids and attention_mask (batch_size, S) of texts."""
+    check_field(not isinstance(texts, str) and len(texts) > 0, "texts", texts, "a list of at least one text")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": max_length}
+    return [dict(tokenizer(list(texts[i : i + batch_size]), **options)) for i in range(0, len(texts), batch_size)]
+
+
 def input_spreads(
     model: PeftModel,
     modules: Sequence[str],
-    texts: Sequence[str],
-    tokenizer: Any,
+    batches: Sequence[Mapping[str, Tensor]],
     *,
     directions: int = 16,
     last: float = 0.5,
-    batch_size: int = 8,
-    max_length: int = 1024,
     budget_gib: float = 4.0,
 ) -> Statistics:
-    """C of the inputs of some modules (by their names in the base model) over texts, as the model is."""
-    check_field(not isinstance(texts, str) and len(texts) > 0, "texts", texts, "a list of at least one text")
+    """C of the inputs of some modules (by their names in the base model) over prompts, as the model is.
+
+    Args:
+        batches: input_ids and attention_mask (B, S), int64.
+
+    Raises:
+        ValueError: a module saw no input, or one that is not finite.
+    """
     check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
     check_field(is_number(last) and 0 <= last <= 1, "last", last, "a share in [0, 1]")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    batches = [
-        dict(tokenizer(list(texts[i : i + batch_size]), return_tensors="pt", padding=True, truncation=True,
-                       max_length=max_length))
-        for i in range(0, len(texts), batch_size)
-    ]  # fmt: skip
     tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
+    prompts = sum(len(batch["input_ids"]) for batch in batches)
     base: Any = model.get_base_model()
     found = {name: base.get_submodule(name) for name in modules}
     groups, sizes = shared_inputs(model, found, batches[0])
@@ -222,14 +232,19 @@ def input_spreads(
         if last and mask is not None:
             ends = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1).to(x.device)
             rows = x.reshape(*mask.shape, -1)[torch.arange(len(ends), device=x.device), ends].float()
-            sums[name].addmm_(rows.T, rows, alpha=last / len(texts))
+            sums[name].addmm_(rows.T, rows, alpha=last / prompts)
 
     spreads = {}
     for part in parts({name: 4 * size**2 for name, size in sizes.items()}, budget_gib * 2**30):
         visit(model, {name: found[name] for name in part}, batches, add)
         for name in part:
+            if not sums[name].isfinite().all():
+                raise ValueError(
+                    f"The inputs of module {name!r} are not finite (NaN, inf, or squares beyond float32): the adapter "
+                    "has diverged, or the base does not go with it."
+                )
             spreads[name] = spread(sums.pop(name), directions)
-    return Statistics(spreads, groups, len(texts), tokens)
+    return Statistics(spreads, groups, prompts, tokens)
 
 
 class Inputs:
@@ -325,12 +340,25 @@ def output_energy(lora: Lora, C: Spread | None) -> float:
     return float(((B.T @ B) * (A @ C.times(A.T))).sum().clamp_min(0))
 
 
-def output_errors(loras: Sequence[Lora], merged: Lora, spreads: Sequence[Spread | None]) -> list[tuple[float, float]]:
-    """E‖(ΔW - ΔW_t) x‖² and E‖ΔW_t x‖² of each adapter over its own inputs."""
-    found = []
-    for lora, C in zip(loras, spreads, strict=True):
-        difference = Lora(torch.cat([merged.A, lora.A]), torch.cat([merged.B, -lora.B], dim=1))
-        found.append((output_energy(difference, C), output_energy(lora, C)))
+def output_error(lora: Lora, merged: Lora, C: Spread | None) -> float:
+    """E‖(ΔW - ΔW_t) x‖² of an adapter over its own inputs; 0 where they are not known."""
+    difference = Lora(torch.cat([merged.A, lora.A]), torch.cat([merged.B, -lora.B], dim=1))
+    return output_energy(difference, C)
+
+
+def output_energies(loras: Sequence[Lora], spreads: Sequence[Spread | None]) -> Tensor:
+    """E‖ΔW_s x‖² over the inputs of t: (N, N) float64, a row for each t; 0 where its inputs are not known."""
+    ranks = [len(lora.A) for lora in loras]
+    grams = [lora.B.double().T @ lora.B.double() for lora in loras]
+    A = torch.cat([lora.A.double() for lora in loras])
+    square = A @ A.T
+    found = torch.zeros(len(loras), len(loras), dtype=torch.float64)
+    for t, C in enumerate(spreads):
+        if C is not None:
+            seen = A @ C.half
+            blocks = (C.rest * square + seen @ seen.T).split(ranks)
+            for s, (gram, rows) in enumerate(zip(grams, blocks, strict=True)):
+                found[t, s] = (gram * rows.split(ranks, dim=1)[s]).sum().clamp_min(0)
     return found
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..lora_file import Lora
 
 
 FILE = "merge_report.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class MergeReport:
         norm: ‖ΔW‖ of the result. mean_norm: mean of the adapters' norms.
         cosine: of ΔW_s and ΔW_t over all modules. rows, columns: overlap ‖P_s P_t‖² / min(r_s, r_t), 0..1, of the
             row and column spaces; mean over the modules that both have.
+        interference: [t][s] is ‖ΔW_s x‖ / ‖ΔW_t x‖ over the inputs of t, root mean square over all modules: what s
+            adds to the outputs of t beside its own; None where inputs are not known.
         warnings: what was said while merging.
         versions: of the packages that took part.
         loras: module -> the merged ΔW; not in the JSON.
@@ -68,6 +73,7 @@ class MergeReport:
     cosine: list[list[float]]
     rows: list[list[float]]
     columns: list[list[float]]
+    interference: list[list[float]] | None = None
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
@@ -152,3 +158,8 @@ def _inverse_root(gram: Tensor) -> Tensor:
     values, W = torch.linalg.eigh(gram)
     there = values > 1e-12 * values[-1].clamp_min(1e-300)
     return (W[:, there] / values[there].sqrt()) @ W[:, there].T
+
+
+def bar(items: Collection[T], what: str, shown: bool | None) -> Iterable[T]:
+    """Progress through items: shown or not; None where there is a terminal."""
+    return tqdm(items, desc=what, disable=None if shown is None else not shown)

@@ -1,0 +1,184 @@
+"""An adapter into its base model's weights, in 16 or 32 bits: W + ΔW, added in float32 and rounded once.
+
+A quantised base is dequantised first and stays so. Quantised again, each weight would move by about half a step of its
+code, and ΔW is smaller than a step: `requantize=True` measures ‖requant(W + ΔW) - (W + ΔW)‖ / ‖ΔW‖.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from ..checks import check_field
+from ..files import whole_folder
+from ..lora_file import PREFIX, Lora, LoraFile, read_lora
+from .report import bar
+
+
+NF4 = {"quant_type": "nf4", "compress_statistics": True}
+
+
+@dataclass(frozen=True)
+class IntoBase:
+    """What `merge_into_base` did.
+
+    Args:
+        folder: what was written. dtype: of its weights. dequantized: whether the base was quantised.
+        loss: module -> ‖requant(W + ΔW) - (W + ΔW)‖ / ‖ΔW‖, if it was asked for; infinity where ΔW is 0.
+        total: the same over all modules.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    dequantized: bool
+    modules: int
+    loss: dict[str, float] = field(default_factory=dict)
+    total: float | None = None
+
+    def __str__(self) -> str:
+        where = " into the dequantised base" if self.dequantized else ""
+        lines = [f"{self.modules} modules merged in {self.dtype}{where}: {self.folder}"]
+        if self.total is not None:
+            worst = sorted(self.loss, key=lambda name: -self.loss[name])[:3]
+            shown = ", ".join(f"{name} {self.loss[name]:.2f}" for name in worst)
+            lines.append(f"quantised to 4 bits again it would be off by {self.total:.2f} of ‖ΔW‖ (most: {shown})")
+        return "\n".join(lines)
+
+
+def merge_into_base(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    requantize: bool = False,
+    device: str = "cpu",
+    progress: bool | None = None,
+) -> IntoBase:
+    """Write a model with an adapter in its weights, for `AutoModelForCausalLM.from_pretrained`. Never a quantised one.
+
+    Args:
+        adapter: folder of a LoRA, LORI or MORA "dense", or of what `merge_adapters` wrote.
+        output: folder of the model and its tokenizer; whole or not at all.
+        base: folder or name of the model, in 16 bits or quantised; None is the one that the adapter names. Give the
+            16-bit model where the adapter was trained on its 4-bit copy and you have it: it has not lost what the
+            copy has.
+        dtype: of the weights: float32, bfloat16 or float16.
+        requantize: measure what quantising the result again would lose, as the base is quantised, or in NF4 with
+            double quantisation (bitsandbytes).
+        device: where to compute.
+        progress: show a bar; None: in a terminal.
+
+    Raises:
+        ValueError: an adapter that is not one ΔW a module, that is for another task, or not of this base.
+        FileExistsError: `output` exists.
+    """
+    check_field(
+        dtype in (torch.float32, torch.bfloat16, torch.float16), "dtype", dtype, "a torch dtype of 16 or 32 bits"
+    )
+    file = read_lora(adapter)
+    if file.config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{adapter} is for {file.config['task_type']}: this writes causal language models.")
+    name = base or file.config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{adapter} does not say which model it is for: give it as `base`.")
+    if Path(output).exists():  # before the model is loaded
+        raise FileExistsError(f"{output} exists: delete it or write to another folder.")
+    revision = {"revision": file.config["revision"]} if not base and file.config.get("revision") else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, device_map=device, **revision)
+    settings = _four_bit_settings(model)
+    quantized = getattr(model, "hf_quantizer", None) is not None
+    if quantized:
+        model = model.dequantize(dtype)
+        for (
+            parameter
+        ) in model.parameters():  # what was not quantised has the dtype of its file, whatever was asked for
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.to(dtype)
+    losses: dict[str, float] = {}
+    off = whole = 0.0
+    for module in bar(file.loras, "into the base", progress):
+        merged, delta = _add(model, module, file.loras[module], name)
+        if requantize:
+            lost, size = float((_requantized(merged, settings) - merged.float()).norm()), float(delta.norm())
+            losses[module] = lost / size if size else float("inf")
+            off, whole = off + lost**2, whole + size**2
+    for key, tensor in file.saved.items():
+        _own(model, key.removeprefix(PREFIX).rpartition(".")[0], key.rpartition(".")[2], name).copy_(tensor)
+    # transformers 5 would write the keys of the checkpoint that it loaded, and refuses where that was quantised.
+    known = inspect.signature(model.save_pretrained).parameters
+    options: dict[str, Any] = {"save_original_format": False} if "save_original_format" in known else {}
+    with whole_folder(output) as folder:
+        model.save_pretrained(folder, **options)
+        _save_tokenizer(file, name, folder)
+    total = (off / whole) ** 0.5 if whole else None
+    return IntoBase(Path(output), dtype, quantized, len(file.loras), losses, total)
+
+
+@torch.no_grad()
+def _add(model: Any, module: str, lora: Lora, base: Any) -> tuple[Tensor, Tensor]:
+    """Add ΔW to a weight in place, in float32; (the weight, (O, I) or as a Conv1D has it, and ΔW float32)."""
+    weight = _own(model, module, "weight", base)
+    delta = lora.B.to(weight.device, torch.float32) @ lora.A.to(weight.device, torch.float32)
+    if isinstance(model.get_submodule(module), Conv1D):
+        delta = delta.T
+    if delta.shape != weight.shape:
+        raise ValueError(
+            f"Module {module!r} is {' x '.join(map(str, weight.shape))} in {base}, and its update "
+            f"{' x '.join(map(str, delta.shape))}: the adapter is of another model."
+        )
+    weight.copy_(weight.float() + delta)
+    return weight, delta
+
+
+def _own(model: Any, module: str, name: str, base: Any) -> Tensor:
+    """A module's parameter, with memory of its own: an output head that is tied to the embeddings is untied, as the
+    update is of the head alone.
+
+    Raises:
+        ValueError: the model has none of that name.
+    """
+    try:
+        owner = model.get_submodule(module)
+        weight = getattr(owner, name)
+    except AttributeError as error:
+        raise ValueError(f"{base} has no {module}.{name}: the adapter is of another model.") from error
+    embeddings = model.get_input_embeddings()
+    if weight is embeddings.weight and owner is not embeddings:
+        weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        setattr(owner, name, weight)
+        model.config.tie_word_embeddings = False
+    return weight.requires_grad_(False)
+
+
+def _four_bit_settings(model: Any) -> dict[str, Any]:
+    """How bitsandbytes has quantised the model; NF4 where it has not."""
+    config: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if not getattr(config, "load_in_4bit", False):
+        return dict(NF4)
+    return {"quant_type": config.bnb_4bit_quant_type, "compress_statistics": config.bnb_4bit_use_double_quant}
+
+
+def _requantized(weight: Tensor, settings: dict[str, Any]) -> Tensor:
+    """float32, through bitsandbytes' 4 bits and back."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(weight.contiguous(), **settings)
+    return dequantize_4bit(codes, state).float()
+
+
+def _save_tokenizer(file: LoraFile, base: Any, folder: Path) -> None:
+    """The adapter's where it has one, else the base's, if that has one."""
+    own = (file.folder / "tokenizer_config.json").is_file()
+    try:
+        AutoTokenizer.from_pretrained(str(file.folder if own else base)).save_pretrained(folder)
+    except (OSError, ValueError):  # a base without a tokenizer is one without
+        if own:
+            raise

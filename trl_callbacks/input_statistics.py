@@ -1,0 +1,195 @@
+"""What an adapter saw while it was trained, beside it when it is saved: a merge that needs nothing else.
+
+C = E[x xᵀ] of each module's inputs over some training prompts, at the end of training, as `collect_inputs` finds it
+afterwards: `peft_mora.merging` merges folders that hold it by least squares (rule="inputs") without a model or data.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from peft_mora import use_exact_4bit_kernels
+from peft_mora.checks import check_field, is_int, is_number
+from peft_mora.inputs import shared_inputs
+from peft_mora.lora_file import TENSORS, digest, read_lora
+from peft_mora.merging.inputs import input_spreads
+
+from .host import HostCallback, calibration_batches, keep_stopped, output_folder
+
+
+LENGTH = 1024  # tokens of one prompt, the last ones
+
+
+class InputStatisticsCallback(HostCallback):
+    """Write input_statistics.safetensors where the trainer saves the adapter, for `merge_adapters(rule="inputs")`.
+
+    For whatever `merge_adapters` takes: PEFT's LoRA, LORI, MORA with routing "dense". Of each record it sees the
+    prompt: what stands before the first token that the loss counts, or all of a record that is learnt from its first
+    token on. The file holds, in 16 bits, `directions` directions of I numbers for each distinct input of I, and their
+    strengths; nothing of the records themselves. It is bound to the weights by a hash, and is there whole or not at
+    all. A resumed run writes the same one at its end.
+
+    Args:
+        directions: leading directions of each module's inputs; the others have one mean. 16 to 32 are enough.
+        prompts: training records to look at, drawn from the run's seed.
+        last: share of C that is over last tokens of prompts alone, 0..1.
+        adapter_name: which adapter; None is the one in training.
+
+    Raises:
+        ValueError: on construction for a wrong argument; at the start of training for an adapter that no merge takes,
+            or batches in which prompts cannot be seen.
+
+    Example:
+        >>> trainer = SFTTrainer(..., args=SFTConfig("out/maths"), callbacks=[InputStatisticsCallback()])
+        >>> trainer.train()
+        >>> trainer.save_model()
+        >>> merge_adapters(["out/maths", "out/code"], rank=16, output="out/both")
+    """
+
+    def __init__(
+        self, directions: int = 16, *, prompts: int = 64, last: float = 0.5, adapter_name: str | None = None
+    ) -> None:
+        check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
+        check_field(is_int(prompts) and prompts >= 1, "prompts", prompts, "an integer >= 1")
+        check_field(is_number(last) and 0 <= last <= 1, "last", last, "a share in [0, 1]")
+        self.directions, self.prompts, self.last, self.adapter_name = directions, prompts, last, adapter_name
+        self._batches: list[dict[str, Tensor]] = []
+
+    def refusals(self) -> dict[str, str]:
+        message = "shards what a forward outside of the training loop needs. Train without InputStatisticsCallback, "
+        message += "and call peft_mora.merging.collect_inputs(model, prompts, folder) on the saved adapter."
+        return {"deepspeed": f"DeepSpeed {message}", "fsdp": f"FSDP {message}"}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_train_begin(args, state, control)
+        otherwise = "Call peft_mora.merging.collect_inputs(model, prompts, folder) on the saved adapter instead."
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"An encoder-decoder's prompts do not go into its decoder. {otherwise}")
+        count = -(-self.prompts // args.per_device_train_batch_size)
+        prompts = [
+            prompt
+            for batch in calibration_batches(train_dataloader, args, count, otherwise)()
+            for prompt in prompts_of(batch)
+        ]
+        self._batches = padded(prompts[: self.prompts], args.per_device_train_batch_size)
+        self._name = self.adapter_name or in_training(model)
+        use_exact_4bit_kernels(model)
+        with saved(model, self._name) as folder:
+            modules = list(read_lora(folder).loras)
+        # Now, not when all is learnt: a module that sees no input.
+        shared_inputs(model, submodules(model, modules), self._batches[0])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        batches, self._batches = self._batches, []
+        if batches and state.is_world_process_zero:
+            try:
+                with saved(model, self._name) as folder:
+                    modules, weights = list(read_lora(folder).loras), digest(folder)
+                statistics = input_spreads(model, modules, batches, directions=self.directions, last=self.last)
+            except ValueError as error:
+                raise ValueError(f"{error} The adapter is in {keep_stopped(model, args, state)}.") from error
+            folder = output_folder(args) / ("" if self._name == "default" else self._name)
+            folder.mkdir(parents=True, exist_ok=True)
+            print(f"what the adapter saw: {statistics.save(folder, weights)}, for peft_mora.merging")
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+
+def prompts_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Token ids (n,) int64 of each record's prompt in a batch of a language model's trainer.
+
+    Args:
+        batch: input_ids (B, S); attention_mask (B, S), 0 on padding; labels (B, S), -100 where nothing is learnt;
+            position_ids (B, S), which begin again at 0 where one row holds several records.
+    """
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    labels = batch.get("labels")
+    positions = batch.get("position_ids")
+    for row in range(len(ids)):
+        real = (
+            mask[row].bool() if mask is not None and mask.dim() == 2 else torch.ones_like(ids[row], dtype=torch.bool)
+        )
+        starts = positions[row][real] == 0 if positions is not None else torch.zeros(int(real.sum())).bool()
+        cuts = [0, *(starts.nonzero().flatten().tolist()), int(real.sum())]
+        for start, end in pairwise(cuts):
+            record = ids[row][real][start:end]
+            learnt = labels[row][real][start:end] != -100 if labels is not None else torch.ones_like(record).bool()
+            first = int(learnt.int().argmax()) if learnt.any() else len(record)
+            prompt = record[:first] if first else record
+            if len(prompt):
+                yield prompt[-LENGTH:]
+
+
+def padded(prompts: Sequence[Tensor], size: int) -> list[dict[str, Tensor]]:
+    """input_ids and attention_mask (size, S) of token ids, padded on the right."""
+    batches = []
+    for start in range(0, len(prompts), size):
+        part = list(prompts[start : start + size])
+        masks = [torch.ones_like(prompt) for prompt in part]
+        ids, mask = (pad_sequence(rows, batch_first=True) for rows in (part, masks))
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def in_training(model: Any) -> str:
+    """The adapter that is in training.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    adapters = getattr(model, "peft_config", {})
+    keys = [key.split(".") for key, parameter in model.named_parameters() if parameter.requires_grad]
+    found = [name for name in adapters if any(name in key for key in keys)]
+    if len(found) != 1:
+        raise ValueError(
+            f"InputStatisticsCallback is for one adapter in training; the model has {found or 'none'}"
+            f" of {sorted(adapters)}. Name it: InputStatisticsCallback(adapter_name=NAME)."
+        )
+    return found[0]
+
+
+@contextmanager
+def saved(model: Any, name: str) -> Iterator[Path]:
+    """A folder for the length of a block, with an adapter as the trainer will save it.
+
+    Raises:
+        ValueError: no merge takes it.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        model.save_pretrained(parent, selected_adapters=[name])
+        folder = next(Path(parent).rglob(TENSORS)).parent
+        try:
+            yield folder
+        except ValueError as error:
+            told = str(error).replace(str(folder), f"adapter {name!r}")
+            raise ValueError(
+                f"No merge takes this adapter, so that it needs no InputStatisticsCallback: {told}"
+            ) from error
+
+
+def submodules(model: Any, names: Sequence[str]) -> dict[str, nn.Module]:
+    """By their names in the base model."""
+    base = model.get_base_model()
+    return {name: base.get_submodule(name) for name in names}
