@@ -29,6 +29,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -46,7 +47,7 @@ from transformers import set_seed
 
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
-from peft_mora.merging import RULES, collect_inputs, merge_adapters
+from peft_mora.merging import RULES, MergeReport, collect_inputs, merge_adapters
 
 
 TWO_PASSES = "two-passes"
@@ -346,6 +347,7 @@ class Run:
         report = merge_adapters(self.folders, name, k, seed=self.seed, output=folder, **given)
         seconds = time.perf_counter() - start
         print(report, flush=True)
+        plot(report, [task["name"] for task in self.tasks], folder / "interference.png")
         return folder, seconds
 
     def __call__(self) -> None:
@@ -355,16 +357,42 @@ class Run:
             if self.rows.find(key) is None:
                 model, tokenizer = self.adapters()
                 start = time.perf_counter()
-                try:
+                with said(way):
                     combine(model, self.method, way, weight, k, self.names)
-                except ValueError as error:
-                    print(f"{way}: PEFT refuses: {error}", flush=True)
-                    continue
-                self.add(key, (model, tokenizer), time.perf_counter() - start)
+                    self.add(key, (model, tokenizer), time.perf_counter() - start)
         for key, *how in self.merged():
             if self.rows.find(key) is None:
-                folder, seconds = self.merge(*how)
-                self.add(key, scores.load(self.base, folder, self.args.device), seconds)
+                with said(how[0]):
+                    folder, seconds = self.merge(*how)
+                    self.add(key, scores.load(self.base, folder, self.args.device), seconds)
+
+
+@contextmanager
+def said(name: str) -> Iterator[None]:
+    """A combination that these adapters do not allow is no row, and the run goes on."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"{name}, refused: {error}", flush=True)
+
+
+def plot(report: MergeReport, names: list[str], path: Path) -> None:
+    """Cosines of the updates, and how much one adds to another's outputs."""
+    from matplotlib.figure import Figure
+
+    tables = {"cosine of updates": report.cosine}
+    if report.interference is not None:
+        tables["column's ΔW x / row's, row's x"] = report.interference
+    figure = Figure(figsize=(len(tables) * (3 + 0.5 * len(names)), 2.5 + 0.5 * len(names)), layout="constrained")
+    for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        axes.imshow(table, vmin=0, vmax=1)
+        axes.set_title(title)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        for i, row in enumerate(table):
+            for j, value in enumerate(row):
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.5 else "white")
+    figure.savefig(path, dpi=120)
 
 
 def mean(values: list[str]) -> str:
@@ -406,7 +434,7 @@ def main() -> None:
         for method in args.methods:
             Run(seed, method, base, tasks, output, rows, args)()
     show(rows.rows, args.tasks, f"means over seeds, {args.steps} steps a task")
-    print(f"Adapters, merged ones with their reports, and merge.csv are in {output}")
+    print(f"Adapters, merged ones with their reports and interference.png, and merge.csv are in {output}")
 
 
 if __name__ == "__main__":
