@@ -637,6 +637,7 @@ class AdapterModel(BaseTuner):
         unknown = sorted(set(adapter_names) - {BASE_ADAPTER} - set(self.peft_config) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        refuse_part_of_adapter(self, set(adapter_names) - {BASE_ADAPTER} - set(self.peft_config))
         num_beams = kwargs.get("num_beams") or 1
         beams = [name for name in adapter_names for _ in range(num_beams)]
         # Beam search repeats the inputs of the decoder only.
@@ -657,6 +658,20 @@ class AdapterModel(BaseTuner):
 
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict, adapter_names: list[str]) -> tuple[Any, dict]:
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def refuse_part_of_adapter(model: nn.Module, parts: set[str]) -> None:
+    """Row names that are less than an adapter ("adapter/task") where modules are trained in full, which no task has on
+    its own.
+
+    Raises:
+        ValueError: there are both.
+    """
+    if parts and any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+        raise ValueError(
+            f"Rows cannot be named {', '.join(map(repr, sorted(parts)))} on a model with modules_to_save or trained "
+            "tokens: those are as the last task left them. Name the whole adapter, or train without them."
+        )
 
 
 def own_fields(config: AdapterConfig) -> dict[str, Any]:

@@ -17,8 +17,8 @@ def fingerprint(model: Any, vocab_size: int | None = None) -> dict[str, Any]:
     a model is quantised or loaded in another float dtype.
 
     Args:
-        vocab_size: rows of the embeddings that the fingerprint to compare with was made of. lm-eval cuts the spare
-            ones of a model off when it opens an adapter, which makes it no other model.
+        vocab_size: how many rows of the embeddings to look at, from the first; None is all. lm-eval cuts the spare
+            ones off when it opens an adapter, which makes it no other model.
     """
     config = getattr(model, "config", None)
     table: Any = model.get_input_embeddings()

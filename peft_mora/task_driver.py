@@ -8,7 +8,7 @@ PeftModel, transformers with an injected adapter, `pipeline`, lm-eval.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .base import AdapterLinear
+from .base import BASE_ADAPTER, AdapterLinear, refuse_part_of_adapter
 from .task_features import HiddenStates, adapters_off, pooled, real_tokens
 
 
@@ -94,6 +94,15 @@ class Driver:
             handle.remove()
         if self.generate is not None:
             del self.base.generate
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse, as a mixed batch does, the names of one task's rows beside modules that are trained in full.
+
+        Raises:
+            ValueError: there are both.
+        """
+        adapters = {name for layer in self.hooked.values() for name in getattr(layer, "r", ())}
+        refuse_part_of_adapter(self.base, set(names) - adapters - {BASE_ADAPTER} if adapters else set())
 
     def names(self) -> set[str]:
         """What rows may be named here, beside the base."""

@@ -111,7 +111,9 @@ class TaskRouter:
             self._model = model
             return
         made_with = self.fingerprint or {}
-        found = fingerprint(base, made_with.get("vocab_size"))
+        # A quarter of the words, which lm-eval never cuts off when it opens an adapter.
+        words = made_with.get("vocab_size", base.get_input_embeddings().weight.shape[0] // 4)
+        found = fingerprint(base, words)
         differs = [
             f"{key} {there!r} there, {found[key]!r} here" for key, there in made_with.items() if found[key] != there
         ]
@@ -288,6 +290,7 @@ class TaskRouter:
         driver = Driver(self.base, self._states, self._rows)
         try:
             self._adapters = self._row_names(driver.names(), dict(adapters or {}))
+            driver.check(self._adapters.values())
         except ValueError:
             driver.remove()
             raise
@@ -541,6 +544,11 @@ class TaskRouterModel:
 
     def __new__(cls, model: Any, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        if not config.inference_mode:
+            raise ValueError(
+                "A folder of adapters and their router is for inference. To go on training, open the adapter that it "
+                "was made of, or save one: model.save_pretrained(folder, selected_adapters=[name])."
+            )
         if adapter_name in config.adapters:
             raise ValueError(
                 f'The folder has an adapter named {adapter_name!r}: open it under another name, adapter_name="routed".'
@@ -566,6 +574,14 @@ class TaskRouterModel:
         model.task_router = holder
         holder.driver = Driver(model, probe._states, holder.choose)
         return tuner
+
+    @classmethod
+    def _get_adapter_state_dict(cls, **_: Any) -> dict[str, Tensor]:
+        raise ValueError(
+            "An opened folder of adapters and their router is saved by its router, "
+            "TaskRouter.of(model).save_pretrained(folder); one of its adapters by "
+            "model.save_pretrained(folder, selected_adapters=[name])."
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -14,11 +14,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from helpers import adapted
+from helpers import WORDS, adapted
 from peft import PeftModel, PeftType
 from transformers import AutoModelForCausalLM
 
-from peft_mora import __main__
+from peft_mora import TaskRouter, __main__
 from peft_mora.registry import CHECKED
 
 
@@ -48,9 +48,18 @@ out["AutoModelForCausalLM"] = logits(AutoModelForCausalLM.from_pretrained({adapt
 pipe = pipeline("text-generation", model={adapter!r}, tokenizer={base!r}, dtype=torch.float32)
 out["pipeline"] = logits(pipe.model)
 out["text"] = pipe("the cat sat on", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+routed = pipeline("text-generation", model={routed!r}, tokenizer={base!r}, dtype=torch.float32)
+out["routed pipeline"] = logits(routed.model)
+out["routed text"] = routed("the cat sat on", max_new_tokens=3, do_sample=False)[0]["generated_text"]
 
 from lm_eval.models.huggingface import HFLM
 out["lm_eval"] = logits(HFLM({base!r}, peft={sparse!r}, dtype="float32", device="cpu", batch_size=1).model)
+lm = HFLM({base!r}, peft={routed!r}, dtype="float32", device="cpu", batch_size=2)
+out["routed lm_eval"] = logits(lm.model)
+from lm_eval.api.instance import Instance
+asked = [("the a cat dog", " sat"), ("north south", " east west yes no red")]  # of two lengths, padded without a mask
+asked = [Instance("loglikelihood", dict(), pair, i) for i, pair in enumerate(asked)]
+out["routed scores"] = [score for score, _ in lm.loglikelihood(asked, disable_tqdm=True)]
 """
 
 
@@ -81,14 +90,22 @@ def program(body: str, **names: str) -> str:
 
 @pytest.fixture(scope="module")
 def folders(llama_folder, tmp_path_factory) -> dict[str, str]:
-    """`base`, a trained `adapter` that names it, and a `sparse` LORI that draws its projection again."""
+    """`base`, a trained `adapter` that names it, a `sparse` LORI that draws its projection again, and a MORA adapter
+    of two tasks with its router, `routed`."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, method in (("adapter", "mora"), ("sparse", "lori-sparse")):
         base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
         adapted(method, base, task_type="CAUSAL_LM").save_pretrained(folder / name)
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == llama_folder
-    return {"base": llama_folder, "adapter": str(folder / "adapter"), "sparse": str(folder / "sparse")}
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    router = TaskRouter(adapted("mora", base, tasks=2, task_type="CAUSAL_LM"), layers=1, false_alarms=0)
+    for seed, (name, words) in enumerate({"initial": WORDS[:8], "task1": WORDS[12:]}.items()):
+        picks = torch.randint(8, (20, 5), generator=torch.Generator().manual_seed(seed)).tolist()
+        router.add_task(name, [" ".join(words[i] for i in row) for row in picks])
+    router.attach()
+    router.save_pretrained(folder / "routed")
+    return {"base": llama_folder, **{name: str(folder / name) for name in ("adapter", "sparse", "routed")}}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +121,18 @@ def want(folders) -> dict[str, torch.Tensor]:
             found[name] = model(tokens).logits.flatten()
             assert not torch.allclose(before, found[name], atol=0.1)  # a route that forgets the adapter would be seen
             base = model.unload()
+        model = PeftModel.from_pretrained(base, folders["routed"], "bank").eval()
+        TaskRouter.of(model).detach()
+        found["routed"] = model(tokens, adapter_names=["adapter/initial"]).logits
+        found["not routed"] = model(tokens).logits
+        found["routed text"] = model.generate(
+            torch.tensor([[4, 6, 8, 10]]), adapter_names=["adapter/initial"], max_new_tokens=3, do_sample=False
+        )
+        scores = []
+        for name, ids, n in (("initial", [4, 5, 6, 7, 8], 1), ("task1", [20, 21, 22, 23, 18, 19, 14], 5)):
+            logs = model(torch.tensor([ids]), adapter_names=[f"adapter/{name}"]).logits[0, :, :24].log_softmax(-1)
+            scores.append(sum(float(logs[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids))))
+        found["routed scores"] = torch.tensor(scores)
     return found
 
 
@@ -116,8 +145,14 @@ def test_a_program_that_names_neither_us_nor_peft_opens_an_adapter_also_in_lm_ev
     assert out["no peft yet"] and out["text"].startswith("the cat sat on")
     assert_same(out["AutoModelForCausalLM"], want["adapter"])
     assert_same(out["pipeline"], want["adapter"])
+    assert_same(out["routed pipeline"], want["routed"].flatten())
+    assert not torch.allclose(want["routed"], want["not routed"], atol=0.1)
+    new = want["routed text"][0, 4:].tolist()
+    assert out["routed text"].split()[4:] == [["<pad>", "<s>", "</s>", "<unk>", *WORDS][i] for i in new if 3 < i < 24]
     words = len(out["lm_eval"]) // 5  # lm_eval cuts the model's vocabulary down to the tokenizer's
     assert_same(out["lm_eval"], want["sparse"].view(5, -1)[:, :words].flatten())
+    assert_same(out["routed lm_eval"], want["routed"].view(5, -1)[:, :words].flatten())
+    assert_same(out["routed scores"], want["routed scores"])
 
 
 def test_a_spawned_child_that_names_peft_alone_opens_an_adapter(folders, want, tmp_path, monkeypatch):

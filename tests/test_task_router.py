@@ -312,16 +312,14 @@ def test_a_saved_router_routes_bit_for_bit_and_only_on_its_own_base(tmp_path):
     router.save(tmp_path / "router")
     again = TaskRouter.load(tmp_path / "router", tiny_llama(), Numbers())
     assert torch.equal(again.route(texts(TEST)).probabilities, router.route(texts(TEST)).probabilities)
+    cut = tiny_llama()
+    cut.resize_token_embeddings(28)  # as lm-eval does where the tokenizer has fewer words
+    TaskRouter.load(tmp_path / "router", cut)
     with pytest.raises(ValueError, match="of another base model .*weights_sha256"):
         TaskRouter.load(tmp_path / "router", tiny_llama(seed=1))
     (tmp_path / "router" / "router.json").write_text("{}")
     with pytest.raises(ValueError, match="does not hold a router"):
         TaskRouter.load(tmp_path / "router")
-    large = tiny_llama()
-    large.resize_token_embeddings(200)
-    TaskRouter(large).save(tmp_path / "router")
-    large.resize_token_embeddings(199)  # as lm-eval does where the tokenizer has fewer words
-    TaskRouter.load(tmp_path / "router", large)
     with pytest.raises(FileNotFoundError, match="TaskRouter.save wrote"):
         TaskRouter.load(tmp_path)
 
@@ -355,6 +353,19 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
         assert torch.equal(got, answers)
     with pytest.raises(ValueError, match="of another base model"):
         PeftModel.from_pretrained(tiny_llama(seed=1), tmp_path / "routed")
+    with pytest.raises(ValueError, match="is for inference"):
+        PeftModel.from_pretrained(base(), tmp_path / "routed", is_trainable=True)
+    with pytest.raises(ValueError, match="saved by its router"):
+        opened["peft"].save_pretrained(tmp_path / "again")
+    TaskRouter.of(opened["peft"]).save_pretrained(tmp_path / "again")
+    assert torch.equal(
+        PeftModel.from_pretrained(base(), tmp_path / "again").eval()(TEST).logits, opened["peft"](TEST).logits
+    )
+    kept = next(name for name in opened["peft"].peft_config if name != "default")
+    opened["peft"].save_pretrained(tmp_path / "one", selected_adapters=[kept])
+    TaskRouter.of(opened["peft"]).detach()
+    want = opened["peft"](TEST, adapter_names=[kept] * 8).logits
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path / "one" / kept).eval()(TEST).logits, want)
 
 
 # Errors
@@ -394,6 +405,11 @@ def test_mistakes_are_refused_by_name():
     with pytest.raises(ValueError, match="take no adapter for each row"):
         fitted(ia3, "a", "b").attach(adapters={"a": "default", "b": "default"})
     assert "generate" not in vars(ia3.get_base_model())
+    saved = adapted(METHODS["mora"], tasks=2, modules_to_save=["lm_head"], target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="Rows cannot be named 'default/initial', 'default/task1' on a model"):
+        fitted(saved, "initial", "task1").attach()
+    with pytest.raises(ValueError, match="Rows cannot be named 'default/task1'"):
+        saved(TEST, adapter_names=["default/task1"] * 8)
 
 
 def test_what_changes_under_an_attached_router_is_refused_where_it_shows():
