@@ -179,7 +179,7 @@ def share_none(router: TaskRouter, prompts: Any) -> float:
 @torch.no_grad()
 def cost(model: Any, tokenizer: Any, prompts: list[str], args: argparse.Namespace) -> None:
     """Print how long the partial forward takes beside the whole of a prefill."""
-    router = TaskRouter(model, tokenizer, layers=args.layers[:1] if args.layers else None)
+    router = TaskRouter(model, tokenizer, layers=args.layers if args.layers and len(args.layers) == 1 else None)
     batch = tokenizer(prompts[: args.batch_size], return_tensors="pt", padding=True).to(model.device)
     states: Any = router._states
     seconds: dict[str, list[float]] = {"whole": [], "part": []}
