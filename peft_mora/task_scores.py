@@ -83,14 +83,20 @@ class Scores:
 
     def tasks_of(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest task of each row, (N,) int64, and how usual the row is for it, (N,) float64 in (0, 1]: the
-        share of all tasks' own rows that are as unfamiliar. What is likelier general text, NONE, has 0."""
+        share of all tasks' own rows that are as unfamiliar, each left out of the fit. What is likelier general text,
+        NONE, has 0."""
         X = _with_bias(features)
         s = X @ self.W
         best = s[:, : len(self.spans)].argmax(dim=1)
         r = torch.stack([span.residual(X) for span in self.spans], dim=1).log()
         pairs = torch.stack([s.gather(1, best[:, None])[:, 0], r.gather(1, best[:, None])[:, 0]], dim=1)
-        rank = torch.searchsorted(self.known, self._familiarity(pairs, best), right=True)
-        usual = (1 + rank).double() / (1 + len(self.known))
+        familiarity = self._familiarity(pairs, best)
+        rank = torch.searchsorted(self.known, familiarity, right=True)
+        # Beyond the least usual row that is known the share falls as a normal distribution's, or few rows would never
+        # get below 1 / (1 + rows).
+        width = self.known.square().mean().sqrt().clamp_min(1e-6)
+        beyond = torch.special.log_ndtr(familiarity / width) - torch.special.log_ndtr(self.known[0] / width)
+        usual = (1 + rank).double().where(rank > 0, beyond.clamp_max(0).exp()) / (1 + len(self.known))
         return best, usual.where(s.argmax(dim=1) < len(self.spans), torch.zeros_like(usual))
 
     def _familiarity(self, pairs: Tensor, task: Tensor) -> Tensor:

@@ -143,6 +143,12 @@ def test_unknown_prompts_are_none_and_known_ones_are_not_more_often_than_asked()
         n for n, k in zip(sorted("abc" * 20), known, strict=True) if k != "none"
     ]
     assert router.route(features(50, 40, 7)).names == ["none"] * 50
+    few = TaskRouter()
+    for i, name in enumerate("abc"):
+        few.add_task(name, features(60, 40, i)[:3])
+    assert few.route(features(50, 40, 7)).names.count("none") > 45
+    usual = router.familiarity(torch.cat([router.rows["a"], features(50, 40, 7)]))
+    assert usual[:40].min() > 1 / 121 > usual[40:].max() > 0 and usual.max() <= 1
     router.add_task("none", features(20, 40, 8))
     assert router.classes == ["a", "b", "c", "none"] and router.route(features(30, 40, 8)[20:]).names == ["none"] * 10
 
@@ -188,8 +194,6 @@ def told(model, names: list[str]) -> torch.Tensor:
 
 CASES = {
     "lora": (two_adapters, ["default", "b"]),
-    "lori": (lambda: two_adapters(METHODS["lori"]), ["default", "b"]),
-    "flylora": (lambda: two_adapters(METHODS["flylora"]), ["default", "b"]),
     "mora task": (bank, ["default/initial", "default/task1"]),
     "mora bank": (lambda: bank("bank"), ["default/initial", "default/task1"]),
     "mora dense": (lambda: bank("dense"), ["default/initial", "default/task1"]),
