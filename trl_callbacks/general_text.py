@@ -76,7 +76,7 @@ def protect(
     use_exact_4bit_kernels(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     subspace = Subspace("inputs", fingerprint(base))
-    add_text(subspace, model, _layers(model, adapter_name), source, tokenizer, energy, tokens)
+    add_text(subspace, model, linear_layers(model, adapter_name), source, tokenizer, energy, tokens)
     subspace.save(folder)
     return subspace
 
@@ -243,7 +243,7 @@ def _batch(rows: list[list[int]], pad: int = 0) -> Batch:
     }
 
 
-def _layers(model: Any, adapter_name: str | None) -> dict[str, nn.Module]:
+def linear_layers(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
     """Module name in the base model -> layer: those of an adapter, or the linear ones that text reaches (no head)."""
     head = model.get_output_embeddings()
     found: dict[str, nn.Module] = {}
