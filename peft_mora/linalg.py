@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Spectrum(NamedTuple):
+    """Of a symmetric matrix (I, I) that is nowhere negative: eigenvalues (I,), falling, and (I, I) their columns."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+def spectrum(matrix: Tensor) -> Spectrum:
+    """Of a covariance, in float32 or float64.
+
+    Raises:
+        ValueError: it, or its Frobenius norm, is not finite.
+    """
+    if not torch.linalg.matrix_norm(matrix).isfinite():
+        raise ValueError("The covariance has NaN or inf, or a norm beyond its dtype: it has no leading directions.")
+    values, vectors = torch.linalg.eigh(matrix)
+    return Spectrum(values.flip(0).clamp_min(0), vectors.flip(1))
 
 
 def project_out(rows: Tensor, V: Tensor) -> Tensor:
@@ -20,7 +41,11 @@ def project_out(rows: Tensor, V: Tensor) -> Tensor:
 
 
 def leading_directions(
-    covariance: Tensor, energy: float | None = None, max_rank: int | None = None, held: Tensor | None = None
+    covariance: Tensor,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    held: Tensor | None = None,
+    known: Spectrum | None = None,
 ) -> Tensor:
     """The fewest new directions that, with those held already, keep an energy share of the inputs (GPM, eq. 5 and 9).
 
@@ -32,6 +57,7 @@ def leading_directions(
         energy: share to keep, in (0, 1]. None keeps all that is there, up to `max_rank`.
         max_rank: most directions that held and new ones may be together; None for no limit.
         held: (I, k0) orthonormal columns, or None.
+        known: the covariance's spectrum, if it is known: where nothing is held it is not computed again.
 
     Returns:
         (I, k) orthonormal columns, orthogonal to `held`, strongest first, in the covariance's dtype. k may be 0.
@@ -44,11 +70,10 @@ def leading_directions(
     total = covariance.diagonal().sum()
     inside = ((held.T @ covariance) * held.T).sum()
     norm = torch.linalg.matrix_norm(covariance)
-    if not norm.isfinite():
-        raise ValueError("The covariance has NaN or inf, or a norm beyond its dtype: it has no leading directions.")
-    rest = project_out(project_out(covariance, held).T, held)
-    values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if held.shape[1] or known is None:
+        rest = project_out(project_out(covariance, held).T, held)
+        known = spectrum((rest + rest.T) / 2)
+    values, vectors = known
     # Below the rounding of the largest eigenvalue there is noise and the null space of what is held.
     noise = 10 * torch.finfo(covariance.dtype).eps * norm
     most = min(int((values > noise).sum()), size - held.shape[1])

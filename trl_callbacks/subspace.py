@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peft_mora.files import whole_folder
 from peft_mora.inputs import InputStatistics
-from peft_mora.linalg import leading_directions, orthonormal
+from peft_mora.linalg import Spectrum, leading_directions, orthonormal, spectrum
 
 
 VERSION = 1
@@ -79,22 +79,29 @@ class Subspace:
         Modules that share a tensor in one task may get copies of it in another: each group of the memory learns of
         every input that goes into one of its modules, and counts the task once.
         """
-        parts: dict[str, list[Tensor]] = {}
-        for name, covariance in found.covariance.items():
-            fresh = tuple(module for module in found.groups[name] if self.group_of(module) is None)
-            groups = {self.group_of(module) or fresh[0] for module in found.groups[name]}
-            for group in sorted(groups):
-                new = leading_directions(covariance, energy, max_rank, self.right.get(group))
-                self.append(group, new, fresh)
-                parts.setdefault(group, []).append(covariance)
-        for group, covariances in parts.items():
+        fed: dict[str, list[str]] = {}  # group -> the inputs that go into its modules
+        fresh: dict[str, tuple[str, ...]] = {}
+        for name, modules in found.groups.items():
+            unknown = tuple(module for module in modules if self.group_of(module) is None)
+            for group in sorted({self.group_of(module) or unknown[0] for module in modules}):
+                fed.setdefault(group, []).append(name)
+                fresh[group] = unknown
+        for group, names in fed.items():
+            covariances = [found.covariance[name] for name in names]
+            # Where nothing is held, one decomposition, which is what this costs, says what to hold and to remember.
+            known = None if group in self.right else spectrum(covariances[0])
+            for covariance in covariances:
+                new = leading_directions(covariance, energy, max_rank, self.right.get(group), known)
+                self.append(group, new, fresh[group])
             total = covariances[0] / covariances[0].trace()
             for further in covariances[1:]:
                 total += further / further.trace()
-            self.remember(group, total)
+            known = known if len(names) == 1 else None
+            self.remember(group, total, known=known and Spectrum(known.values / known.values.sum(), known.vectors))
 
-    def remember(self, group: str, covariance: Tensor, tasks: int = 1) -> None:
-        """Add the inputs (I, I) of so many tasks to what is known of all, every task with the same weight."""
+    def remember(self, group: str, covariance: Tensor, tasks: int = 1, known: Spectrum | None = None) -> None:
+        """Add the inputs (I, I) of so many tasks to what is known of all, every task with the same weight. `known` is
+        the spectrum of a new group's covariance with trace 1."""
         if not covariance.trace() > 0:
             raise ValueError(
                 f"All inputs of module {group!r} are 0 or padding, so what must be kept of them cannot be known. Look "
@@ -102,9 +109,8 @@ class Subspace:
             )
         total = tasks * covariance / covariance.trace()
         if group in self.seen:
-            total = total + self.old_covariance(group).to(total)
-        values, vectors = torch.linalg.eigh(total)
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+            total, known = total + self.old_covariance(group).to(total), None
+        values, vectors = known or spectrum(total)
         kept = int((values.cumsum(0) < SEEN_ENERGY * values.sum()).sum()) + 1
         self.seen[group] = (vectors[:, :kept] * values[:kept].sqrt()).float().cpu().contiguous()
         self.weights[group] = self.weights.get(group, 0) + tasks

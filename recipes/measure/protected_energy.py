@@ -3,9 +3,9 @@
 python recipes/measure/protected_energy.py --protect self --look pages.jsonl chats.jsonl        # minutes on a CPU
 python recipes/measure/protected_energy.py --protect wiki.jsonl wiki.jsonl+self --tokens 2560 10240 --look pages.jsonl
 
-A row each source, number of tokens and energy: directions and room as means over the inputs of modules (one of q, k and
-v; one of gate and up), then for each text of --look the share of its inputs' energy, Σ x xᵀ, that the directions hold:
-mean over the inputs, and the tenth that is held least. What is not held is what an adapter may change.
+A row each source, number of tokens and energy: directions and room as means over the inputs of modules (one of q, k
+and v; one of gate and up), then for each text of --look the share of its inputs' energy, Σ x xᵀ, that the directions
+hold: mean over the inputs, and the tenth that is held least. What is not held is what an adapter may change.
 """
 
 from __future__ import annotations
