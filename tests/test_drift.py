@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import LORA, adapted, quantized, sft, tiny_llama
 from peft import get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from peft_mora import MoraConfig
 from trl_callbacks import DriftCallback, OrthogonalProjectionCallback
@@ -93,6 +93,17 @@ def test_an_adapter_is_held_within_the_bound_and_within_its_constraints(llama_fo
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DriftCallback(TEXT, **arguments)
+
+
+class Breaks(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
+
+
+def test_a_diverged_adapter_is_not_taken_to_be_within_the_bound(llama_folder, tmp_path):
+    with pytest.raises(ValueError, match="At step 4 the adapter's answers to general text are not finite"):
+        trained(llama_folder, tmp_path, Breaks(), DriftCallback(TEXT, interval=2, tokens=32, max_kl=1.0))
 
 
 def test_a_model_without_an_adapter_is_refused(llama_folder, tmp_path):

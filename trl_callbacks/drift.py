@@ -133,6 +133,12 @@ class DriftCallback(HostCallback):
             return
         found, kept = self._measure(model), 1.0
         if self.max_kl is not None:
+            if math.isnan(found["kl"]):
+                raise ValueError(
+                    f"At step {state.global_step} the adapter's answers to general text are not finite: training has "
+                    "diverged, and so has the optimizer's state, so there is no way back to within max_kl. Train again "
+                    "with a lower learning rate, from a checkpoint before it if there is one."
+                )
             reached = [p.detach().clone() for p in _trainable(model)] if found["kl"] > self.max_kl else []
             for kept in (0.5, 0.25, 0.125, 0.0) if reached else ():
                 for p, start, end in zip(_trainable(model), self._within, reached, strict=True):
