@@ -136,7 +136,7 @@ class DriftCallback(HostCallback):
             if math.isnan(found["kl"]):
                 raise ValueError(
                     f"At step {state.global_step} the adapter's answers to general text are not finite: training has "
-                    "diverged, and so has the optimizer's state, so there is no way back to within max_kl. Train again "
+                    "diverged, and so has the optimizer's state, so nothing leads back to within max_kl. Train again "
                     "with a lower learning rate, from a checkpoint before it if there is one."
                 )
             reached = [p.detach().clone() for p in _trainable(model)] if found["kl"] > self.max_kl else []
