@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_mora.lora_file import Lora, read_lora, write_lora
+from peft_mora.lora_file import PREFIX, Lora, read_lora, write_lora
 from peft_mora.merging import RULES, collect_inputs, merge_adapters, merge_into_base, rules, scaling, sequential
 from peft_mora.merging.core import canonical, core_space, reduced, to_lora
 from peft_mora.merging.inputs import Inputs, Spread, Statistics, inputs, output_energy, spread
@@ -852,18 +852,23 @@ def test_the_16_bit_base_is_taken_where_it_is_given(over_nf4, llama_folder, inpu
         merge_into_base(adapter, tmp_path / "whole")
 
 
-def test_an_output_head_is_untied_from_the_embeddings_that_stay(tmp_path):
+@pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
+def test_an_output_head_and_embeddings_that_are_tied_do_not_follow_each_other(trained, tmp_path):
     base = tiny_llama()
     base.config.tie_word_embeddings = True
     base.tie_weights()
     base.save_pretrained(tmp_path / "base")
-    head = {"lm_head": Lora(torch.randn(2, 64), torch.randn(64, 2))}
-    write_lora(tmp_path / "adapter", head, base_model_name_or_path=str(tmp_path / "base"))
+    head, saved = Lora(torch.randn(2, 64), torch.randn(64, 2)), {}
+    if trained == "embed_tokens":
+        saved = {"saved": {f"{PREFIX}model.embed_tokens.weight": torch.randn(64, 64)}, "modules_to_save": [trained]}
+    loras = {"lm_head" if trained == "lm_head" else "model.layers.0.self_attn.q_proj": head}
+    write_lora(tmp_path / "adapter", loras, base_model_name_or_path=str(tmp_path / "base"), **saved)
     merge_into_base(tmp_path / "adapter", tmp_path / "whole", dtype=torch.float32)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    embeddings = base.get_input_embeddings().weight
-    assert torch.equal(merged.get_input_embeddings().weight, embeddings)
-    torch.testing.assert_close(merged.lm_head.weight, embeddings + head["lm_head"].B @ head["lm_head"].A)
+    merged, before = AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), base.get_input_embeddings().weight
+    new = before + head.B @ head.A if trained == "lm_head" else next(iter(saved["saved"].values()))
+    want = {"lm_head": (before, new), "embed_tokens": (new, before)}[trained]
+    for part, weight in zip((merged.get_input_embeddings(), merged.lm_head), want, strict=True):
+        torch.testing.assert_close(part.weight, weight)
 
 
 def test_what_is_of_another_model_or_task_goes_into_no_base(over_nf4, llama_folder, tmp_path):

@@ -139,8 +139,8 @@ def _add(model: Any, module: str, lora: Lora, base: Any) -> tuple[Tensor, Tensor
 
 
 def _own(model: Any, module: str, name: str, base: Any) -> Tensor:
-    """A module's parameter, with memory of its own: an output head that is tied to the embeddings is untied, as the
-    update is of the head alone.
+    """A module's parameter, with memory of its own: an output head and the embeddings are untied where they are tied,
+    as what comes is of one of them alone.
 
     Raises:
         ValueError: the model has none of that name.
@@ -150,8 +150,8 @@ def _own(model: Any, module: str, name: str, base: Any) -> Tensor:
         weight = getattr(owner, name)
     except AttributeError as error:
         raise ValueError(f"{base} has no {module}.{name}: the adapter is of another model.") from error
-    embeddings = model.get_input_embeddings()
-    if weight is embeddings.weight and owner is not embeddings:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if all(end is not None and weight is end.weight for end in ends):
         weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         setattr(owner, name, weight)
         model.config.tie_word_embeddings = False
