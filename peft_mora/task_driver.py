@@ -65,10 +65,15 @@ class Driver:
         choose: (B, D) features to the rows' adapters.
 
     Raises:
-        ValueError: the adapters are of a kind whose layers take no `adapter_names`.
+        ValueError: the adapters are of a kind whose layers take no `adapter_names`, or a router drives the model.
     """
 
     def __init__(self, base: Any, states: HiddenStates, choose: Callable[[Tensor], Rows]) -> None:
+        if any(isinstance(getattr(hook, "__self__", None), Driver) for hook in base._forward_pre_hooks.values()):
+            raise ValueError(
+                "Another router drives this model, and the rows would go its way: call its detach() first "
+                "(TaskRouter.of(model).detach() where it came with the model's folder)."
+            )
         self.base, self.states, self.choose = base, states, choose
         self.rows: Rows | None = None  # of the forward that runs
         self.answer: dict[str, Any] | None = None  # what a running `generate` knows
@@ -165,9 +170,7 @@ class Driver:
             self.rows = known.repeated(batch)
             return
         self._hook_layers()
-        mask = kwargs.get("attention_mask") if self.answer is None else self.answer.get("attention_mask")
-        if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length):
-            mask = None
+        mask = self._mask(kwargs, batch, length)
         counted = mask
         if counted is None:
             padding = getattr(self.base.config, "pad_token_id", None)
@@ -179,6 +182,14 @@ class Driver:
             self._decide(states, counted)
         else:  # the features are on the way, before the first adapter
             self.watching = self.states.watch(lambda states: self._decide(states, counted))
+
+    def _mask(self, kwargs: dict, batch: int, length: int) -> Tensor | None:
+        """(B, S) of the forward, or where that is made for a static cache, of the answer's prompts; None: neither."""
+        asked = None if self.answer is None else self.answer.get("attention_mask")
+        for mask in (kwargs.get("attention_mask"), asked):
+            if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length and batch % len(mask) == 0:
+                return mask.repeat_interleave(batch // len(mask), dim=0)  # beams and samples stand side by side
+        return None
 
     def _decide(self, states: Sequence[Tensor], counted: Tensor) -> None:
         with torch.no_grad():

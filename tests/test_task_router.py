@@ -223,8 +223,10 @@ def test_each_row_goes_through_its_tasks_adapter_in_forward_and_generate(case):
     assert torch.equal(model.generate(TEST, **options), answers)
     assert torch.equal(model.generate(TEST, use_cache=False, **options), answers)
     assert torch.equal(model.generate(TEST, num_beams=2, **options), by_beams)
-    padded = {**options, "attention_mask": nn.functional.pad(MASK, (3, 0))}
-    assert torch.equal(model.generate(nn.functional.pad(TEST, (3, 0)), **padded)[:, 3:], answers)
+    filled, mask = nn.functional.pad(TEST, (9, 0), value=50), nn.functional.pad(MASK, (9, 0))
+    padded = {**options, "attention_mask": mask}
+    assert torch.equal(model.generate(filled, **padded)[:, 9:], answers)
+    assert torch.equal(model.generate(filled, num_beams=2, **padded)[:, 9:], by_beams)
     assert torch.equal(copy.deepcopy(model).generate(TEST, **options), answers)
     asked = model(TEST, adapter_names=["__base__"] * 8).logits  # by hand: the router stands back
     assert torch.equal(asked, base)
@@ -420,6 +422,9 @@ def test_what_changes_under_an_attached_router_is_refused_where_it_shows():
     model = two_adapters()
     router = fitted(model)
     router.attach()
+    with pytest.raises(ValueError, match=r"Another router drives this model.*its detach\(\) first"):
+        fitted(model).attach()
+    assert "generate" in vars(model.get_base_model())
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(TEST)
     model.eval()
