@@ -144,6 +144,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generators begin at a seed in the block, and go on after it as if it had drawn nothing: also a card's,
+    which `torch.manual_seed` moves whatever the block computes on."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Hooks for the length of a block, also if a forward in it fails."""
     try:

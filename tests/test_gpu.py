@@ -5,14 +5,16 @@ import math
 
 import pytest
 import torch
-from helpers import LORA, METHODS, adapted, gradients, quantized, sft, tiny_llama
+from helpers import LORA, METHODS, adapted, gradients, quantized, randomize, sft, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from peft_mora import FlyLoraConfig, MoraConfig, expert_usage, record_usage, start_task
+from peft_mora import FlyLoraConfig, MoraConfig, TaskRouter, expert_usage, record_usage, start_task
 from peft_mora.base import AdapterLinear
 from peft_mora.merging import collect_inputs, merge_adapters
+from peft_mora.merging.inputs import spread
+from peft_mora.merging.rules import dare
 from trl_callbacks import ActivationBudgetCallback, DriftCallback, OrthogonalProjectionCallback
 from trl_callbacks.factors import trainable_factors
 from trl_callbacks.subspace import Subspace
@@ -202,3 +204,37 @@ def test_adapters_are_merged_by_what_they_saw_on_the_card(llama_folder, tmp_path
         want = PeftModel.from_pretrained(quantized(llama_folder, device=CARD), folders[0])(ids).logits
         got = PeftModel.from_pretrained(quantized(llama_folder, device=CARD), merged)(ids).logits
     assert (got - want).norm() <= 0.05 * want.norm()
+
+
+def test_what_draws_by_a_seed_leaves_the_cards_own_draws_alone():
+    torch.cuda.manual_seed(3)
+    torch.rand(5, device=CARD)
+    before = torch.cuda.get_rng_state()
+    one, other = (spread(torch.eye(2052, device=CARD), 8) for _ in range(2))
+    dare([torch.ones(9, 9)], [1.0], [7])
+    assert torch.equal(one.Q, other.Q) and torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@torch.no_grad()
+def test_a_router_sends_rows_on_the_card_where_names_by_hand_do(llama_folder, tmp_path):
+    """Routed by features of the card, top1 and top2, and again from the folder that holds all of it."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    model = adapted(LORA, quantized(llama_folder, device=CARD), task_type="CAUSAL_LM").to(CARD)
+    model.add_adapter("b", LORA(task_type="CAUSAL_LM"))
+    model.set_adapter("b")
+    randomize(model.to(CARD).eval(), seed=5)
+    router = TaskRouter(model, tokenizer)
+    for name, prompt in (("default", TEXT[0]), ("b", TEXT[2])):
+        router.add_task(name, [prompt, prompt.rpartition(" ")[0]])
+    batch = tokenizer([*TEXT[::2], TEXT[2][:11]], return_tensors="pt", padding=True, padding_side="left").to(CARD)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    names = ["default", "b", "b"]
+    want, answers = model(**batch, adapter_names=names).logits, model.generate(**batch, adapter_names=names, **options)
+    router.attach(none=False)
+    assert torch.equal(model(**batch).logits, want) and router.last == names
+    assert torch.equal(model.generate(**batch, **options), answers)
+    router.save_pretrained(tmp_path)
+    router.attach(mode="top2", none=False)
+    assert model(**batch).logits.isfinite().all() and router.last == names
+    opened = PeftModel.from_pretrained(quantized(llama_folder, device=CARD), tmp_path).eval()
+    assert torch.equal(opened.generate(**batch, **options), answers) and TaskRouter.of(opened).last == names

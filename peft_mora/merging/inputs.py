@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number
 from ..files import whole_file
-from ..inputs import parts, real_rows, shared_inputs, visit
+from ..inputs import parts, real_rows, seeded, shared_inputs, visit
 from ..lora_file import Lora, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
 
@@ -58,8 +58,7 @@ def spread(C: Tensor, directions: int) -> Spread:
     """The leading directions of a covariance (I, I), and the mean of the other eigenvalues; its trace stays."""
     size, k = len(C), min(directions, len(C))
     if size > 2048 and k < size // 4:  # eigh of 14336: minutes; the leading few by iteration: seconds
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             _, values, Q = torch.svd_lowrank(C.float(), q=k + 8, niter=6)
     else:
         values, Q = (x.flip(-1) for x in torch.linalg.eigh(C.double()))

@@ -14,6 +14,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from ..checks import check_field, is_number
+from ..inputs import seeded
 from .core import svd
 
 
@@ -73,8 +74,7 @@ def dare(cores: Cores, weights: Weights, seeds: Sequence[int], *, drop: float = 
     check_field(then in ("sum", "ties"), "then", then, "'sum' or 'ties'")
     kept = []
     for core, seed in zip(cores, seeds, strict=True):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             kept.append(merge_utils.prune(core, 1 - drop, "random", rescale=True) if drop else core)
     return sum_cores(kept, weights) if then == "sum" else ties(kept, weights, [0.0] * len(kept))
 
