@@ -112,7 +112,8 @@ def look(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, outpu
     are taken for unknown, and of the unknown how many are."""
     model, tokenizer = load_base(base, args.device)
     depth = model.config.num_hidden_layers
-    layers = args.layers or sorted({max(1, round(depth * share)) for share in (1 / 30, 4 / 30, 8 / 30, 0.4, 0.6, 0.8)})
+    shares = (1 / 30, 4 / 30, 8 / 30, 0.4, 0.6, 0.8)
+    layers = sorted(set(args.layers or [max(1, round(depth * share)) for share in shares]))
     reader = TaskRouter(model, tokenizer, layers=layers)
 
     def read(prompts: list[str]) -> list[torch.Tensor]:  # by layer (n, I)

@@ -355,9 +355,10 @@ def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_fol
     assert float(rows["always"]["routed"]) == 1 and rows["always"]["mean"] == rows["told"]["mean"]
     assert rows["router"]["perplexity"] and not rows["told"]["perplexity"] and "route.csv" in shown
     assert TaskRouter.load(tmp_path / "router").tasks == ["pets", "walks"]
-    assert "of it)" in run_recipe("route", *common, "--look", "--seeds", 0)
+    assert "of it)" in run_recipe("route", *common, "--look", "--seeds", 0, "--layers", 2, 1)
     with open(tmp_path / "look.csv", encoding="utf-8") as file:
-        (row,) = csv.DictReader(file)
+        row, second = csv.DictReader(file)
+    assert (row["layer"], second["layer"]) == ("1", "2")
     assert float(row["right"]) == 1 and float(row["false alarms"]) < 1
 
 
