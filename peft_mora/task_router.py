@@ -158,14 +158,17 @@ class TaskRouter:
         rows = self.features(prompts)
         if not len(rows):
             raise ValueError(f"Task {name!r} has no prompts: give a few of its training prompts, 16 to 64.")
+        self._check_width(rows, f"of task {name!r}")
+        self.rows[name] = rows
+        self._scores = None
+
+    def _check_width(self, rows: Tensor, whose: str) -> None:
         known = next(iter(self.rows.values()), rows)
         if known.shape[1] != rows.shape[1]:
             raise ValueError(
-                f"The features of task {name!r} have {rows.shape[1]} dimensions, those of the others "
-                f"{known.shape[1]}: take them from the same base and layers, router.features(prompts)."
+                f"The features {whose} have {rows.shape[1]} dimensions, those of the router's tasks "
+                f"{known.shape[1]}: take all from the same base and layers, router.features(prompts)."
             )
-        self.rows[name] = rows
-        self._scores = None
 
     def remove_task(self, name: str) -> None:
         """Forget a task: the router is then, bit for bit, what it would be had the task never been added.
@@ -246,17 +249,26 @@ class TaskRouter:
         Returns:
             `Routes(names, probabilities)`. The probabilities are of `classes`, as if the prompt were of one of them;
             whether it is of any is what `familiarity` says, and "none" in the names.
+
+        Raises:
+            ValueError: as `features`, there is no task, or the features do not fit the tasks'.
         """
         features = self.features(prompts)
         if not len(features):
             return Routes([], torch.zeros(0, len(self.classes), dtype=torch.float64))
-        best, usual = self.scores.tasks_of(features)
+        best, usual = self._likeliest(features)
         return Routes(self._names(best, usual), self.scores.probabilities(features))
 
     def familiarity(self, prompts: Any) -> Tensor:
         """(N,) float64: the share of the tasks' own prompts, each left out of the fit, that are as unfamiliar as this
         one. Below `false_alarms` a prompt is "none"."""
-        return self.scores.tasks_of(self.features(prompts))[1]
+        features = self.features(prompts)
+        return self._likeliest(features)[1] if len(features) else torch.zeros(0, dtype=torch.float64)
+
+    def _likeliest(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.scores
+        self._check_width(features, "of these prompts")
+        return scores.tasks_of(features)
 
     def _names(self, best: Tensor, usual: Tensor) -> list[str]:
         unknown = usual < self.false_alarms
@@ -329,7 +341,7 @@ class TaskRouter:
                 "router.remove_task(...) where it was deleted, or load it and call router.attach() again."
             )
         scores, tasks = self.scores, self.tasks
-        best, usual = scores.tasks_of(features)
+        best, usual = self._likeliest(features)
         self.last = self._names(best, usual) if self._none else [scores.names[i] for i in best.tolist()]
         first = [BASE_ADAPTER if name == NONE else self._adapters[name] for name in self.last]
         if self._mode == "top1" or len(tasks) == 1:

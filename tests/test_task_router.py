@@ -384,7 +384,14 @@ def test_mistakes_are_refused_by_name():
         (lambda: router.add_task("b", ["5 6"]), "has a task 'b' already"),
         (lambda: router.add_task("c", []), "no prompts"),
         (lambda: router.add_task("c", ["5 6", " "]), "Prompt 1 is empty"),
-        (lambda: router.add_task("c", torch.zeros(3, 5)), "have 5 dimensions, those of the others 64"),
+        (
+            lambda: router.add_task("c", torch.zeros(3, 5)),
+            "of task 'c' have 5 dimensions, those of the router's tasks 64",
+        ),
+        (
+            lambda: router.route(torch.zeros(3, 5)),
+            "of these prompts have 5 dimensions, those of the router's tasks 64",
+        ),
         (lambda: router.add_task("c", "5 6"), "a list of prompts"),
         (lambda: router.add_task("c", torch.full((3, 64), float("nan"))), "finite features"),
         (lambda: router.remove_task("c"), "no task 'c'"),
