@@ -46,7 +46,13 @@ def test_drift_is_perplexity_and_kl_of_real_next_tokens(config):
     assert model.training and found == pytest.approx(expected, rel=1e-4) and found["kl"] > 1e-3
 
 
-def test_an_adapter_of_nan_has_drifted_by_nan():
+def test_an_adapter_that_is_far_off_is_measured_and_one_of_nan_has_drifted_by_nan():
+    model = adapted(LORA, target_modules=["lm_head"])
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.mul_(1e3)
+    found = drift(model, [batch()])
+    assert found["perplexity"] == math.inf and 709 < found["kl"] < math.inf
     model = adapted("mora-dense")
     next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
     found = drift(model, [batch()])

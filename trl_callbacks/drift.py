@@ -54,9 +54,10 @@ def drift(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
             kl = F.kl_div(new, old, reduction="batchmean", log_target=True)
             sums += len(target) * torch.stack([F.nll_loss(new, target), F.nll_loss(old, target), kl]).cpu()
             count += len(target)
-    new_loss, old_loss, mean_kl = (sums / count).tolist()
-    kl = max(mean_kl, 0.0)  # 0 but for rounding; NaN stays
-    return {"perplexity": math.exp(new_loss), "base_perplexity": math.exp(old_loss), "kl": kl}
+    means = sums / count
+    after, before = means[:2].exp().tolist()  # infinite beyond 709 nats, where math.exp raises
+    mean_kl = max(float(means[2]), 0.0)  # 0 but for rounding; NaN stays
+    return {"perplexity": after, "base_perplexity": before, "kl": mean_kl}
 
 
 class DriftCallback(HostCallback):
