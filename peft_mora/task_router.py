@@ -417,7 +417,8 @@ class TaskRouter:
         if self._driver is None:
             raise ValueError("Only a router that drives adapters can be saved with them: router.attach(model) first.")
         names = sorted({row for row in self._adapters.values() if row != BASE_ADAPTER})
-        used = {row: row if row in self.base.peft_config else row.rpartition("/")[0] for row in names}
+        longest = sorted(self.base.peft_config, key=len, reverse=True)  # a task's name may have a "/", as an adapter's
+        used = {row: next(name for name in longest if f"{row}/".startswith(f"{name}/")) for row in names}
         # "default" is what whoever opens the folder calls the whole of it.
         saved = {name: "adapter" if name == "default" else name for name in set(used.values())}
         tensors: dict[str, Tensor] = {}

@@ -338,7 +338,10 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
 
     config = LORA if case == "lora" else METHODS[case.split()[0]]
     model = bank(base=base()) if case == "mora task" else two_adapters(config, base())
-    router = fitted(model, *(("initial", "task1") if case == "mora task" else ("default", "b")))
+    if case == "mora task":
+        start_task(model, "x/y")
+        randomize(model.eval(), seed=3)
+    router = fitted(model, *(("initial", "x/y") if case == "mora task" else ("default", "b")))
     router.attach()
     want, tasks = model(TEST).logits, router.last
     answers = model.generate(TEST, attention_mask=MASK, max_new_tokens=3, do_sample=False)
