@@ -873,7 +873,11 @@ def test_an_output_head_and_embeddings_that_are_tied_do_not_follow_each_other(tr
 
 def test_what_is_of_another_model_or_task_goes_into_no_base(over_nf4, llama_folder, tmp_path):
     nf4, adapter = over_nf4
+    resized = {"saved": {f"{PREFIX}lm_head.weight": torch.randn(1, 64)}, "modules_to_save": ["lm_head"]}
+    fits = {"model.layers.0.self_attn.q_proj": Lora(torch.randn(2, 64), torch.randn(64, 2))}
+    write_lora(tmp_path / "resized", fits, base_model_name_or_path=str(nf4), **resized)
     for arguments, message in (
+        ({"adapter": tmp_path / "resized"}, "'lm_head.weight' is 64 x 64 in .*nf4, and 1 x 64 in the adapter"),
         ({"base": str(nf4), "dtype": torch.int8}, "`dtype` must be a torch dtype"),
         (
             {"adapter": folder(tmp_path, 1, base_model_name_or_path=str(nf4))},

@@ -97,9 +97,7 @@ def merge_into_base(
     quantized = getattr(model, "hf_quantizer", None) is not None
     if quantized:
         model = model.dequantize(dtype)
-        for (
-            parameter
-        ) in model.parameters():  # what was not quantised has the dtype of its file, whatever was asked for
+        for parameter in model.parameters():  # what was not quantised has its file's dtype, whatever was asked for
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.to(dtype)
     losses: dict[str, float] = {}
@@ -111,7 +109,15 @@ def merge_into_base(
             losses[module] = lost / size if size else float("inf")
             off, whole = off + lost**2, whole + size**2
     for key, tensor in file.saved.items():
-        _own(model, key.removeprefix(PREFIX).rpartition(".")[0], key.rpartition(".")[2], name).copy_(tensor)
+        module, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        own = _own(model, module, kind, name)
+        if own.shape != tensor.shape:
+            raise ValueError(
+                f"{key.removeprefix(PREFIX)!r} is {_size(own)} in {name}, and {_size(tensor)} in the adapter, which "
+                "was trained on another vocabulary or is of another model: save the base as it was trained "
+                "(resize_token_embeddings) and give that folder as `base`."
+            )
+        own.copy_(tensor)
     # transformers 5 would write the keys of the checkpoint that it loaded, and refuses where that was quantised.
     known = inspect.signature(model.save_pretrained).parameters
     options: dict[str, Any] = {"save_original_format": False} if "save_original_format" in known else {}
@@ -131,11 +137,15 @@ def _add(model: Any, module: str, lora: Lora, base: Any) -> tuple[Tensor, Tensor
         delta = delta.T
     if delta.shape != weight.shape:
         raise ValueError(
-            f"Module {module!r} is {' x '.join(map(str, weight.shape))} in {base}, and its update "
-            f"{' x '.join(map(str, delta.shape))}: the adapter is of another model."
+            f"Module {module!r} is {_size(weight)} in {base}, and its update {_size(delta)}: the adapter is of "
+            "another model."
         )
     weight.copy_(weight.float() + delta)
     return weight, delta
+
+
+def _size(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
 
 
 def _own(model: Any, module: str, name: str, base: Any) -> Tensor:
