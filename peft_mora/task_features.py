@@ -116,9 +116,11 @@ def pooled(states: Sequence[Tensor], mask: Tensor) -> Tensor:
     Args:
         states: (B, S, I) after each layer, any float dtype. mask: (B, S), 0 where a token does not count.
     """
-    mask = mask.to(states[0].device, torch.float32)[..., None]
-    parts = [normalize((normalize(h.float(), dim=-1) * mask).sum(dim=1), dim=-1) for h in states]
-    return (torch.cat(parts, dim=-1) / len(parts) ** 0.5).cpu()
+    parts = []
+    for h in states:  # of a model that is spread over several devices each on its own
+        counts = mask.to(h.device, torch.float32)[..., None]
+        parts.append(normalize((normalize(h.float(), dim=-1) * counts).sum(dim=1), dim=-1).cpu())
+    return torch.cat(parts, dim=-1) / len(parts) ** 0.5
 
 
 def real_tokens(ids: Tensor, padding: Sequence[int | None]) -> Tensor:

@@ -237,7 +237,8 @@ class TaskRouter:
         if self._scores is None:
             if not self.tasks:
                 raise ValueError("The router has no task yet: router.add_task(name, prompts).")
-            self._scores = Scores(self.rows, self.ridge)
+            with torch.device("cpu"):  # where the features are, whatever device new tensors are made on
+                self._scores = Scores(self.rows, self.ridge)
         return self._scores
 
     def route(self, prompts: Any) -> Routes:

@@ -106,7 +106,7 @@ class Scores:
 
 def _with_bias(features: Tensor) -> Tensor:
     X = features.double()
-    return torch.cat([X, torch.ones(len(X), 1, dtype=torch.float64)], dim=1)
+    return torch.cat([X, X.new_ones(len(X), 1)], dim=1)
 
 
 def _sharpness(left_out: Tensor, label: Tensor) -> float:

@@ -229,7 +229,7 @@ def input_spreads(
             sums[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
         sums[name].addmm_(rows.T, rows, alpha=(1 - last) / tokens)
         if last and mask is not None:
-            ends = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1).to(x.device)
+            ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1).to(x.device)
             rows = x.reshape(*mask.shape, -1)[torch.arange(len(ends), device=x.device), ends].float()
             sums[name].addmm_(rows.T, rows, alpha=last / prompts)
 
