@@ -78,7 +78,7 @@ def main() -> None:
                     along = ((other[group] @ vectors) * vectors).sum(0).cumsum(0)
                     shares[name] = along / other[group].trace()
                 for energy in args.energy:
-                    k = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
+                    k = min(len(values), int((values.cumsum(0) < energy * values.sum()).sum()) + 1)  # rounding, at 1
                     ranks[energy].append(k)
                     room[energy].append(1 - k / len(values))
                     for name, share in shares.items():
