@@ -604,9 +604,11 @@ class TaskRouterModel:
         """Each adapter's tensors as its own method fits them to its layers.
 
         Raises:
-            ValueError: the file lacks the tensors of an adapter.
+            ValueError: the file lacks the tensors of an adapter, or the router's.
         """
         left = dict(state_dict)
+        if not any(key.endswith("task_router.features") for key in left):
+            raise ValueError("The file has no features of the router: it is damaged, or of another folder.")
         fitted: dict[str, Tensor] = {}
         for name in config.adapters:
             own = model.peft_config[name]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import LORA, METHODS, adapted, randomize, tiny_gpt2, tiny_llama
 from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
 
@@ -374,6 +375,10 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
     assert torch.equal(
         PeftModel.from_pretrained(base(), tmp_path / "again").eval()(TEST).logits, opened["peft"](TEST).logits
     )
+    file = tmp_path / "again" / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "task_router" not in name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="no features of the router"):
+        PeftModel.from_pretrained(base(), tmp_path / "again")
     kept = next(name for name in opened["peft"].peft_config if name != "default")
     opened["peft"].save_pretrained(tmp_path / "one", selected_adapters=[kept])
     TaskRouter.of(opened["peft"]).detach()
