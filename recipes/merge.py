@@ -382,7 +382,8 @@ def plot(report: MergeReport, names: list[str], path: Path) -> None:
 
     tables = {"cosine of updates": report.cosine}
     if report.interference is not None:
-        tables["column's ΔW x / row's, row's x"] = report.interference
+        empty = [float("nan")] * len(names)
+        tables["column's ΔW x / row's, row's x"] = [row or empty for row in report.interference]
     figure = Figure(figsize=(len(tables) * (3 + 0.5 * len(names)), 2.5 + 0.5 * len(names)), layout="constrained")
     for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         axes.imshow(table, vmin=0, vmax=1)

@@ -722,6 +722,16 @@ def test_the_report_has_what_each_adapter_adds_to_the_outputs_of_another(three):
     assert merge_adapters(three, "mean").interference is None
 
 
+def test_an_adapter_that_does_nothing_is_interfered_with_by_no_number(tmp_path, three):
+    nothing = {name: Lora(A, torch.zeros_like(B)) for name, (A, B) in loras(9).items()}
+    write_lora(tmp_path / "untrained", nothing, base_model_name_or_path="base")
+    folders = [three[0], tmp_path / "untrained"]
+    for path in folders:
+        Statistics({LAYERS[0]: spread(covariances(1)[0], 4)}, {LAYERS[0]: (LAYERS[0],)}, 1, 1).save(path)
+    found = merge_adapters(folders).interference
+    assert found[0] == [1.0, 0.0] and found[1] is None
+
+
 def test_lori_s_own_sum_is_that_of_the_files(tmp_path):
     """Over one base, at the rank of its seeds; `merge_adapters` gives the same updates without a model."""
     model = get_peft_model(tiny_llama(), METHODS["lori"](target_modules=["q_proj"], seed=0), adapter_name="one")

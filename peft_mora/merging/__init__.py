@@ -371,7 +371,7 @@ def _report(
             missed += torch.tensor([output_error(lora, found, C) for lora, C in zip(loras, spreads, strict=True)])
     tables = measures.tables()
     own = energies.diagonal()
-    interference = (energies / own[:, None].clamp_min(1e-300)).sqrt().tolist() if statistics else None
+    rows = [(row / one).sqrt().tolist() if one > 0 else None for row, one in zip(energies, own, strict=True)]
     entries = [
         Adapter(
             folder=str(file.folder),
@@ -400,7 +400,7 @@ def _report(
         norm=measures.merged**0.5,
         mean_norm=sum(tables["norms"]) / len(adapters),
         loras=merged,
-        interference=interference,
+        interference=rows if statistics else None,
         **{name: tables[name] for name in ("cosine", "rows", "columns")},
         **fields,
     )

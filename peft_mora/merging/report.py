@@ -57,7 +57,8 @@ class MergeReport:
         cosine: of ΔW_s and ΔW_t over all modules. rows, columns: overlap ‖P_s P_t‖² / min(r_s, r_t), 0..1, of the
             row and column spaces; mean over the modules that both have.
         interference: [t][s] is ‖ΔW_s x‖ / ‖ΔW_t x‖ over the inputs of t, root mean square over all modules: what s
-            adds to the outputs of t beside its own; None where inputs are not known.
+            adds to the outputs of t beside its own; None where inputs are not known, and for a t that does nothing
+            to its own.
         warnings: what was said while merging.
         versions: of the packages that took part.
         loras: module -> the merged ΔW; not in the JSON.
@@ -73,7 +74,7 @@ class MergeReport:
     cosine: list[list[float]]
     rows: list[list[float]]
     columns: list[list[float]]
-    interference: list[list[float]] | None = None
+    interference: list[list[float] | None] | None = None
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
