@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -143,11 +143,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def unmoved() -> AbstractContextManager[None]:
+    """torch's generators go on after the block as if it had drawn nothing: also a card's, which `torch.manual_seed`
+    moves whatever the block computes on."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's generators begin at a seed in the block, and go on after it as if it had drawn nothing: also a card's,
-    which `torch.manual_seed` moves whatever the block computes on."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+    """torch's generators begin at a seed in the block, and are `unmoved` after it."""
+    with unmoved():
         torch.manual_seed(seed)
         yield
 

@@ -117,7 +117,7 @@ def read(source: Any, tokenizer: Any, tokens: int) -> list[Batch]:
     for ids in _encoded(source, tokenizer):
         ids = ids[: min(LENGTH, left)]
         if len(ids) > 1:  # a beginning-of-text token alone is no text
-            batches.append(_batch([ids]))
+            batches.append(batch_of([ids]))
             left -= len(ids)
         if left <= 1:
             break
@@ -230,10 +230,10 @@ def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, st
         added = row[longest:]
         added = added[: added.index(end)] if stop and end in added else added
         rows.append((prompt + added)[:length])
-    return _batch(rows, end)
+    return batch_of(rows, end)
 
 
-def _batch(rows: list[list[int]], pad: int = 0) -> Batch:
+def batch_of(rows: list[list[int]], pad: int = 0) -> Batch:
     """Sequences of tokens, padded on the right."""
     longest = max(map(len, rows))
     return {
@@ -264,5 +264,5 @@ def linear_layers(model: Any, adapter_name: str | None = None) -> dict[str, nn.M
         check_field(bool(found), "adapter_name", adapter_name, f"one of {sorted(getattr(model, 'peft_config', {}))}")
         return found
     reached: set[str] = set()
-    visit(model, found, [_batch([[0, 0]])], lambda name, *_: reached.add(name))
+    visit(model, found, [batch_of([[0, 0]])], lambda name, *_: reached.add(name))
     return {name: layer for name, layer in found.items() if name in reached}

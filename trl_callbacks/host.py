@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from peft_mora.inputs import unmoved
+
 
 def _through(backend: str) -> Callable[[TrainingArguments], bool]:
     """Whether a run uses a backend, by its arguments or by `accelerate launch`."""
@@ -161,7 +163,7 @@ def unmoved_generators() -> Iterator[None]:
     """The global generators of Python, NumPy and torch go on after the block as if it had drawn nothing."""
     ours, numpys = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        with unmoved():
             yield
     finally:
         random.setstate(ours)

@@ -7,7 +7,7 @@ afterwards: `peft_mora.merging` merges folders that hold it by least squares (ru
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.inputs import shared_inputs
 from peft_mora.lora_file import TENSORS, digest, read_lora
-from peft_mora.merging.inputs import input_spreads
+from peft_mora.merging.inputs import input_spreads, submodules
 
+from .general_text import batch_of
 from .host import HostCallback, calibration_batches, keep_stopped, output_folder
 
 
@@ -90,7 +90,9 @@ class InputStatisticsCallback(HostCallback):
             for batch in calibration_batches(train_dataloader, args, count, otherwise)()
             for prompt in prompts_of(batch)
         ]
-        self._batches = padded(prompts[: self.prompts], args.per_device_train_batch_size)
+        rows = [prompt.tolist() for prompt in prompts[: self.prompts]]
+        size = args.per_device_train_batch_size
+        self._batches = [batch_of(rows[start : start + size]) for start in range(0, len(rows), size)]
         self._name = self.adapter_name or in_training(model)
         use_exact_4bit_kernels(model)
         with saved(model, self._name) as folder:
@@ -142,17 +144,6 @@ def prompts_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
                 yield prompt[-LENGTH:]
 
 
-def padded(prompts: Sequence[Tensor], size: int) -> list[dict[str, Tensor]]:
-    """input_ids and attention_mask (size, S) of token ids, padded on the right."""
-    batches = []
-    for start in range(0, len(prompts), size):
-        part = list(prompts[start : start + size])
-        masks = [torch.ones_like(prompt) for prompt in part]
-        ids, mask = (pad_sequence(rows, batch_first=True) for rows in (part, masks))
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
-
-
 def in_training(model: Any) -> str:
     """The adapter that is in training.
 
@@ -187,9 +178,3 @@ def saved(model: Any, name: str) -> Iterator[Path]:
             raise ValueError(
                 f"No merge takes this adapter, so that it needs no InputStatisticsCallback: {told}"
             ) from error
-
-
-def submodules(model: Any, names: Sequence[str]) -> dict[str, nn.Module]:
-    """By their names in the base model."""
-    base = model.get_base_model()
-    return {name: base.get_submodule(name) for name in names}

@@ -197,6 +197,12 @@ def tokenized(
     return [dict(tokenizer(list(texts[i : i + batch_size]), **options)) for i in range(0, len(texts), batch_size)]
 
 
+def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
+    """By their names in the base model."""
+    base: Any = model.get_base_model()
+    return {name: base.get_submodule(name) for name in names}
+
+
 def input_spreads(
     model: PeftModel,
     modules: Sequence[str],
@@ -218,8 +224,7 @@ def input_spreads(
     check_field(is_number(last) and 0 <= last <= 1, "last", last, "a share in [0, 1]")
     tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
     prompts = sum(len(batch["input_ids"]) for batch in batches)
-    base: Any = model.get_base_model()
-    found = {name: base.get_submodule(name) for name in modules}
+    found = submodules(model, modules)
     groups, sizes = shared_inputs(model, found, batches[0])
     sums: dict[str, Tensor] = {}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_mora.inputs import input_statistics
+from peft_mora.linalg import spectrum
 from trl_callbacks.general_text import ENERGY, TOKENS, Batch, linear_layers, read, sample
 
 
@@ -71,8 +73,7 @@ def main() -> None:
             room: dict[float, list[float]] = {energy: [] for energy in args.energy}
             held: dict[tuple[float, str], list[float]] = {(e, name): [] for e in args.energy for name in names}
             for group, covariance in found.items():
-                values, vectors = torch.linalg.eigh(covariance)
-                values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+                values, vectors = spectrum(covariance)
                 shares = {}
                 for name, other in zip(names, looked, strict=True):
                     along = ((other[group] @ vectors) * vectors).sum(0).cumsum(0)
@@ -85,10 +86,10 @@ def main() -> None:
                         held[energy, name].append(float(share[k - 1]))
             for energy in args.energy:
                 row = {"source": title(source), "tokens": tokens, "energy": energy}
-                row |= {"directions": mean(ranks[energy]), "room": mean(room[energy])}
+                row |= {"directions": fmean(ranks[energy]), "room": fmean(room[energy])}
                 for name in names:
                     least = sorted(held[energy, name])[: max(1, len(found) // 10)]
-                    row |= {name: mean(held[energy, name]), f"{name}, least tenth": mean(least)}
+                    row |= {name: fmean(held[energy, name]), f"{name}, least tenth": fmean(least)}
                 rows.append(row)
                 print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
     runs.write_csv(Path(args.output) / "protected_energy.csv", rows)
@@ -97,10 +98,6 @@ def main() -> None:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(width=150).print(table)
     print(f"{args.output}/protected_energy.csv written")
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":
