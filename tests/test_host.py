@@ -4,7 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback, OrthogonalProjectionCallback
+from trl_callbacks import (
+    ActivationBudgetCallback,
+    AdapterPenaltyCallback,
+    LoriCalibrationCallback,
+    OrthogonalProjectionCallback,
+)
 from trl_callbacks.host import KINDS
 
 
@@ -24,6 +29,11 @@ REFUSALS = {
         ActivationBudgetCallback(2, prune_below=0.1),
         {"data_parallel": "torchrun", "deepspeed": "prune_experts", "fsdp": "prune_experts"},
     ),
+    "penalty": (
+        AdapterPenaltyCallback("lorasculpt"),
+        {"deepspeed": "buffers of its own", "fsdp": "in pieces", "best_model": "before they were made sparse"},
+    ),
+    "dropping": (AdapterPenaltyCallback("coto"), {"deepspeed": "buffers of its own", "fsdp": "in pieces"}),
     "calibration": (
         LoriCalibrationCallback(),
         dict.fromkeys(("processes", "deepspeed", "fsdp"), "in a run of its own")

@@ -6,11 +6,13 @@ from .drift import DriftCallback, drift
 from .general_text import protect
 from .input_statistics import InputStatisticsCallback
 from .metrics import continual_metrics
+from .penalties import AdapterPenaltyCallback
 from .projection import OrthogonalProjectionCallback
 
 
 __all__ = [
     "ActivationBudgetCallback",
+    "AdapterPenaltyCallback",
     "DriftCallback",
     "InputStatisticsCallback",
     "LoriCalibrationCallback",

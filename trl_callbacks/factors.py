@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_mora import registry
 from peft_mora.base import AdapterLinear, Trained
@@ -34,13 +37,7 @@ def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[s
         ValueError: none or several adapters are in training, or one whose new update cannot be kept from old inputs.
     """
     configs = getattr(model, "peft_config", {})
-    found: dict[str, dict[str, Factors]] = {}
-    for module_name, layer in model.named_modules():
-        for adapter in configs:
-            name = module_name.removeprefix("base_model.model.")
-            _check_linear(layer, adapter, name)
-            if trained := trained_factors(layer, adapter):
-                found.setdefault(adapter, {})[name] = Factors(*trained, layer)
+    found = _in_training(model, "old inputs cannot be kept from it")
     if adapter_name is None and len(found) > 1:
         raise ValueError(
             f"Several adapters are in training ({', '.join(map(repr, sorted(found)))}), of which one alone can be "
@@ -66,6 +63,65 @@ def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[s
     return name, found[name]
 
 
+def static_factors(model: Any, adapter_name: str | None, callback: str) -> tuple[str, dict[str, Factors]]:
+    """As `trainable_factors`, of an adapter whose update in each module is scaling · B·A whatever the input.
+
+    Args:
+        callback: who asks, for errors.
+
+    Raises:
+        ValueError: none or several adapters are in training, or one whose update is more, or another, than B·A.
+    """
+    found = _in_training(model, f"{callback} works on B·A alone")
+    shown = ", ".join(map(repr, sorted(found))) or "none"
+    names = sorted(found) if adapter_name is None else [adapter_name]
+    if len(names) != 1 or names[0] not in found:
+        raise ValueError(
+            f"{callback} needs one adapter in training that has an A and a B in every module; here {shown} has. Use "
+            "LoraConfig or MoraConfig(routing='dense'), and where several are in training say which: "
+            "adapter_name=NAME. A frozen A (LORI, FLYLORA) and prompts leave it nothing to work on."
+        )
+    name = names[0]
+    for module, pair in found[name].items():
+        if isinstance(pair.layer, AdapterLinear) and not pair.layer.is_static(name):
+            raise ValueError(
+                f"Adapter {name!r} chooses its experts by the input (module {module!r}), so that its update is no "
+                f"B·A, which {callback} works on. Use MoraConfig(routing='dense'), or LoraConfig."
+            )
+    return name, found[name]
+
+
+def _in_training(model: Any, consequence: str) -> dict[str, dict[str, Factors]]:
+    """Adapter name -> module name in the base model -> what of it is in training."""
+    found: dict[str, dict[str, Factors]] = {}
+    for module_name, layer in model.named_modules():
+        for adapter in getattr(model, "peft_config", {}):
+            name = module_name.removeprefix("base_model.model.")
+            _check_linear(layer, adapter, name, consequence)
+            if trained := trained_factors(layer, adapter):
+                found.setdefault(adapter, {})[name] = Factors(*trained, layer)
+    return found
+
+
+def base_weight(layer: Any) -> Tensor:
+    """W (O, I) of an adapted layer's frozen base, dequantised, float32 or wider.
+
+    Raises:
+        ValueError: it is quantised in a way that PEFT cannot read.
+    """
+    base = layer.get_base_layer()
+    # PEFT's own LoRA layers for bitsandbytes have no backend, and give their packed bytes.
+    weight = dequantize_module_weight(base) if layer.quantization_backend is None else layer.get_base_weight()
+    weight = weight.detach().T if isinstance(base, Conv1D) else weight.detach()
+    if weight.shape != (layer.out_features, layer.in_features):
+        raise ValueError(
+            f"The weight of a base layer ({type(base).__name__}) cannot be read: it has shape {tuple(weight.shape)} "
+            f"and not {(layer.out_features, layer.in_features)}. Quantise the base with bitsandbytes, or load it in "
+            "16 bits."
+        )
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def trained_factors(layer: nn.Module, adapter_name: str) -> Trained | None:
     """A and B of an adapter on one layer, and the frozen A's before them; None where it trains none."""
     if isinstance(layer, AdapterLinear):
@@ -79,7 +135,7 @@ def trained_factors(layer: nn.Module, adapter_name: str) -> Trained | None:
     return Trained(A, B, tuple(past)) if A.requires_grad or B.requires_grad else None
 
 
-def _check_linear(layer: nn.Module, adapter: str, name: str) -> None:
+def _check_linear(layer: nn.Module, adapter: str, name: str, consequence: str) -> None:
     """Refuse an adapter that PEFT's LoRA trains on a layer where its update is not B·A·x of the layer's own input x.
 
     Raises:
@@ -109,7 +165,7 @@ def _check_linear(layer: nn.Module, adapter: str, name: str) -> None:
         what, instead = f"has an A of type {type(down).__name__}", "Leave the module out of target_modules"
     else:
         return
-    raise ValueError(f"Adapter {adapter!r} {what} (module {name!r}): old inputs cannot be kept from it. {instead}.")
+    raise ValueError(f"Adapter {adapter!r} {what} (module {name!r}): {consequence}. {instead}.")
 
 
 def _check_biases(config: LoraConfig, name: str) -> None:

@@ -18,12 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_mora.inputs import InputStatistics, input_statistics, layer_similarity, shared_inputs
 from peft_mora.linalg import leading_directions, orthonormal, shrink_sketch
 
-from .factors import Factors
+from .factors import Factors, base_weight
 from .subspace import Subspace
 
 
@@ -179,9 +178,7 @@ class BaseWeights(Source):
             return  # the memory has them
         keep = self._shares(run) if self.energy is None else {}
         for name, factors in run.factors.items():
-            weight = factors.layer.get_base_weight().float()
-            if isinstance(factors.layer.get_base_layer(), Conv1D):
-                weight = weight.T
+            weight = base_weight(factors.layer)
             if not weight.isfinite().all():
                 raise ValueError(f"The base's weight of module {name!r} has NaN or inf: it has no directions to keep.")
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
