@@ -11,6 +11,7 @@ try:
     from .flylora import FlyLoraConfig, FlyLoraLinear, FlyLoraModel
     from .lori import LoriConfig, LoriLinear, LoriModel
     from .mora import MoraConfig, MoraLinear, MoraModel, TaskSummary, start_task
+    from .mtl_lora import MtlLoraConfig, MtlLoraLinear, MtlLoraModel, set_task
     from .pruning import PruneSummary, prune_experts
     from .quantization import use_exact_4bit_kernels
     from .sparsity import SparsitySummary, sparsify
@@ -26,6 +27,7 @@ METHODS = {
         registry.Method(MoraConfig, MoraModel),
         registry.Method(LoriConfig, LoriModel),
         registry.Method(FlyLoraConfig, FlyLoraModel),
+        registry.Method(MtlLoraConfig, MtlLoraModel),
     )
 }
 for _method in METHODS.values():
@@ -45,6 +47,9 @@ __all__ = [
     "MoraConfig",
     "MoraLinear",
     "MoraModel",
+    "MtlLoraConfig",
+    "MtlLoraLinear",
+    "MtlLoraModel",
     "PruneSummary",
     "Routes",
     "SparsitySummary",
@@ -53,6 +58,7 @@ __all__ = [
     "expert_usage",
     "prune_experts",
     "record_usage",
+    "set_task",
     "sparsify",
     "start_task",
     "use_exact_4bit_kernels",

@@ -251,6 +251,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         """Whether the adapter's update is one ΔW for all inputs, so that it can be merged."""
         return not self.merge_refusal
 
+    def lora_refusal(self, adapter_name: str) -> str:
+        """Why no plain LoRA equals the adapter as it is set now, where it can be set to have one, and how; else ""."""
+        return ""
+
     # Adding an adapter
 
     def update_layer(

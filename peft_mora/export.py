@@ -36,7 +36,8 @@ def exact_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Lor
     for name, layer in exportable_layers(model, adapter_name).items():
         if not layer.is_static(adapter_name):
             raise ValueError(
-                f"No LoRA equals adapter {adapter_name!r}: which experts are active depends on the input. fit_lora "
+                layer.lora_refusal(adapter_name)
+                or f"No LoRA equals adapter {adapter_name!r}: which experts are active depends on the input. fit_lora "
                 "gives the closest one on given inputs, and lora_errors says how close that is."
             )
         A, B = layer.factors(adapter_name)

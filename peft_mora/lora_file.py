@@ -272,6 +272,8 @@ def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple
         layer = layer_cls(nn.Linear(*_sizes(found, layer_cls.prefix, r, name, folder), bias=False, device="meta"))
         layer.update_layer("default", r, alpha, config, name, inference_mode=True)
         if not layer.is_static("default"):
+            if refusal := layer.lora_refusal("default"):
+                raise ValueError(f"{folder}: {refusal}")
             raise ValueError(
                 f"{folder} is a {method} adapter whose active experts depend on the input, so no B·A equals it. Fit "
                 f"the closest LoRA first (python recipes/export.py {folder} --output DIR) and give DIR."

@@ -67,6 +67,7 @@ FORMS = {
         "": (False, {"top_k": 2, "alpha": 32}),
         "signed": (False, {"top_k": 2, "alpha": 32, "selection": "signed", "save_projection": False}),
     },
+    "mtllora": {"": (True, {"tasks": ["a", "b"], "default_task": "b"})},
 }
 METHODS = {
     f"{name}-{form}" if form else name: Form(method.config, method.model, merges, {"r": 4, **fields})
@@ -175,8 +176,10 @@ def texts(n: int = 24):
 
 def sft(model: nn.Module, folder: str, output, peft_config=None, callbacks=None, **arguments):
     """TRL's trainer, not yet run: six steps of 2 x 2 sentences. `folder` has the tokenizer, `output` gets what is
-    written, `arguments` are SFTConfig's."""
+    written, `arguments` are SFTConfig's, and other data sets."""
     from trl import SFTConfig, SFTTrainer
+
+    data = {name: arguments.pop(f"{name}_dataset", texts(n)) for name, n in (("train", 24), ("eval", 4))}
 
     tiny = {
         "max_steps": 6,
@@ -193,8 +196,8 @@ def sft(model: nn.Module, folder: str, output, peft_config=None, callbacks=None,
     return SFTTrainer(
         model=model,
         args=SFTConfig(output_dir=str(output), **{**tiny, **arguments}),
-        train_dataset=texts(),
-        eval_dataset=texts(4),
+        train_dataset=data["train"],
+        eval_dataset=data["eval"],
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=peft_config,
         callbacks=callbacks,

@@ -69,12 +69,12 @@ def test_every_program_that_a_page_names_is_there():
 def test_every_config_field_with_its_default_is_on_its_page():
     from dataclasses import MISSING, fields
 
-    from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig
+    from peft_mora import METHODS
     from peft_mora.base import AdapterConfig
 
     shared = {field.name for field in fields(AdapterConfig)} - {"r", "alpha", "dropout"}
-    for config in (MoraConfig, LoriConfig, FlyLoraConfig):
-        page = (ROOT / "docs" / f"{config.method.lower()}.md").read_text(encoding="utf-8")
+    for config in (method.config for method in METHODS.values()):
+        page = (ROOT / "docs" / f"{config.__module__.split('.')[1]}.md").read_text(encoding="utf-8")
         for field in fields(config):
             if field.name in shared:
                 continue

@@ -67,6 +67,7 @@ VALID = {
     "temperature": positive,
     "threshold": share,
     "tasks": st.lists(names, min_size=1, max_size=3, unique=True),
+    "ups": st.integers(1, 4),
     "sparsity": optional(below_one),
     "density": optional(st.floats(0, 1, exclude_min=True)),
     "selection": st.sampled_from(["magnitude", "signed"]),
@@ -85,6 +86,8 @@ def valid(draw, method: str):
         count = st.integers(1, smallest)
         values["top_k"] = draw(optional(count) if DEFAULTS[method]["top_k"] is None else count)
         values["top_k_pattern"] = draw(st.dictionaries(st.sampled_from(MODULES), count, max_size=2))
+    if "default_task" in DEFAULTS[method]:
+        values["default_task"] = draw(st.sampled_from(values["tasks"]))
     return CONFIGS[method](**values)
 
 
@@ -152,6 +155,8 @@ WRONG = {
     "temperature": not_positive,
     "threshold": outside,
     "tasks": st.sampled_from([[], [""], ["a", "a"], [1], [None], 3]),
+    "default_task": st.sampled_from(["other", "", 0, ["initial"]]),
+    "ups": not_a_count,
     "block_sizes": st.sampled_from([[4], {"lin0": [1, 2]}, {"lin0": [-1]}]),
     "frozen_top_k": st.sampled_from([{"lin0": [1]}]),
     "sparsity": beyond | not_none,
@@ -189,6 +194,6 @@ def test_any_invalid_field_is_refused_by_name(method, field):
 def test_every_field_of_a_method_is_fuzzed(method):
     own = DEFAULTS[method].keys() - {f.name for f in fields(PeftConfig)}
     written_by_functions = {"kept_entries", "frozen_entries", "block_sizes", "frozen_top_k"}
-    chosen_above = {"top_k", "top_k_pattern", "layers_to_transform", "layers_pattern"}
+    chosen_above = {"top_k", "top_k_pattern", "layers_to_transform", "layers_pattern", "default_task"}
     in_test_citizen = {"trainable_token_indices"}  # needs embeddings
     assert own <= VALID.keys() | written_by_functions | chosen_above | in_test_citizen and own <= WRONG.keys()

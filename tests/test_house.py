@@ -9,7 +9,7 @@ from peft_mora import METHODS
 
 HOUSE = f"""
     peft_mora: checks files fingerprint linalg inputs registry model_card packed kernels
-    peft_mora: routing task_scores task_features
+    peft_mora: routing task_scores task_features row_tasks
     peft_mora: lean
     peft_mora: quantization bases
     peft_mora: base
@@ -20,7 +20,7 @@ HOUSE = f"""
     peft_mora: __init__
     peft_mora: __main__
     trl_callbacks: metrics logs host usage_report
-    trl_callbacks: factors subspace
+    trl_callbacks: factors subspace task_column
     trl_callbacks: constraint sources
     trl_callbacks: general_text
     trl_callbacks: drift

@@ -19,6 +19,7 @@ from peft_mora.flylora import Columns, SelectionGate
 from peft_mora.inputs import removed_after
 from peft_mora.lean import NO_GATE, Base, Gate, Parts, Weight, add_update, plain_add_update
 from peft_mora.mora import SoftmaxGate
+from peft_mora.mtl_lora import TaskGate
 from peft_mora.packed import Packed
 
 
@@ -116,6 +117,7 @@ CASES = {
     ),
     "sparse_A": sparse_A,
     "packed_B": packed_B,
+    "tasks": lambda new: pairs(new(5, 13), new(11, 10), gate=TaskGate(new(15, 5), new(3, 2), 0.3, 1, None)),
     "learned_router": lambda new: Parts(
         [Weight(new(5, 13)), Weight(new(5, 13))], [Weight(new(11, 5))], LearnedRouter()
     ),
@@ -504,7 +506,7 @@ def test_the_default_device_costs_nothing(make_config):
 def test_selective_checkpointing_that_keeps_the_products_gives_the_same_gradients(make_config, inputs):
     products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     model = adapted(make_config, base=tiny_llama()).train()
-    if hasattr(model.peft_config["default"], "tasks"):
+    if hasattr(model.peft_config["default"], "block_sizes"):
         start_task(model, "second")
         randomize(model)
     model.enable_input_require_grads()

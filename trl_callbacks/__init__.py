@@ -8,6 +8,7 @@ from .input_statistics import InputStatisticsCallback
 from .metrics import continual_metrics
 from .penalties import AdapterPenaltyCallback
 from .projection import OrthogonalProjectionCallback
+from .task_column import TaskColumnCallback
 
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "InputStatisticsCallback",
     "LoriCalibrationCallback",
     "OrthogonalProjectionCallback",
+    "TaskColumnCallback",
     "continual_metrics",
     "drift",
     "protect",

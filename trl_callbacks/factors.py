@@ -55,8 +55,8 @@ def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[s
         raise ValueError(
             f"OrthogonalProjectionCallback needs {'an adapter' if name is None else f'adapter {name!r}'} in training "
             f"whose A it can keep from old inputs; the model's adapters are: {shown}. Use {usable} (and start_task "
-            f"for each further task), or a fresh LoraConfig adapter for each task. The A of {others} is frozen and "
-            "reads every input, and prompts change the inputs of all layers."
+            f"for each further task), or a fresh LoraConfig adapter for each task. {others} have an A that is frozen "
+            "and reads every input, or more than one pair of A and B; prompts change the inputs of all layers."
         )
     if isinstance(configs[name], LoraConfig):
         _check_biases(configs[name], name)

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from peft_mora.inputs import unmoved
@@ -142,6 +142,18 @@ def ahead_of_reporters(callback: TrainerCallback) -> None:
             # The handler is iterating over this very list: what stands behind `callback` keeps its place.
             handler.callbacks[:] = [callback, *(other for other in handler.callbacks if other is not callback)]
             return
+
+
+def running_trainer() -> Any:
+    """The trainer that has called the event of ours that is asking: no event gets it.
+
+    Raises:
+        ValueError: none has.
+    """
+    for frame in _callers():
+        if isinstance(found := frame.f_locals.get("self"), Trainer):
+            return found
+    raise ValueError("No trainer has called this callback: pass it to the trainer's constructor, callbacks=[...].")
 
 
 def caller_local(name: str) -> Any:

@@ -1,0 +1,245 @@
+"""What only MTLLORA does: rows of several tasks in one batch, from a data set's column to the layers."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from helpers import METHODS, WORDS, adapted, lora_config, losses, quantized, sft, tiny_llama, tiny_t5
+from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from test_mora import Net
+
+from peft_mora import MtlLoraConfig, set_task
+from peft_mora.base import AdapterLinear
+from peft_mora.export import exact_lora
+from peft_mora.lora_file import read_lora
+from trl_callbacks import TaskColumnCallback
+
+
+config = partial(MtlLoraConfig, r=4, alpha=6, tasks=["a", "b", "c"])
+TASKS = ["b", "a", "b", "c"]
+
+
+def llama(base=None, **fields) -> PeftModel:
+    return adapted(partial(config, **fields), base)
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    """(4, 7) token ids."""
+    return torch.randint(4, 24, (4, 7), generator=torch.Generator().manual_seed(5))
+
+
+def reference(layer, x, tasks):
+    """The rule of the module docstring, row by row; the weights as float64 leaves."""
+    A, B, turn, w = (getattr(layer, f"mtllora_{name}")["default"].weight for name in ("A", "B", "turn", "w"))
+    rows = []
+    for row, task in zip(x, tasks, strict=True):
+        t = ["a", "b", "c"].index(task) if isinstance(task, str) else task
+        p = torch.softmax(w[t] / 0.3, 0)
+        turned = torch.eye(4, dtype=x.dtype) + turn[4 * t : 4 * t + 4]
+        up = sum(p[i] * B[:, 4 * i : 4 * i + 4] for i in range(2))
+        rows.append(layer.base_layer(row) + 6 / 4 * row @ (up @ turned @ A).T)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("tasks", [TASKS, [1, 0, 1, 2], torch.tensor([1, 0, 1, 2]), "c"], ids=str)
+def test_a_mixed_batch_equals_the_reference_in_values_and_every_gradient(tasks, lean, monkeypatch):
+    monkeypatch.setattr(AdapterLinear, "lean", lean)
+    model = adapted(partial(config, ups=2, temperature=0.3), Net(), target_modules=["lin"])
+    layer = model.base_model.model.lin
+    x = torch.randn(4, 5, 13, dtype=torch.float64, requires_grad=True)
+    got, want = model(x, task=tasks), reference(layer, x, ["c"] * 4 if tasks == "c" else tasks)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    upstream = torch.randn_like(got)
+    assert len(wanted) == 5
+    for a, b in zip(*(torch.autograd.grad(y, wanted, upstream) for y in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_each_row_is_computed_as_if_alone_in_forward_and_generate_by_task_and_by_adapter_name(rows):
+    model = llama()
+    want = torch.cat([model(rows[i : i + 1], task=[task]).logits for i, task in enumerate(TASKS)])
+    assert not torch.allclose(want, model(rows, task="a").logits, atol=1e-3)
+    names = [f"default/{task}" for task in TASKS]
+    for found in (model(rows, task=TASKS), model(rows, adapter_names=names), model.base_model.model(rows, task=TASKS)):
+        torch.testing.assert_close(found.logits, want, rtol=1e-4, atol=1e-5)
+    answer = partial(model.generate, max_new_tokens=4, do_sample=False, num_beams=2, num_return_sequences=2)
+    alone = [answer(rows[i : i + 1], task=[task]) for i, task in enumerate(TASKS)]
+    for found in (answer(rows, task=TASKS), answer(rows, adapter_names=names)[::1]):
+        for i, one in enumerate(alone):
+            size = one.shape[1]  # those that end early are filled up
+            assert torch.equal(found[2 * i : 2 * i + 2, :size], one)
+    assert "generate" not in vars(model.get_base_model())
+
+
+def test_an_encoder_decoder_answers_and_learns_by_task(rows):
+    model = llama(tiny_t5(), task_type="SEQ_2_SEQ_LM")
+    alone = [model.generate(input_ids=rows[i : i + 1], task=[t], max_new_tokens=3) for i, t in enumerate(TASKS)]
+    together = model.generate(input_ids=rows, task=TASKS, max_new_tokens=3)
+    assert all(torch.equal(together[i, : one.shape[1]], one[0]) for i, one in enumerate(alone))
+    model(input_ids=rows, labels=rows[:, :3].contiguous(), task=TASKS).loss.backward()
+
+
+def test_a_batch_is_refused_that_does_not_say_its_tasks_or_says_them_wrongly(rows):
+    model = llama()
+    with pytest.raises(ValueError, match=r"serves 'a', 'b' and 'c'.*Pass task=.*TaskColumnCallback.*set_task"):
+        model(rows)
+    with pytest.raises(ValueError, match="Pass task="):
+        model.generate(rows, max_new_tokens=2)
+    for wrong in ("d", 3, -1, True):
+        with pytest.raises(ValueError, match=f"Task {wrong!r} is none of this adapter's: 'a', 'b' and 'c'"):
+            model(rows, task=["a", wrong, "a", "b"])
+    for few in (TASKS[:2], TASKS[:3]):
+        with pytest.raises(ValueError, match=f"tasks of {len(few)} rows.*one task for each row"):
+            model(rows, task=few)
+    with pytest.raises(ValueError, match="'adapter/task'"):
+        model(rows, task=TASKS, adapter_names=["default"] * 4)
+    flat = adapted(config, Net(), target_modules=["lin"]).base_model
+    x = torch.randn(12, 13, dtype=torch.float64)
+    with pytest.raises(ValueError, match="experts of a mixture"):
+        flat(x, task=["a", "b"])
+    set_task(model, "b")
+    want = model(rows, task="b").logits
+    assert torch.equal(model(rows).logits, want) and not torch.equal(model(rows, task=TASKS).logits, want)
+    set_task(model, None)
+    with pytest.raises(ValueError, match="Pass task="):
+        model(rows)
+    with pytest.raises(ValueError, match="no MTLLORA adapter named 'other'"):
+        set_task(model, "a", "other")
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_checkpointing_computes_each_of_two_forwards_again_by_its_own_tasks(rows, use_reentrant):
+    model = llama().train()
+    if use_reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    first = model(input_ids=rows, labels=rows, task=TASKS).loss
+    second = model(input_ids=rows, labels=rows, task="c").loss
+    first.backward()
+    second.backward()
+    found = torch.stack([p.grad.double().norm() for p in model.parameters() if p.requires_grad])
+    plain = llama().train()
+    for task in (TASKS, "c"):
+        plain(input_ids=rows, labels=rows, task=task).loss.backward()
+    want = torch.stack([p.grad.double().norm() for p in plain.parameters() if p.requires_grad])
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-8)
+
+
+def test_a_task_that_no_row_is_of_gets_no_gradient(rows):
+    model = llama().train()
+    model(input_ids=rows, labels=rows, task=["a", "b", "a", "b"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        if "turn" in name or "_w." in name:
+            by_task = parameter.grad.reshape(3, -1).abs().sum(1) > 0
+            assert by_task.tolist() == [True, True, False]
+
+
+def test_it_merges_converts_and_exports_for_one_task_alone(rows, tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "none")
+    for refused in (model.merge_adapter, model.merge_and_unload, partial(convert_to_lora, model, rank=4)):
+        with pytest.raises((ValueError, TypeError), match=r"Choose one first.*set_task|do not support LoRA"):
+            refused()
+    for refused in (partial(exact_lora, model), partial(read_lora, tmp_path / "none")):
+        with pytest.raises(ValueError, match=r"No LoRA equals an MTLLORA adapter without a task.*set_task"):
+            refused()
+    set_task(model, "b")
+    want = model(rows).logits
+    model.save_pretrained(tmp_path / "b")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "b").eval()
+    assert torch.equal(again(rows).logits, want) and again.peft_config["default"].default_task == "b"
+    lora, state = convert_to_lora(model, rank=4)
+    plain = get_peft_model(tiny_llama(), lora).eval()
+    set_peft_model_state_dict(plain, state)
+    torch.testing.assert_close(plain(rows).logits, want, rtol=1e-3, atol=1e-4)
+    for name, (A, B) in read_lora(tmp_path / "b").loras.items():
+        module = model.base_model.model.get_submodule(name)
+        torch.testing.assert_close(B @ A, module.get_delta_weight("default"))
+        torch.testing.assert_close(B @ A, exact_lora(model)[name].B @ exact_lora(model)[name].A)
+    model.merge_adapter()
+    for same in ({}, {"task": "b"}, {"task": ["b"] * 4}):
+        torch.testing.assert_close(model(rows, **same).logits, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="merged for task 'b'.*unmerge_adapter"):
+        model(rows, task=TASKS)
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        set_task(model, "a")
+    base = model.merge_and_unload()
+    with pytest.raises(TypeError, match="task"):
+        torch.nn.Linear.forward(base.lm_head, rows, task="b")
+    assert not base._forward_pre_hooks and not base._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": 6},
+        {"alpha": 9},
+        {"ups": 2},
+        {"temperature": 0.2},
+        {"default_task": "a"},
+        {"tasks": ["b", "a"]},
+        {"rank_pattern": {"lin": 2}},
+        {"alpha_pattern": {"lin": 3}},
+    ],
+    ids=str,
+)
+def test_every_field_of_the_rule_has_an_effect(change):
+    def output(**fields):
+        model = adapted(partial(config, **{"default_task": "b", **fields}), Net(), target_modules=["lin"])
+        return model(torch.linspace(-1, 1, 26, dtype=torch.float64).reshape(2, 13))
+
+    assert not torch.allclose(output(), output(**change))
+
+
+def mixed(n: int = 24, tasks=("a", "b")):
+    """A data set of sentences, each of one of the tasks."""
+    from datasets import Dataset
+
+    picks = torch.randint(0, len(WORDS), (n, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [" ".join(WORDS[i] for i in row) for row in picks]
+    return Dataset.from_dict({"text": texts, "task": [tasks[i % len(tasks)] for i in range(n)]})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft_over_nf4_learns_tasks_that_are_mixed_in_each_batch(llama_folder, tmp_path, checkpointing):
+    fields = {"gradient_checkpointing": checkpointing, "max_steps": 3, "weight_decay": 0.0, "save_strategy": "no"}
+    trainer = sft(
+        quantized(llama_folder), llama_folder, tmp_path, config(target_modules="all-linear"), [TaskColumnCallback()],
+        train_dataset=mixed(), eval_dataset=mixed(4), **fields,
+    )  # fmt: skip
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.evaluate()
+    trainer.train()
+    assert len(losses(trainer)) == 3 and losses(trainer)[-1] < losses(trainer)[0]
+    for name, tensor in trainer.model.state_dict().items():
+        if "_turn" in name or "_w." in name:  # of the third task there were no rows
+            moved = (tensor != before[name]).reshape(3, -1).any(1)
+            assert moved.tolist()[2] is False and ("_w." in name or moved.tolist()[:2] == [True, True]), name
+
+
+def test_the_column_is_refused_where_it_cannot_reach_the_layers(llama_folder, tmp_path):
+    def trainer(adapter=None, **arguments):
+        adapter = adapter or config(target_modules=["q_proj"])
+        arguments = {"train_dataset": mixed(), **arguments}
+        return sft(tiny_llama(), llama_folder, tmp_path, adapter, [TaskColumnCallback()], **arguments)
+
+    with pytest.raises(ValueError, match=r"use peft_config=MtlLoraConfig"):
+        trainer(lora_config(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="no column 'task'; it has text"):
+        trainer(train_dataset=mixed().remove_columns("task"))
+    with pytest.raises(ValueError, match="Task 'z' is none of this adapter's"):
+        trainer(train_dataset=mixed(tasks=("a", "z")))
+    for packed in (
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 8},
+        {"padding_free": True, "max_length": None},
+    ):
+        with pytest.raises(ValueError, match="packing=False and padding_free=False"):
+            trainer(**packed)
+    without = sft(tiny_llama(), llama_folder, tmp_path, config(target_modules=["q_proj"]), train_dataset=mixed())
+    with pytest.raises(ValueError, match="TaskColumnCallback"):
+        without.train()
+    assert METHODS["mtllora"]().default_task == "b"

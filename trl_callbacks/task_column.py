@@ -1,0 +1,111 @@
+"""The `task` column of a data set, on its way past the trainer to the model.
+
+TRL takes out of the data all columns that it does not know, and its collators build batches of those that they know.
+The trainer's list of columns and its collator are the two places that a column has to be named at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from peft_mora import MtlLoraLinear
+from peft_mora.checks import check_field
+from peft_mora.row_tasks import place
+
+from .host import HostCallback, running_trainer
+
+
+class TaskColumnCallback(HostCallback):
+    """Bring the data set's column of tasks to an adapter that has a part for each (`MtlLoraConfig`).
+
+    Give it to the constructor of a plain SFTTrainer (of any trainer that learns from labels). The batches of training
+    and of evaluation then have `task`, a name or number for each row, if their data has the column.
+
+    Args:
+        column: the column's name; its values are names of the config's `tasks`, or places in that list.
+
+    Raises:
+        ValueError: at the trainer's construction: a model that takes no tasks, a training set without the column or
+            with tasks that the adapter does not know, or packing, which puts several records into one row.
+
+    Example:
+        >>> SFTTrainer(model, train_dataset=train_dataset, callbacks=[TaskColumnCallback()],
+        ...            peft_config=MtlLoraConfig(tasks=["maths", "code"], target_modules="all-linear"))
+    """
+
+    def __init__(self, column: str = "task") -> None:
+        check_field(isinstance(column, str) and bool(column), "column", column, "a column's name")
+        self.column = column
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not takes_tasks(model):
+            raise ValueError(
+                "TaskColumnCallback is for an adapter that has a part for each task, and this model's has none: use "
+                "peft_config=MtlLoraConfig(tasks=[...]), or leave the callback out."
+            )
+        carry_column(running_trainer(), self.column)
+
+
+def takes_tasks(model: nn.Module) -> bool:
+    """Whether the model's forward takes `task`."""
+    return any(isinstance(module, MtlLoraLinear) for module in model.modules())
+
+
+def carry_column(trainer: Any, column: str) -> None:
+    """Let a trainer's batches have a column of its data as `task`; a second call changes nothing.
+
+    Raises:
+        ValueError: as `TaskColumnCallback`.
+    """
+    if isinstance(trainer.data_collator, WithTask):
+        return
+    args, data = trainer.args, trainer.train_dataset
+    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
+        raise ValueError(
+            "packing and padding_free put several records into one row, which then has no task of its own. Train with "
+            "packing=False and padding_free=False."
+        )
+    columns = getattr(data, "column_names", None)
+    if columns is not None and column not in columns:
+        raise ValueError(
+            f"The training data has no column {column!r}; it has {', '.join(columns)}. Add one with the name or "
+            "number of each record's task: dataset.add_column('task', [...])."
+        )
+    for task in distinct(data, column):
+        for module in trainer.model.modules():
+            if isinstance(module, MtlLoraLinear):
+                for rule in module.mtllora_rule.values():
+                    place(task, rule.tasks)
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns = [*trainer._signature_columns, column]
+    trainer.data_collator = WithTask(trainer.data_collator, column)
+
+
+def distinct(data: Any, column: str) -> list[Any]:
+    """The values of a column, each once; [] where the data is a stream."""
+    return data.unique(column) if hasattr(data, "unique") else []
+
+
+class WithTask:
+    """A collator, and `task` beside what it makes: (rows,) int64, or a list of names."""
+
+    def __init__(self, collator: Any, column: str) -> None:
+        self.collator, self.column = collator, column
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator([{k: v for k, v in record.items() if k != self.column} for record in records])
+        tasks = [record.get(self.column) for record in records]
+        if all(task is None for task in tasks):
+            return batch  # an evaluation on other data
+        if all(isinstance(task, str) for task in tasks):
+            batch["task"] = tasks
+        else:
+            batch["task"] = torch.tensor(tasks)
+        return batch
