@@ -68,7 +68,7 @@ def test_what_a_plain_lora_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="modules_to_save=.*no place"):
         exact_lora(adapted("lori", tiny_llama(), modules_to_save=["lm_head"], exclude_modules=["lm_head"]))
     model = adapted("lori", tiny_llama())
-    with pytest.raises(ValueError, match="no MORA, LORI or FLYLORA adapter named 'typo'"):
+    with pytest.raises(ValueError, match="no MORA, LORI, .* adapter named 'typo'"):
         exact_lora(model, "typo")
     with model.disable_adapter(), pytest.raises(ValueError, match="as it works alone"):
         exact_lora(model)
