@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -88,7 +90,7 @@ WORDS = "the a cat dog sat ran on under mat log red blue big small yes no north 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def tiny_llama(seed: int = 0, **kwargs) -> nn.Module:
+def tiny_llama(seed: int = 0, tied: bool = False, **kwargs) -> nn.Module:
     """Two layers, hidden size 64, 64 words: everything that real Llamas have, in 0.1 M parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -102,6 +104,7 @@ def tiny_llama(seed: int = 0, **kwargs) -> nn.Module:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        tie_word_embeddings=tied,
     )
     return AutoModelForCausalLM.from_config(config, **kwargs)
 
@@ -155,6 +158,13 @@ def adapted(config: str | Callable[..., Any], base: nn.Module | None = None, *, 
     return model.eval()
 
 
+def reopened(model: PeftModel, folder, base: nn.Module | None = None, name: str = "", **options) -> PeftModel:
+    """Saved into `folder`, and its adapter (or the one that is called `name`) opened over `base`, a tiny Llama."""
+    model.save_pretrained(folder)
+    base = tiny_llama() if base is None else base
+    return PeftModel.from_pretrained(base, Path(folder, name), **options).eval()
+
+
 def gradients(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Gradients of one step; load-balance offsets, which move with every backward, are put back."""
     offsets = {name: buffer.clone() for name, buffer in model.named_buffers() if "_offset" in name}
@@ -164,6 +174,26 @@ def gradients(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]
         if name in offsets:
             buffer.copy_(offsets[name])
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def jsonl(path: Path, *records) -> Path:
+    """Lines of JSON, or of what is a string as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_task(folder: Path, labels: tuple[str, ...]) -> None:
+    """Twelve records of the tiny model's words to train on and six to test, a label each."""
+    for split, n in (("train", 12), ("test", 6)):
+        rows = [{"prompt": f"the {WORDS[i]} is", "answer": labels[i % 2]} for i in range(n)]
+        jsonl(folder / f"{split}.jsonl", *rows)
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def texts(n: int = 24):

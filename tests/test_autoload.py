@@ -63,24 +63,15 @@ out["routed scores"] = [score for score, _ in lm.loglikelihood(asked, disable_tq
 """
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen:
-    """A fresh Python outside the checkout; without `environment`, in the state a user's shell has."""
+def answers(*arguments: str, **environment: str):
+    """What a fresh Python outside the checkout, which runs to its end, prints last, as JSON; without `environment`, in
+    the state a user's shell has."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PEFT_MORA_AUTOLOAD", "PYTHONWARNINGS")}
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT.parent,
-    )
-
-
-def answers(process: subprocess.Popen):
-    """What a program that ran to its end printed last, as JSON."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+    env = {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, *arguments]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT.parent, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def program(body: str, **names: str) -> str:
@@ -141,7 +132,7 @@ def assert_same(got: list[float], want: torch.Tensor) -> None:
 
 
 def test_a_program_that_names_neither_us_nor_peft_opens_an_adapter_also_in_lm_eval(folders, want):
-    out = answers(start("-c", program(WITHOUT_PEFT, **folders)))
+    out = answers("-c", program(WITHOUT_PEFT, **folders))
     assert out["no peft yet"] and out["text"].startswith("the cat sat on")
     assert_same(out["AutoModelForCausalLM"], want["adapter"])
     assert_same(out["pipeline"], want["adapter"])
@@ -203,7 +194,7 @@ out["new hosts"] = [name for name in hosts() if name not in before]
 
 @pytest.fixture(scope="module")
 def off(folders) -> dict:
-    return answers(start("-c", program(OFF, **folders), PEFT_MORA_AUTOLOAD="0"))
+    return answers("-c", program(OFF, **folders), PEFT_MORA_AUTOLOAD="0")
 
 
 def test_switched_off_it_is_off(off):
@@ -223,7 +214,7 @@ def test_importing_the_package_brings_no_host_along(off):
 def test_the_runner_needs_no_autoload(folders, want, tmp_path):
     script = tmp_path / "evaluate.py"
     script.write_text(program("out['argv'], out['path'] = sys.argv, sys.path[0]\n" + WITH_PEFT, **folders))
-    out = answers(start("-m", "peft_mora", str(script), "--lr", "1", PEFT_MORA_AUTOLOAD="0"))
+    out = answers("-m", "peft_mora", str(script), "--lr", "1", PEFT_MORA_AUTOLOAD="0")
     assert out["argv"] == [str(script), "--lr", "1"] and out["path"] == str(script.parent)
     assert_same(out["PeftModel"], want["adapter"])
     assert_same(out["AutoPeftModelForCausalLM"], want["adapter"])
@@ -288,7 +279,7 @@ def test_the_runner_explains_itself(runner):
 
 
 def test_a_python_without_torch_loads_nothing_of_ours():
-    assert answers(start("-c", f"import sys; print({OURS})")) == []
+    assert answers("-c", f"import sys; print({OURS})") == []
 
 
 QUIET = f"""
@@ -302,8 +293,9 @@ finders = [f for f in sys.meta_path if type(f).__module__ == "peft_mora_autoload
 inner = finders[0].find_spec("peft.tuners", spec.submodule_search_locations)
 plain = PathFinder.find_spec("peft.tuners", spec.submodule_search_locations)
 out["finders"] = len(finders)
-out["same spec"] = [(s.name, s.origin, s.cached, s.submodule_search_locations) for s in (inner, plain)]
-out["same source"] = [s.loader.get_source("peft.tuners") for s in (inner, plain)]
+one, other = ((s.name, s.origin, s.cached, s.submodule_search_locations) for s in (inner, plain))
+source, same = (s.loader.get_source("peft.tuners") for s in (inner, plain))
+out["same spec and source"] = one == other and source == same
 out["is_package"] = inner.loader.is_package("peft.tuners")
 out["elsewhere"] = finders[0].find_spec("peft.tuners.lora", ["/"]), finders[0].find_spec("peft", None)
 out["after find_spec"] = {OURS}, "peft" in sys.modules
@@ -332,7 +324,7 @@ def registered():
 out["registered"] = registered()
 tuners = sys.modules["peft.tuners"]
 out["loaders"] = [type(l).__name__ for l in (tuners.__spec__.loader, tuners.__loader__, peft.__spec__.loader)]
-out["inspect"] = inspect.getsource(tuners) == out["same source"][1]
+out["inspect"] = inspect.getsource(tuners) == source
 out["find_spec after"] = importlib.util.find_spec("peft.tuners") is tuners.__spec__
 
 importlib.reload(peft.tuners)
@@ -366,34 +358,25 @@ def quiet(tmp_path_factory) -> dict:
     (stub / "peft_mora").mkdir()
     (stub / "peft_mora" / "__init__.py").write_text("raise RuntimeError('this one is broken')")
     body = f"STUB = {str(stub)!r}\n{QUIET}".replace("{", "{{").replace("}", "}}")
-    return answers(start("-W", "error:peft_mora", "-c", program(body)))  # our warning would be an error
+    return answers("-W", "error:peft_mora", "-c", program(body))  # our warning would be an error
 
 
-def test_importing_torch_loads_neither_peft_nor_us(quiet):
-    assert quiet["after torch"] == [["peft_mora_autoload"], False, False]
-    assert quiet["finders"] == quiet["installed twice"] == 1
+KNOWN = [1, "peft_mora.mora"]
+CLAIMS = {
+    "importing torch loads neither PEFT nor us": {"after torch": [["peft_mora_autoload"], False, False], "finders": 1},
+    "looking for PEFT imports nothing": {"after find_spec": [["peft_mora_autoload"], False], "installed twice": 1},
+    "it finds what Python finds": {"same spec and source": True, "is_package": True, "elsewhere": [None, None]},
+    "threads that race to import all succeed": {"race": [[], []], "registered": KNOWN},
+    "an imported PEFT is as without us": {
+        "loaders": ["SourceFileLoader"] * 3, "inspect": True, "find_spec after": True,
+    },
+    "a reloaded and a new PEFT know the methods": {"reloaded": KNOWN, "imported anew": [KNOWN, True]},
+}  # fmt: skip
 
 
-def test_looking_for_peft_imports_nothing_and_finds_what_python_finds(quiet):
-    assert quiet["after find_spec"] == [["peft_mora_autoload"], False]
-    assert quiet["same spec"][0] == quiet["same spec"][1] and quiet["is_package"]
-    assert quiet["same source"][0] == quiet["same source"][1]
-    assert quiet["elsewhere"] == [None, None]
-
-
-def test_threads_that_race_to_import_all_succeed(quiet):
-    assert quiet["race"] == [[], []]
-    assert quiet["registered"] == [1, "peft_mora.mora"]
-
-
-def test_an_imported_peft_looks_as_if_we_had_not_been_there(quiet):
-    assert quiet["loaders"] == ["SourceFileLoader"] * 3
-    assert quiet["inspect"] and quiet["find_spec after"]
-
-
-def test_a_reloaded_and_a_new_peft_know_the_methods(quiet):
-    assert quiet["reloaded"] == [1, "peft_mora.mora"]
-    assert quiet["imported anew"] == [[1, "peft_mora.mora"], True]
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_in_a_process_that_imports_torch_and_then_peft(claim, quiet):
+    assert {key: quiet[key] for key in CLAIMS[claim]} == CLAIMS[claim]
 
 
 def test_a_broken_peft_mora_is_one_warning_and_peft_works(quiet):

@@ -346,39 +346,6 @@ def test_dpo_s_reference_keeps_its_own_k_and_stays_uncounted(llama_folder, tmp_p
     assert {int(meter.hits[place.stop - 1]) for place in meter.places.values()} == {int(tokens)}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"target": 0.5}, "`target`"),
-        ({"target": "4"}, "`target`"),
-        ({"start": 0}, "`start`"),
-        ({"start": 4, "schedule": "constant"}, "`start`"),
-        ({"schedule": "exponential"}, "`schedule`"),
-        ({"interval": 0}, "`interval`"),
-        ({"rebalance": "yes"}, "`rebalance`"),
-        ({"prune_below": 0}, "`prune_below`"),
-        ({"until": 1.5}, "`until`"),
-    ],
-)
-def test_a_wrong_argument_is_refused_by_name(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ActivationBudgetCallback(**{"target": 2, **arguments})
-
-
-def test_a_budget_that_the_adapter_cannot_have_is_refused(llama_folder, tmp_path):
-    for callback, match in (
-        (ActivationBudgetCallback(7), "`target` is 7 active experts.*can have 1 to 6"),
-        (ActivationBudgetCallback(2, start=6.5), "`start` is 6.5"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            trainer(llama_folder, tmp_path, callback, config()).train()
-    with pytest.raises(ValueError, match="`prune_below` cannot be had here: the frozen projection of FLYLORA"):
-        callback = ActivationBudgetCallback(2, prune_below=0.1)
-        trainer(llama_folder, tmp_path, callback, config("flylora")).train()
-    with pytest.raises(ValueError, match="has no routing.*MoraConfig.routing='task'.*FlyLoraConfig"):
-        trainer(llama_folder, tmp_path, ActivationBudgetCallback(2), config("dense")).train()
-
-
 def run_beside_one(folder, tmp_path, rank: int, world: int) -> None:
     """One run of `world` processes over four rows a step; K, sizes and logs into WORLD-RANK.json."""
     callback = ActivationBudgetCallback(2, interval=2, rebalance=True, prune_below=0.05)

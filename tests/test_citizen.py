@@ -7,10 +7,11 @@ import io
 import json
 import os
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from helpers import LORA, METHODS, adapted, ranks, tiny_llama
+from helpers import LORA, METHODS, adapted, ranks, reopened, tiny_llama
 from peft import PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -100,11 +101,7 @@ def test_modules_are_chosen_as_peft_chooses_them(make_config, fields, count):
     assert set(ours) == set(get_peft_model(tiny_llama(), LORA(**fields)).targeted_module_names)
 
 
-def tied_llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = tiny_llama().config
-    config.tie_word_embeddings = True
-    return AutoModelForCausalLM.from_config(config)
+tied_llama = partial(tiny_llama, tied=True)
 
 
 def test_a_tied_output_layer_is_adapted_and_merged_beside_the_embeddings(method, make_config, inputs, tmp_path):
@@ -113,9 +110,8 @@ def test_a_tied_output_layer_is_adapted_and_merged_beside_the_embeddings(method,
     want, head = model(inputs).logits, model.base_model.model.lm_head
     embeddings = model.get_input_embeddings().weight.clone()
     assert head.base_layer.weight is model.get_input_embeddings().weight
-    model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
-        again = PeftModel.from_pretrained(tied_llama(), tmp_path).eval()
+        again = reopened(model, tmp_path, tied_llama())
     assert torch.equal(again(inputs).logits, want)
     with model.disable_adapter():
         assert torch.equal(model(inputs).logits, tied_llama()(inputs).logits)
@@ -141,8 +137,7 @@ def test_tokens_and_modules_that_are_trained_beside_the_adapter_are_saved(make_c
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1)
-    model.eval().save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path).eval()(inputs).logits, model(inputs).logits)
+    assert torch.equal(reopened(model.eval(), tmp_path, base())(inputs).logits, model(inputs).logits)
 
 
 @pytest.mark.parametrize("module", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 4), nn.MultiheadAttention(4, 1)])
@@ -407,8 +402,7 @@ def test_architectures(family, inputs, tmp_path, architecture):
     assert not torch.allclose(got.logits, build(architecture)(**batch).logits)
     model.train()(**batch).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    model.eval().save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(build(architecture), tmp_path).eval()
+    again = reopened(model.eval(), tmp_path, build(architecture))
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     if architecture != "classifier":
         want = model.generate(input_ids=inputs, max_new_tokens=3, do_sample=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from helpers import WORDS, load_recipe
+from helpers import jsonl, load_recipe, write_task
 
 from trl_callbacks.subspace import Subspace
 
@@ -21,12 +21,9 @@ def continual():
 def tasks(tmp_path_factory) -> Path:
     """Two tasks of the tiny model's words, with other labels."""
     folder = tmp_path_factory.mktemp("tasks")
-    for name, labels in (("colours", ("red", "blue")), ("winds", ("north", "south"))):
-        (folder / name).mkdir()
-        for split, n in (("train", 12), ("test", 6)):
-            rows = [{"prompt": f"the {WORDS[i]} is", "answer": labels[i % 2]} for i in range(n)]
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "pages.jsonl").write_text('{"text": "the cat sat on the mat"}\n')
+    write_task(folder / "colours", ("red", "blue"))
+    write_task(folder / "winds", ("north", "south"))
+    jsonl(folder / "pages.jsonl", {"text": "the cat sat on the mat"})
     return folder
 
 

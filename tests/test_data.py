@@ -8,7 +8,7 @@ import sys
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers import RECIPES, quantized
+from helpers import RECIPES, jsonl, quantized
 from PIL import Image
 from shared.data import read_dataset
 from shared.embedded_tasks import make_task
@@ -32,12 +32,6 @@ FORMS = {
     "messages-and-prompt": ({"prompt": "is the dog red", "messages": CHAT}, {"messages": CHAT}),
     "text": ({"text": "the cat sat on the mat"}, {"text": "the cat sat on the mat"}),
 }
-
-
-def jsonl(path, *records):
-    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture(params=FORMS)
@@ -347,7 +341,6 @@ def test_messages_without_a_chat_template_are_refused(tmp_path, llama_folder):
 
 
 def test_a_task_with_a_bad_record_is_refused_with_file_and_line(tmp_path):
-    (tmp_path / "colours").mkdir()
     jsonl(tmp_path / "colours" / "train.jsonl", GOOD)
     jsonl(tmp_path / "colours" / "test.jsonl", GOOD, {"prompt": "p"})
     with pytest.raises(ValueError, match="test.jsonl:2: 'answer' is missing or empty"):

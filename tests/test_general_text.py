@@ -1,12 +1,11 @@
 """A memory of general text: which texts it takes, what it holds, and that training leaves the model alone there."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from datasets import Dataset
-from helpers import losses, quantized, sft, tiny_llama
+from helpers import jsonl, losses, quantized, sft, tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
@@ -36,17 +35,12 @@ def tokenizer(llama_folder):
     return AutoTokenizer.from_pretrained(llama_folder)
 
 
-def jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize("form", ["list", "dataset", "file", "page", "prompts"])
 def test_text_comes_as_strings_records_data_set_or_file(form, tokenizer, tmp_path):
     source = {
         "list": TEXT,
         "dataset": Dataset.from_list([{"text": text} for text in TEXT]),
-        "file": str(jsonl(tmp_path / "t.jsonl", [{"text": text} for text in TEXT])),
+        "file": str(jsonl(tmp_path / "t.jsonl", *({"text": text} for text in TEXT))),
         "page": [{"page": text} for text in TEXT],
         "prompts": [{"prompt": text[:5], "completion": text[5:]} for text in TEXT],
     }[form]
@@ -85,10 +79,8 @@ def test_what_is_no_text_is_refused(source, message, tokenizer):
 def test_a_file_that_is_not_there_and_a_line_that_is_no_json_are_named(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl.*no such file"):
         read("missing.jsonl", tokenizer, 100)
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "the"}\n{oops\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2 is no JSON"):
-        read(path, tokenizer, 100)
+        read(jsonl(tmp_path / "bad.jsonl", {"text": "the"}, "{oops"), tokenizer, 100)
 
 
 def test_the_model_samples_the_same_text_each_time_and_nothing_else_changes(tokenizer):
@@ -215,8 +207,3 @@ def test_resumed_run_is_the_unbroken_one_though_the_text_is_not_seen_again(llama
     shutil.rmtree(tmp_path / "protected")
     with pytest.raises(FileNotFoundError, match="protected"):
         late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-def test_a_protected_text_needs_a_source_that_knows_inputs():
-    with pytest.raises(ValueError, match=r"protect.*None with this source"):
-        OrthogonalProjectionCallback(protect=TEXT, source="gradients")

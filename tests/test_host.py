@@ -1,16 +1,92 @@
-"""What all callbacks share: a table of runs that they refuse, and their place before the trackers."""
+"""What all callbacks share: tables of the arguments, adapters and runs that they refuse."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from helpers import LORA, METHODS, sft, tiny_llama
 
 from trl_callbacks import (
     ActivationBudgetCallback,
     AdapterPenaltyCallback,
+    DriftCallback,
+    InputStatisticsCallback,
     LoriCalibrationCallback,
     OrthogonalProjectionCallback,
 )
 from trl_callbacks.host import KINDS
+
+
+WRONG = {
+    OrthogonalProjectionCallback: [
+        ({"memory": 3}, "`memory` must be a folder"),
+        ({"source": "weights"}, "`source` must be one of 'inputs', 'gradients', 'base_weights', 'past_adapters'"),
+        ({"energy": 1.5}, "`energy` must be a number in"),
+        ({"max_rank": 0}, "`max_rank` must be an integer >= 1"),
+        ({"calibration_batches": 0}, "`calibration_batches` must be an integer >= 1"),
+        ({"start": "zeros"}, "`start` must be 'contrast', 'inputs', 'random' or None"),
+        ({"start": "contrast", "source": "gradients"}, "only source='inputs' knows"),
+        ({"room": 4, "start": "random"}, "`room` must be None with start='random'"),
+        ({"room": 0}, "`room` must be an integer >= 1"),
+        ({"protect": ["the cat"], "source": "gradients"}, "protect.*None with this source"),
+    ],
+    partial(ActivationBudgetCallback, target=2): [
+        ({"target": 0.5}, "`target`"),
+        ({"target": "4"}, "`target`"),
+        ({"start": 0}, "`start`"),
+        ({"start": 4, "schedule": "constant"}, "`start`"),
+        ({"schedule": "exponential"}, "`schedule`"),
+        ({"interval": 0}, "`interval`"),
+        ({"rebalance": "yes"}, "`rebalance`"),
+        ({"prune_below": 0}, "`prune_below`"),
+        ({"until": 1.5}, "`until`"),
+    ],
+    LoriCalibrationCallback: [({"sparsity": 1.0}, "`sparsity`"), ({"calibration_steps": 0}, "`calibration_steps`")],
+    InputStatisticsCallback: [({name: 0}, f"`{name}` must be") for name in ("directions", "prompts")]
+    + [({"last": 2}, "`last` must be")],
+    partial(DriftCallback, ["the cat"]): [
+        ({"interval": 0}, "interval.*an integer >= 1"),
+        ({"tokens": 1}, "tokens.*an integer >= 2"),
+        ({"max_kl": 0}, "max_kl.*a number > 0"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("make", "arguments", "message"), [(make, *row) for make in WRONG for row in WRONG[make]])
+def test_wrong_arguments_are_refused_by_name(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+Budget, CONFIGS = ActivationBudgetCallback, {"dora": partial(LORA, use_dora=True), **METHODS}
+# A config (None: no adapter), a callback, and what it says as the run begins.
+ADAPTERS = [
+    ("mora", Budget(7), "`target` is 7 active experts.*can have 1 to 6"),
+    ("mora", Budget(2, start=6.5), "`start` is 6.5"),
+    ("mora-dense", Budget(2), "has no routing.*MoraConfig.routing='task'.*FlyLoraConfig"),
+    ("flylora", Budget(2, prune_below=0.1), "`prune_below` cannot be had here: the frozen projection of FLYLORA"),
+    ("lori", LoriCalibrationCallback(calibration_steps=6), "run has 6 steps and calibration_steps=6"),
+    ("lori-sparse", LoriCalibrationCallback(calibration_steps=3), "sparse already"),
+    ("mora", LoriCalibrationCallback(calibration_steps=3), "no LORI adapter at all"),
+    (
+        "mora",
+        InputStatisticsCallback(),
+        "No merge takes this adapter.*adapter 'default' is a MORA adapter whose active experts depend",
+    ),
+    ("dora", InputStatisticsCallback(), "adapter 'default' is a DoRA"),
+    (None, DriftCallback(["the cat"]), "by switching the adapter off, and this model has none"),
+]
+
+
+@pytest.mark.parametrize(("name", "callback", "message"), ADAPTERS)
+def test_an_adapter_that_it_cannot_work_on_is_refused_before_the_first_step(
+    name, callback, message, llama_folder, tmp_path
+):
+    config = name and CONFIGS[name](target_modules=["q_proj"], r=6)
+    trainer = sft(tiny_llama(), llama_folder, tmp_path, config, [callback])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.iterdir())
 
 
 PLAIN = {"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": [], "load_best_model_at_end": False}

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import METHODS, WORDS, lora_config, quantized, sft
+from helpers import METHODS, WORDS, lora_config, quantized
 from shared.training import make_trainer
 from transformers import AutoTokenizer
 
@@ -78,28 +78,6 @@ def test_prompts_end_where_something_is_learnt_and_records_of_one_row_are_told_a
         "labels": torch.tensor([[-100, -100, 7, -100, 4]]),
     }
     assert [prompt.tolist() for prompt in prompts_of(flat)] == [[5, 6], [9]]
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            METHODS["mora"],
-            "No merge takes this adapter.*adapter 'default' is a MORA adapter whose active experts depend",
-        ),
-        (lambda **kw: lora_config(use_dora=True, **kw), "adapter 'default' is a DoRA"),
-    ],
-)
-def test_an_adapter_that_no_merge_takes_is_refused_before_the_first_step(config, message, llama_folder, tmp_path):
-    trainer = sft(
-        quantized(llama_folder), llama_folder, tmp_path, config(target_modules=["q_proj"]), [InputStatisticsCallback()]
-    )
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
-    assert trainer.state.global_step == 0 and not (tmp_path / FILE).exists()
-    for arguments in ({"directions": 0}, {"prompts": 0}, {"last": 2}):
-        with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must be"):
-            InputStatisticsCallback(**arguments)
 
 
 def test_an_adapter_that_diverged_is_kept_and_no_statistics_are_written(llama_folder, tmp_path):

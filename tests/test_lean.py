@@ -135,9 +135,7 @@ def case(request):
     return CASES[request.param]
 
 
-def assert_close(got, want):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
 
 class Problem:
@@ -388,9 +386,8 @@ def test_a_model_s_gradients_equal_those_of_the_plain_path(make_config, inputs, 
     monkeypatch.setattr(AdapterLinear, "lean", False)
     want = run()
     torch.testing.assert_close(got[0], want[0])
-    assert len(want[1]) > 0 and want[1].keys() == got[1].keys()
-    for name, grad in want[1].items():
-        torch.testing.assert_close(got[1][name], grad, rtol=1e-8, atol=1e-10, msg=name)
+    assert want[1]
+    torch.testing.assert_close(got[1], want[1], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -426,9 +423,11 @@ def shares_memory(layer: AdapterLinear, x: torch.Tensor) -> bool:
         return layer(x).data_ptr() == outputs[0].data_ptr()
 
 
-def test_the_update_is_added_into_the_base_s_own_output(make_config):
+def test_the_update_is_added_into_the_base_s_own_output_also_under_a_default_device(make_config):
     layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
-    assert shares_memory(layer, torch.randn(3, 5, 16, requires_grad=True))
+    for context in (nullcontext(), torch.device("cpu")):
+        with context:
+            assert shares_memory(layer, torch.randn(3, 5, 16, requires_grad=True))
 
 
 def test_nothing_is_written_into_an_output_that_somebody_saw(make_config):
@@ -497,12 +496,6 @@ def test_an_output_kept_by_a_hook_or_by_what_wraps_the_base_stays_the_base_s(mak
     assert not torch.allclose(y, kept[0])
 
 
-def test_the_default_device_costs_nothing(make_config):
-    layer = one_layer(make_config, nn.Linear(16, 12, bias=False))
-    with torch.device("cpu"):
-        assert shares_memory(layer, torch.randn(3, 5, 16, requires_grad=True))
-
-
 def test_selective_checkpointing_that_keeps_the_products_gives_the_same_gradients(make_config, inputs):
     products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     model = adapted(make_config, base=tiny_llama()).train()
@@ -514,8 +507,7 @@ def test_selective_checkpointing_that_keeps_the_products_gives_the_same_gradient
     model.gradient_checkpointing_enable(
         {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, list(products))}
     )
-    for name, grad in gradients(model, inputs).items():
-        torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(model, inputs), want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_trained_base_keeps_its_gradient(make_config):

@@ -1,6 +1,5 @@
 """recipes/merge.py and recipes/export.py on a tiny model."""
 
-import csv
 import json
 import os
 import re
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, STATIC, WORDS, adapted, load_recipe, quantized, randomize, tiny_gpt2, tiny_llama
+from helpers import METHODS, STATIC, adapted, csv_rows, jsonl, load_recipe, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from shared.scores import answers
 from shared.tasks import find_task
 from transformers import AutoTokenizer
 
@@ -185,22 +183,18 @@ def tasks(tmp_path) -> Path:
     """Two tasks in the tiny model's words, each with answers of its own."""
     answers = {"sky": ("red", "blue"), "way": ("north", "south")}
     for name, labels in answers.items():
-        folder = tmp_path / "data" / name
-        folder.mkdir(parents=True)
         for split, middle in (("train", "a on the"), ("test", "the under a")):
             records = [
                 {"prompt": f"{word} {animal} {name}", "answer": label}
                 for word in middle.split()
                 for animal, label in zip(("cat", "dog"), labels, strict=True)
             ]
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+            jsonl(tmp_path / "data" / name / f"{split}.jsonl", *records)
     return tmp_path / "data"
 
 
 def saved(method, llama_folder, folder) -> Path:
-    model = get_peft_model(quantized(llama_folder), METHODS[method](target_modules="all-linear"))
-    randomize(model)
-    model.save_pretrained(folder)
+    adapted(method, quantized(llama_folder)).save_pretrained(folder)
     return folder
 
 
@@ -246,9 +240,8 @@ OWN = ("sky alone", "way alone", "each task its own")
 def test_the_merge_recipe_scores_every_method_s_combinations(llama_folder, tasks, tmp_path, run_recipe):
     command = ["--model", llama_folder, "--data", tasks, "--methods", "lori", "flylora", "--output", tmp_path / "out"]
     run_recipe("merge", *command, *"--tasks sky --steps 1 --device cpu --rules mean --rank 2 --weights 1 0.5".split())
-    with open(tmp_path / "out/merge.csv", newline="") as file:
-        rows = [(row["method"], row["combined by"], row["weight"]) for row in csv.DictReader(file)]
-    assert rows == [
+    rows = csv_rows(tmp_path / "out/merge.csv")
+    assert [(row["method"], row["combined by"], row["weight"]) for row in rows] == [
         ("base", "no adapter", ""),
         *(("lori", name, "") for name in OWN[::2]),
         *(("lori", "exact sum", weight) for weight in ("1", "0.5")),
@@ -261,19 +254,14 @@ def test_the_merge_recipe_scores_every_method_s_combinations(llama_folder, tasks
 def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
     llama_folder, tasks, tmp_path, run_recipe, monkeypatch
 ):
-    passages = tmp_path / "passages.jsonl"
-    passages.write_text('{"text": "the cat sat on the red mat"}\n{"text": "a dog ran under the log"}\n')
+    records = [{"text": "the cat sat on the red mat"}, {"text": "a dog ran under the log"}]
+    passages = jsonl(tmp_path / "passages.jsonl", *records)
     recipe, output = load_recipe("merge"), tmp_path / "out"
     command = ["--model", llama_folder, "--data", tasks, "--perplexity", passages, "--output", output]
     command += "--tasks sky,way --ranks 4,2 --seeds 3 --steps 20 --lr 0.03 --device cpu".split()
     options = "--ways cat linear --methods lora --weights 1 --rules two-passes robust mean --rank 2 --prompts 4"
     told = run_recipe(recipe, *command, *options.split())
-
-    def read() -> list[dict[str, str]]:
-        with open(output / "merge.csv", newline="") as file:
-            return list(csv.DictReader(file))
-
-    rows = read()
+    rows = csv_rows(output / "merge.csv")
     assert [(row["method"], row["combined by"], row["weight"]) for row in rows] == [
         ("base", "no adapter", ""),
         *(("lora", name, "") for name in OWN),
@@ -301,7 +289,7 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
     monkeypatch.setattr(recipe, "train", None)  # what is there is not trained again
     more = "--reuse --methods lora --rank 2 --rules two-passes inputs mean --prompts 2 --weights 1 --ways svd".split()
     run_recipe(recipe, *command, *more, "--settings", "{}", '{"floor": 0, "last": 0.25}', '{"passes": 1}')
-    again = read()
+    again = csv_rows(output / "merge.csv")
     assert again[: len(rows)] == rows
     assert [tuple(row[name] for name in ("combined by", "rank", "settings")) for row in again[len(rows) :]] == [
         ("svd", "2", ""),
@@ -312,7 +300,7 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
         ("inputs", "2", '{"floor": 0, "last": 0.25}'),
     ]  # "mean" was there
     run_recipe(recipe, *command, *more[:6], "mean", "--ways", "--score-on", "train", "--prompts", 4)
-    on_train = [row for row in read() if row["scored"] == "train"]
+    on_train = [row for row in csv_rows(output / "merge.csv") if row["scored"] == "train"]
     assert len(on_train) == 5 and all(float(row["sky"] or 0) in (0, 0.5, 1) for row in on_train)  # of two records
     with pytest.raises(SystemExit, match="is a run with other arguments.*'r': "):
         run_recipe(recipe, *command, "--reuse", "--r", 2)
@@ -346,30 +334,10 @@ def test_each_task_s_adapter_is_drawn_from_a_seed_of_its_own(extra, seeds, tmp_p
     assert drawn == [(seed, seed, r) for seed, r in zip(seeds, (8, 4, 16), strict=True)]
 
 
-def test_the_merge_recipe_counts_the_answers_that_greedy_decoding_would_write(llama_folder):
-    """Prompts of several lengths in one batch; the model's own next word is right, any other is wrong."""
-    tokenizer, model = AutoTokenizer.from_pretrained(llama_folder), tiny_llama().eval()
-    prompts = [" ".join(WORDS[i : i + 1 + i % 4]) for i in range(18)] + [f"{w} {w} the" for w in WORDS]
-    records = []
-    for prompt in prompts:
-        with torch.no_grad():
-            best = int(model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].argmax()) - 4
-        if 0 <= best < len(WORDS):  # the others are no words
-            wrong = WORDS[(best + 1) % len(WORDS)]
-            records += [{"prompt": prompt, "answer": word} for word in (WORDS[best], wrong, wrong)]
-    assert len({len(r["prompt"].split()) for r in records}) > 1
-    assert answers(model, tokenizer, records, 5) == {"greedy": pytest.approx(1 / 3)}
-    assert answers(model, tokenizer, records[::3], 4) == {"greedy": 1}
-    assert answers(model, tokenizer, records[1::3], 4) == {"greedy": 0}
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapted_output_layer_is_exported_where_its_weight_is_its_own(method, tmp_path):
-    config = tiny_llama().config
     for tied in (False, True):
-        config.tie_word_embeddings = tied
-        model = get_peft_model(type(tiny_llama())(config), METHODS[method](target_modules=["q_proj", "lm_head"]))
-        randomize(model)
+        model = adapted(method, tiny_llama(tied=tied), target_modules=["q_proj", "lm_head"])
         if tied:
             with pytest.raises(ValueError, match="'lm_head', whose weight is the embeddings' too.*`target_modules`"):
                 exportable_layers(model)

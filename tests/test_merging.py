@@ -864,9 +864,7 @@ def test_the_16_bit_base_is_taken_where_it_is_given(over_nf4, llama_folder, inpu
 
 @pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
 def test_an_output_head_and_embeddings_that_are_tied_do_not_follow_each_other(trained, tmp_path):
-    base = tiny_llama()
-    base.config.tie_word_embeddings = True
-    base.tie_weights()
+    base = tiny_llama(tied=True)
     base.save_pretrained(tmp_path / "base")
     head, saved = Lora(torch.randn(2, 64), torch.randn(64, 2)), {}
     if trained == "embed_tokens":

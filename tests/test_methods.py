@@ -6,11 +6,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from helpers import METHODS, STATIC, adapted, gradients, quantized, randomize, tiny_gpt2, tiny_llama
+from helpers import METHODS, STATIC, adapted, gradients, quantized, randomize, reopened, tiny_gpt2, tiny_llama
 from peft import (
     LoraConfig,
     PeftConfig,
-    PeftModel,
     convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
@@ -40,8 +39,7 @@ def test_output_changes_with_the_adapter_and_not_without(make_config, inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_is_bit_exact(make_config, inputs, tmp_path, low_cpu_mem_usage, dtype):
     model = adapted(make_config, tiny_llama().to(dtype))
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_llama().to(dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    again = reopened(model, tmp_path, tiny_llama().to(dtype), low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(again(inputs).logits, model(inputs).logits)
     saved, loaded = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
     assert saved.keys() == loaded.keys()
@@ -66,8 +64,7 @@ def test_several_adapters_of_different_rank_do_not_disturb_each_other(make_confi
     assert not torch.allclose(first, second)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable and all(".other." in name for name in trainable)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="default").eval()
+    again = reopened(model, tmp_path, adapter_name="default")
     again.load_adapter(str(tmp_path / "other"), "other")
     assert torch.equal(again(inputs).logits, first)
     again.set_adapter("other")
@@ -220,8 +217,7 @@ def test_patterns_choose_rank_scale_and_layers_also_after_saving(make_config, tm
         layers_to_transform=[1],
         exclude_modules=["k_proj", "layers.9.q_proj"],
     )
-    model.save_pretrained(tmp_path)
-    for m in (model, PeftModel.from_pretrained(tiny_llama(), tmp_path)):
+    for m in (model, reopened(model, tmp_path)):
         layers = {name.rsplit(".", 1)[1]: m for name, m in m.named_modules() if isinstance(m, AdapterLinear)}
         assert set(m.targeted_module_names) == {f"model.layers.1.self_attn.{name}" for name in layers}
         assert {name: layer.r["default"] for name, layer in layers.items()} == {"q_proj": 6, "v_proj": 7}

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import adapted, randomize, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from helpers import adapted, randomize, reopened, tiny_llama
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_mora import MoraConfig, MoraLinear, start_task
@@ -49,15 +49,11 @@ def test_layer_equals_the_reference_in_values_and_gradients(routing, training):
     model = grown(routing, top_k=2, temperature=0.3, threshold=0.3).train(training)
     layer = model.base_model.model.lin
     x = torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True)
-    twin_x = x.detach().clone().requires_grad_()
-    got, want = model(x), reference(layer, twin_x, training)
+    got, want = model(x), reference(layer, x, training)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    upstream = torch.randn_like(got)
-    weights = [layer.mora_A["default"].weight, layer.mora_B["default"].weight]
-    got_grads = torch.autograd.grad(got, [x, *weights], upstream)
-    want_grads = torch.autograd.grad(want, [twin_x, *weights], upstream)
-    for a, b in zip(got_grads, want_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    leaves, upstream = [x, layer.mora_A["default"].weight, layer.mora_B["default"].weight], torch.randn_like(got)
+    grads = (torch.autograd.grad(y, leaves, upstream) for y in (got, want))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("routing", ["task", "dense"])
@@ -99,8 +95,7 @@ def test_loading_a_grown_file_into_an_adapter_without_room_is_refused(tmp_path):
 
 def test_an_adapter_loaded_for_inference_trains_after_start_task(tmp_path):
     config = MoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    model = reopened(get_peft_model(tiny_llama(), config), tmp_path)
     start_task(model, "next")
     assert not model.peft_config["default"].inference_mode
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}

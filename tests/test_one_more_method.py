@@ -6,7 +6,8 @@ import sys
 import peft.mapping as mapping
 import pytest
 import torch
-from peft import PeftModel, PeftType, get_peft_model
+from helpers import reopened
+from peft import PeftType, get_peft_model
 from torch import nn
 
 from peft_mora import registry
@@ -92,8 +93,7 @@ def test_it_trains_saves_loads_and_merges(dummy, tmp_path):
         optimizer.step()
     trained = model.eval()(x)
     assert not torch.allclose(trained, base()(x))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    loaded = reopened(model, tmp_path / "adapter", base())
     assert torch.equal(loaded(x), trained)
     torch.testing.assert_close(loaded.merge_and_unload()(x), trained)
 

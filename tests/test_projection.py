@@ -332,8 +332,7 @@ def test_a_skipped_step_moves_nothing_and_leaves_the_metrics_finite(second):
             if state.global_step == 2:
                 optimizer.step = self.step
                 after = [p.detach() for p in model.parameters() if p.requires_grad]
-                for old, new in zip(self.before, after, strict=True):
-                    torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(after, self.before, rtol=1e-5, atol=1e-6)
 
     _, trainer, worst = second(callback=Overflowing)
     trainer.train()
@@ -546,25 +545,6 @@ def test_the_first_tasks_run_is_as_without_the_callback_also_with_dropout(llama_
         return losses(trainer)
 
     assert run("with", OrthogonalProjectionCallback()) == run("without")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"memory": 3}, "`memory` must be a folder"),
-        ({"source": "weights"}, "`source` must be one of 'inputs', 'gradients', 'base_weights', 'past_adapters'"),
-        ({"energy": 1.5}, "`energy` must be a number in"),
-        ({"max_rank": 0}, "`max_rank` must be an integer >= 1"),
-        ({"calibration_batches": 0}, "`calibration_batches` must be an integer >= 1"),
-        ({"start": "zeros"}, "`start` must be 'contrast', 'inputs', 'random' or None"),
-        ({"start": "contrast", "source": "gradients"}, "only source='inputs' knows"),
-        ({"room": 4, "start": "random"}, "`room` must be None with start='random'"),
-        ({"room": 0}, "`room` must be an integer >= 1"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        OrthogonalProjectionCallback(**arguments)
 
 
 class Attention(torch.nn.Module):

@@ -1,7 +1,5 @@
 """sft.py and score.py as a person runs them, on a tiny model: flags, refusals, the numbers and the kernels."""
 
-import csv
-import importlib.util
 import json
 import re
 import subprocess
@@ -13,8 +11,20 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from helpers import METHODS, RECIPES, WORDS, adapted, load_recipe, lora_config, quantized, randomize
-from peft import PeftConfig, get_peft_model
+from helpers import (
+    LORA,
+    METHODS,
+    RECIPES,
+    adapted,
+    csv_rows,
+    jsonl,
+    load_recipe,
+    lora_config,
+    quantized,
+    randomize,
+    write_task,
+)
+from peft import PeftConfig
 from shared import base_model, scores
 from shared.embedded_tasks import make_task
 from shared.lm_eval_tasks import write_lm_eval_tasks
@@ -24,9 +34,6 @@ from transformers import AutoTokenizer
 
 import peft_mora
 from peft_mora import TaskRouter
-
-
-BNB = importlib.util.find_spec("bitsandbytes") is not None
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +49,17 @@ def score():
 @pytest.fixture(scope="session")
 def task(tmp_path_factory) -> Path:
     """DIR of a task `colours`: prompts of the tiny model's words, a label each."""
-    folder = tmp_path_factory.mktemp("tasks") / "colours"
-    folder.mkdir()
-    for split, n in (("train", 12), ("test", 6)):
-        rows = [{"prompt": f"the {WORDS[i]} is", "answer": ("red", "blue")[i % 2]} for i in range(n)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder.parent
+    folder = tmp_path_factory.mktemp("tasks")
+    write_task(folder / "colours", ("red", "blue"))
+    return folder
 
 
 def flags(llama_folder, source, output) -> list:
     """What any user of TRL would write, for a 4-bit run on a CPU."""
     names = ["--model_name_or_path", llama_folder, "--dataset_name", source, "--output_dir", output]
     names += ["--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "bfloat16", "--use_cpu", "--bf16", "false"]
-    names += [
-        "--lora_target_modules",
-        "all-linear",
-        "--learning_rate",
-        "1e-2",
-        "--max_steps",
-        "2",
-        "--report_to",
-        "none",
-    ]
-    return [*names, "--per_device_train_batch_size", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
+    names += "--lora_target_modules all-linear --learning_rate 1e-2 --max_steps 2 --report_to none".split()
+    return [*names, *"--per_device_train_batch_size 2 --logging_steps 1 --disable_tqdm true".split()]
 
 
 @pytest.mark.parametrize(
@@ -107,14 +102,8 @@ def test_sft_trains_and_saves_the_adapter_that_its_flags_describe(
 def test_sft_reads_a_datasets_folder_and_evaluates_on_its_test_split(sft, run_recipe, llama_folder, tmp_path, task):
     parts = {split: str(task / "colours" / f"{split}.jsonl") for split in ("train", "test")}
     Dataset.from_json(parts).save_to_disk(tmp_path / "set")
-    arguments = [
-        *flags(llama_folder, tmp_path / "set", tmp_path / "out"),
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        1,
-    ]
-    told = run_recipe(sft, *arguments, "--peft_method", "lora")
+    arguments = flags(llama_folder, tmp_path / "set", tmp_path / "out")
+    told = run_recipe(sft, *arguments, *"--eval_strategy steps --eval_steps 1 --peft_method lora".split())
     assert "set[train]: 12 records" in told and "set[test]: 6 records" in told and "eval_loss" in told
 
 
@@ -191,21 +180,14 @@ def test_a_new_row_of_the_table_is_a_choice_of_every_program(monkeypatch):
 @pytest.fixture(scope="session", params=["mora", "lora"])
 def adapter(request, llama_folder, tmp_path_factory) -> Path:
     """A saved adapter with an effect."""
-    from peft import LoraConfig
-
-    config = METHODS.get(request.param, lambda **kw: LoraConfig(r=4, init_lora_weights=False, **kw))
-    torch.manual_seed(0)
-    model = get_peft_model(quantized(llama_folder), config(target_modules="all-linear"))
-    randomize(model)
-    model.peft_config["default"].base_model_name_or_path = llama_folder
     folder = tmp_path_factory.mktemp("adapter") / request.param
-    model.save_pretrained(folder)
+    adapted({"lora": LORA, **METHODS}[request.param], quantized(llama_folder)).save_pretrained(folder)
     return folder
 
 
 def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, adapter, task, tmp_path):
-    passages = tmp_path / "short.jsonl"
-    passages.write_text('{"page": "the cat sat on the red mat"}\n{"page": "a dog ran under the log"}\n')
+    pages = ["the cat sat on the red mat", "a dog ran under the log"]
+    passages = jsonl(tmp_path / "short.jsonl", *({"page": page} for page in pages))
     own = tmp_path / "own"
     write_lm_eval_tasks([{**read_task(task, "colours"), "name": "mine"}], own)
     arguments = ["--adapter", adapter, "--task", "colours", "peft_mora_mine", "--data", task, "--include_path", own]
@@ -222,8 +204,7 @@ def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, ad
     # the same passages by hand, through the layers as they are in training: what lm-eval calls rolling log-likelihood
     model, tokenizer = load(record["model"], adapter, "cpu")
     total = words = 0.0
-    for line in passages.read_text().splitlines():
-        text = json.loads(line)["page"]
+    for text in pages:
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
         with torch.no_grad():
             scores = model.train()(ids).logits[0, :-1].float().log_softmax(-1)
@@ -248,8 +229,8 @@ def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, ad
         *(found["base_perplexity"], found["perplexity"], found["perplexity"] / found["base_perplexity"], found["kl"])
     ]
     kl = tokens = 0.0
-    for line in passages.read_text().splitlines():
-        ids = tokenizer(json.loads(line)["page"], return_tensors="pt").input_ids
+    for text in pages:
+        ids = tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             new = model(ids).logits[0, :-1].double().log_softmax(-1)
             with model.disable_adapter():
@@ -263,9 +244,7 @@ def test_score_asks_with_the_chat_template_of_the_adapter(
     score, run_recipe, llama_folder, task, tmp_path, monkeypatch
 ):
     adapter = tmp_path / "adapter"
-    model = adapted(lora_config, quantized(llama_folder))
-    model.peft_config["default"].base_model_name_or_path = llama_folder
-    model.save_pretrained(adapter)
+    adapted(lora_config, quantized(llama_folder)).save_pretrained(adapter)
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     tokenizer.chat_template = "{% for m in messages %}big {{ m['content'] }} small {% endfor %}"
     tokenizer.save_pretrained(adapter)
@@ -336,28 +315,23 @@ def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, 
 def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_folder, tmp_path):
     """Two tasks that a model of 24 words tells apart, random adapters: routed prompts are answered as told ones."""
     for seed, (name, words) in enumerate({"pets": ("cat", "dog"), "walks": ("north", "south")}.items()):
-        folder = tmp_path / "data" / name
-        folder.mkdir(parents=True)
         records = [{"prompt": f"{words[i % 2]} {'the ' * (1 + i % 5)} Answer:", "answer": "yes"} for i in range(10)]
         for split in ("train", "test"):
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            jsonl(tmp_path / "data" / name / f"{split}.jsonl", *records)
         model = adapted(lora_config, quantized(llama_folder), task_type="CAUSAL_LM")
         randomize(model, seed=seed)
         model.save_pretrained(tmp_path / "adapters" / f"lora-{name}")
-    pages = tmp_path / "pages.jsonl"
-    pages.write_text('{"page": "a big red log sat under the small blue mat"}\n')
+    pages = jsonl(tmp_path / "pages.jsonl", {"page": "a big red log sat under the small blue mat"})
     common = ["--model", llama_folder, "--device", "cpu", "--data", tmp_path / "data", "--tasks", "pets,walks"]
     common += ["--output", tmp_path, "--perplexity", pages, "--prompts", 8, "--layers", 1]
     shown = run_recipe("route", *common, "--adapters", tmp_path / "adapters", "--limit", 4)
-    with open(tmp_path / "route.csv", encoding="utf-8") as file:
-        rows = {row["way"]: row for row in csv.DictReader(file)}
+    rows = {row["way"]: row for row in csv_rows(tmp_path / "route.csv")}
     assert list(rows) == ["base", "told", "router", "top2", "always", "similar", "arrow", "merged"]
     assert float(rows["always"]["routed"]) == 1 and rows["always"]["mean"] == rows["told"]["mean"]
     assert rows["router"]["perplexity"] and not rows["told"]["perplexity"] and "route.csv" in shown
     assert TaskRouter.load(tmp_path / "router").tasks == ["pets", "walks"]
     assert "of it)" in run_recipe("route", *common, "--look", "--seeds", 0, "--layers", 2, 1)
-    with open(tmp_path / "look.csv", encoding="utf-8") as file:
-        row, second = csv.DictReader(file)
+    row, second = csv_rows(tmp_path / "look.csv")
     assert (row["layer"], second["layer"]) == ("1", "2")
     assert float(row["right"]) == 1 and float(row["false alarms"]) < 1
 
@@ -378,17 +352,6 @@ def test_score_scores_through_the_kernels_of_training(adapter, llama_folder, inp
     model, _ = load(base_model.find_base(llama_folder), adapter, "cpu")
     with torch.no_grad():
         assert torch.equal(model.eval()(inputs).logits, model.train()(inputs).logits)
-
-
-@pytest.mark.skipif(
-    not (BNB and __import__("bitsandbytes").functional.has_avx512bf16()), reason="this CPU has no AVX512-BF16"
-)
-def test_without_that_bitsandbytes_scores_otherwise_than_it_trains(llama_folder, inputs):
-    """The test above could not fail on a bitsandbytes without the trap; this one says that the trap is there."""
-    model = quantized(llama_folder)
-    with torch.no_grad():
-        trained = model.train()(inputs).logits
-        assert not torch.equal(model.eval()(inputs).logits, trained)
 
 
 def test_score_refuses_a_task_that_nobody_knows(score, run_recipe, llama_folder, tmp_path, monkeypatch):

@@ -127,9 +127,7 @@ def test_the_page_needs_nothing_else_and_takes_no_markup_from_names():
 def test_score_exits_with_1_beyond_the_budget_when_all_is_written(
     last, status, run_recipe, llama_folder, tmp_path, monkeypatch
 ):
-    model = adapted("mora-dense", quantized(llama_folder))
-    model.peft_config["default"].base_model_name_or_path = llama_folder
-    model.save_pretrained(tmp_path / "adapter")
+    adapted("mora-dense", quantized(llama_folder)).save_pretrained(tmp_path / "adapter")
     name = "peft_mora_mood"
     one, other = ({name: half(0), f"{name}_greedy": half(wrong)} for wrong in (0, last))
     given = iter([results(other), results(one)])  # the adapter is scored first

@@ -6,7 +6,7 @@ import json
 import helpers
 import pytest
 import torch
-from helpers import gradients, randomize, tiny_llama
+from helpers import gradients, randomize, reopened, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -225,8 +225,7 @@ def test_top_k_by_module_is_honoured_saved_and_loaded(kind, tmp_path, inputs):
     count(model, inputs)
     for name, share in expert_usage(model).items():
         assert share.sum().item() == pytest.approx(ks[name.removeprefix("base_model.model.")], abs=1e-5)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    again = reopened(model, tmp_path)
     assert again.peft_config["default"].top_k_pattern == pattern
     assert torch.equal(again(inputs).logits, model(inputs).logits)
     assert not torch.equal(adapted(kind).eval()(inputs).logits, model(inputs).logits)
@@ -244,9 +243,7 @@ def test_setting_top_k_writes_the_config_and_leaves_a_shared_one_alone(kind, tmp
     assert routed_layers(model, "ref")[names[0]].top_k("ref") == 2
     after = model(inputs).logits
     assert not torch.equal(after, before)
-    model.save_pretrained(tmp_path, selected_adapters=["default"])
-    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
-    assert torch.equal(again(inputs).logits, after)
+    assert torch.equal(reopened(model, tmp_path)(inputs).logits, after)
     set_top_k(model, dict.fromkeys(names, 2))
     assert model.peft_config["default"].top_k_pattern == {}
     assert torch.equal(model(inputs).logits, before)
@@ -273,9 +270,7 @@ def test_frozen_tasks_keep_the_k_that_they_were_trained_with(tmp_path, inputs):
         assert share[4:].sum().item() == pytest.approx(4, abs=1e-5)
     start_task(model, "c")
     assert all(value == [2, 4] for value in model.peft_config["default"].frozen_top_k.values())
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
-    assert torch.equal(again(inputs).logits, model(inputs).logits)
+    assert torch.equal(reopened(model, tmp_path)(inputs).logits, model(inputs).logits)
 
 
 @pytest.mark.parametrize(
@@ -340,9 +335,7 @@ def test_a_pruned_adapter_is_smaller_reloads_bit_for_bit_and_trains_on(kind, low
         assert torch.equal(again(inputs).logits, trained)
     assert all(layer.mora_sizes["default"][-1] == 4 for layer in routed_layers(again).values())
     randomize(again, seed=9)
-    again.save_pretrained(tmp_path / "grown")
-    grown = PeftModel.from_pretrained(tiny_llama(), tmp_path / "grown").eval()
-    assert torch.equal(grown(inputs).logits, again(inputs).logits)
+    assert torch.equal(reopened(again, tmp_path / "grown")(inputs).logits, again(inputs).logits)
 
 
 def test_pruning_experts_that_never_act_is_reported_as_no_change(inputs):
@@ -385,8 +378,7 @@ def test_a_block_may_lose_all_of_its_experts(tmp_path, inputs):
     with torch.no_grad():
         summary = prune_experts(model, 1e-9)
     assert [summary[name] for name in names[:3]] == [8, 8, 8] and summary[names[3]] >= 4
-    model.save_pretrained(tmp_path / "pruned")
-    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "pruned", is_trainable=True).eval()
+    again = reopened(model, tmp_path / "pruned", is_trainable=True)
     assert torch.equal(again(inputs).logits, model(inputs).logits)
     assert routed_layers(again)[names[0]].choices("default") == 0
     layer = again.get_submodule(names[0])
