@@ -158,6 +158,29 @@ def contrast_directions(new: Tensor, old: Tensor, V: Tensor, count: int, ridge: 
     return torch.linalg.qr(project_out(found.T, V).T)[0]
 
 
+def weakest_directions(covariance: Tensor, count: int, near: Tensor) -> Tensor:
+    """Directions in which inputs are weakest: eigenvectors of the smallest eigenvalues (OSRM, arXiv 2505.22934).
+
+    Where more directions are equally weak than are wanted, those that span `near`'s part in them.
+
+    Args:
+        covariance: (I, I) symmetric, float64.
+        count: directions wanted, r <= I.
+        near: (r, I) rows, float64.
+
+    Returns:
+        (I, r) orthonormal columns, weakest first.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    bound, slack = values[count - 1], 1e-6 * values[count - 1].abs() + torch.finfo(values.dtype).eps * values[-1]
+    first, last = int((values < bound - slack).sum()), int((values <= bound + slack).sum())
+    if last == count:
+        return vectors[:, :count]
+    equal = vectors[:, first:last]
+    rest = torch.linalg.qr(equal @ (equal.T @ near.T))[0][:, : count - first]
+    return torch.cat([vectors[:, :first], rest], dim=1)
+
+
 def reduced_rank_regression(xx: Tensor, xz: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
     """The linear map of rank <= k that predicts z from x best: least |Z - X·Aᵀ·Cᵀ|² + λ·|C·A|².
 

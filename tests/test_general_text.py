@@ -120,7 +120,8 @@ def test_a_memory_holds_the_inputs_of_every_linear_layer_but_the_head(adapted, l
     again = Subspace.load(tmp_path / "general")
     assert again.tasks == memory.tasks and all(torch.equal(again.right[g], V) for g, V in memory.right.items())
     if adapted:
-        only = protect(model, TEXT, tmp_path / "q", tokenizer=tokenizer, adapter_name="default")
+        only = protect(model, TEXT, tmp_path / "q", tokenizer=tokenizer, adapter_name="default", whole=True)
+        assert {F.shape for F in only.seen.values()} == {(64, 64)}
         assert set(only.groups) == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}
         with pytest.raises(ValueError, match=r"adapter_name.*\['default'\]"):
             protect(model, TEXT, tmp_path / "q", tokenizer=tokenizer, adapter_name="other")

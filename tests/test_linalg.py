@@ -99,6 +99,18 @@ def test_frequent_directions_bound_holds(rank):
     assert rank > 3 or cut < 1e-9
 
 
+def test_weakest_directions_are_those_of_the_smallest_eigenvalues_and_near_the_rows_where_all_are_alike():
+    C, near = covariance(9, 9), torch.randn(3, 9, dtype=torch.float64)
+    V = linalg.weakest_directions(C, 3, near)
+    assert is_orthonormal(V)
+    assert (V.T @ C @ V).trace() == pytest.approx(float(torch.linalg.eigvalsh(C)[:3].sum()), rel=1e-9)
+    C, N = covariance(9, 4), linalg.leading_directions(covariance(9, 4), 1.0)
+    V = linalg.weakest_directions(C + 0.01 * torch.eye(9), 3, near)
+    rows = linalg.project_out(near, N)
+    assert is_orthonormal(V) and (V.T @ C @ V).trace().abs() < 1e-9
+    torch.testing.assert_close(linalg.project_out(rows, V), torch.zeros_like(rows), rtol=0, atol=1e-9)
+
+
 def test_contrast_maximises_the_ratio_of_new_to_old():
     X, Y = (torch.randn(60, 14, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (1, 2))
     new, old = X.T @ X, (Y * torch.linspace(3, 0.2, 14, dtype=torch.float64)).T @ (Y * torch.linspace(3, 0.2, 14))

@@ -265,25 +265,6 @@ def test_coto_is_whole_again_when_the_trainer_begins_anew_within_a_step():
     assert [s["default"] for s in scalings] == [2.0] * 4
 
 
-@pytest.mark.parametrize(
-    ("rule", "options", "match"),
-    [
-        ("sculpt", {}, "`rule` must be one of 'lorasculpt', 'alignguard', 'coto'"),
-        ("lorasculpt", {"keep": 0}, "`keep`"),
-        ("lorasculpt", {"at": 0}, "`at`"),
-        ("lorasculpt", {"weight": -1}, "`weight`"),
-        ("lorasculpt", {"omega": 0}, "`omega`"),
-        ("alignguard", {"directions": 0}, "`directions`"),
-        ("alignguard", {"collision": -1}, "`collision`"),
-        ("coto", {"until": 0}, "`until`"),
-        ("coto", {"start": 1}, "`start`"),
-    ],
-)
-def test_wrong_arguments_are_refused(rule, options, match):
-    with pytest.raises(ValueError, match=match):
-        AdapterPenaltyCallback(rule, **options)
-
-
 def test_adapters_and_runs_that_it_cannot_work_on_are_refused():
     with pytest.raises(ValueError, match=r"chooses its experts by the input.*routing='dense'"):
         begin(adapted(MoraConfig))

@@ -11,6 +11,7 @@ import torch
 from helpers import At, losses, quantized, ranks, texts, tiny_llama
 from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
+from test_linalg import covariance
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
 from peft_mora.fingerprint import fingerprint
+from peft_mora.inputs import InputStatistics
 from trl_callbacks import OrthogonalProjectionCallback
 from trl_callbacks.factors import trainable_factors
 from trl_callbacks.subspace import Subspace
@@ -380,6 +382,58 @@ def test_room_holds_the_rows_to_a_few_directions(start, second):
         values = torch.linalg.svdvals(both)  # 4 rows at the start and 4 at the end, in 3 dimensions
         assert values[2] > 1e-3 and values[3] < 1e-5 * values[0]
         assert (began.A[name] - pair.A.detach()).norm() > 1e-3
+
+
+def test_osrm_starts_where_the_other_tasks_inputs_are_weakest_and_holds_nothing(llama_folder, tmp_path):
+    base = tiny_llama()
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"]))
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    others = []
+    for task in (1, 2):
+        memory = Subspace("inputs", fingerprint(base), seen_energy=1.0)
+        spread = {name: covariance(64, 64, seed=10 * task + i, decay=0.9) for i, name in enumerate(names)}
+        memory.add_inputs(InputStatistics(spread, {name: (name,) for name in names}), 0.5, None)
+        memory.save(tmp_path / str(task))
+        others.append(spread)
+    C = {name: others[0][name] / others[0][name].trace() + others[1][name] / others[1][name].trace() for name in names}
+    began, callback = Start(), OrthogonalProjectionCallback([tmp_path / "1", tmp_path / "2"], start="osrm")
+    ratios = []
+
+    class Ratio(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            found = {n: pair.A.detach().double() for n, pair in trainable_factors(model, None)[1].items()}
+            own = {name: callback._now.old_covariance(name, torch.float64) for name in names}
+            over = sum((A @ C[n] @ A.T).trace() / 2 for n, A in found.items())
+            ratios.append(math.sqrt(over / sum((A @ own[n] @ A.T).trace() for n, A in found.items())))
+
+    trainer = sft(model, llama_folder, tmp_path / "run", [callback, began, Ratio()], max_steps=3)
+    trainer.train()
+    for name, A in began.A.items():
+        values = torch.linalg.eigvalsh(C[name])
+        torch.testing.assert_close(A @ A.T, torch.eye(3), atol=1e-5, rtol=0)
+        weakest = float((A.double() @ C[name] @ A.double().T).trace())
+        assert weakest == pytest.approx(float(values[:3].sum()), rel=1e-3) and weakest < values[3:6].sum() / 1.3
+        V = Subspace.load(tmp_path / "1").right[name]
+        moved = trainable_factors(model, None)[1][name].A.detach() - A
+        assert (moved @ V).norm() > 1e-3
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["osrm_ratio"] for entry in logged] == pytest.approx(ratios, rel=1e-3)
+    assert ratios[0] < ratios[-1] and "leakage" not in logged[0]
+    whole = Subspace.load(tmp_path / "run" / "subspace")
+    assert {F.shape for F in whole.seen.values()} == {(64, 64)} and set(whole.weights.values()) == {3}
+
+
+def test_osrm_needs_the_other_tasks_inputs_and_a_fresh_adapter(first_task, llama_folder, tmp_path):
+    memory = first_task["lora"] / "subspace"
+    model = PeftModel.from_pretrained(quantized(llama_folder), first_task["lora"], is_trainable=True)
+    with pytest.raises(ValueError, match="trained already.*add_adapter"):
+        sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(memory, start="osrm")).train()
+    blind = Subspace.load(memory)
+    blind.seen, blind.weights = {}, {}
+    blind.save(tmp_path / "blind")
+    model = second_task("lora", first_task, llama_folder)
+    with pytest.raises(ValueError, match="No `memory` says what goes into module.*whole=True"):
+        sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(tmp_path / "blind", start="osrm")).train()
 
 
 def test_base_weights_protect_the_first_task_on_both_sides(llama_folder, tmp_path):

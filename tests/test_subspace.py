@@ -23,6 +23,12 @@ def test_old_inputs_are_remembered_to_their_energy_and_their_trace_in_full():
     kept = subspace.old_covariance("q").double()
     torch.testing.assert_close(kept.trace(), torch.tensor(2.0, dtype=torch.float64), rtol=1e-5, atol=0)
     assert torch.linalg.eigvalsh(both - kept).abs().max() < 0.05 * 2
+    A = torch.randn(3, 8)
+    assert subspace.reach("q", A) == pytest.approx(float((A.double() @ kept @ A.double().T).trace()) / 2, rel=1e-4)
+    whole = S.Subspace("inputs", {}, seen_energy=1.0)
+    for C in (one, two):
+        whole.remember("q", C)
+    torch.testing.assert_close(whole.old_covariance("q", torch.float64), both, rtol=1e-6, atol=1e-7)
 
 
 def make_subspace(model=None) -> S.Subspace:

@@ -44,6 +44,7 @@ def protect(
     energy: float = ENERGY,
     tokens: int = TOKENS,
     adapter_name: str | None = None,
+    whole: bool = False,
 ) -> Subspace:
     """Write a memory of `source` for `OrthogonalProjectionCallback(memory=folder)`. Trains nothing, changes nothing.
 
@@ -59,6 +60,7 @@ def protect(
         tokens: how many tokens to look at; texts are cut to 256 each and taken in their order.
         adapter_name: protect the inputs of the modules that this adapter adapts; None is every linear layer but the
             output head, which serves adapters with any `target_modules`.
+        whole: remember the inputs in all directions, for `start="osrm"`, and not to .98 of their energy.
 
     Returns:
         What was written.
@@ -76,6 +78,8 @@ def protect(
     use_exact_4bit_kernels(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     subspace = Subspace("inputs", fingerprint(base))
+    if whole:
+        subspace.seen_energy = 1.0
     add_text(subspace, model, linear_layers(model, adapter_name), source, tokenizer, energy, tokens)
     subspace.save(folder)
     return subspace

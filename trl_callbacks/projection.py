@@ -24,17 +24,23 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.fingerprint import fingerprint
-from peft_mora.linalg import contrast_directions, leading_directions, project_out, update_norms
+from peft_mora.linalg import (
+    contrast_directions,
+    leading_directions,
+    project_out,
+    update_norms,
+    weakest_directions,
+)
 
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
 from .factors import Factors, trainable_factors
 from .general_text import TOKENS, add_text
 from .host import HostCallback, ahead_of_reporters, calibration_batches, output_folder
 from .sources import SOURCES, Run
-from .subspace import Subspace
+from .subspace import SEEN_ENERGY, Subspace
 
 
-Start = Literal["random", "inputs", "contrast"]
+Start = Literal["random", "inputs", "contrast", "osrm"]
 SHORT = 0.1  # less than this share of a module's input space left: say so
 
 
@@ -66,7 +72,10 @@ class OrthogonalProjectionCallback(HostCallback):
         start: which directions of the complement the new task gets: "contrast", those in which its inputs are strong
             and the earlier tasks' are weak; "inputs", those in which its inputs are strong (InfLoRA, arXiv
             2404.00228); "random", all of them, and A starts anywhere (GPM). None is "contrast" where the source
-            knows the earlier inputs ("inputs"), else "random".
+            knows the earlier inputs ("inputs"), else "random". And "osrm" (OSRM, arXiv 2505.22934), for adapters that
+            are to be merged: `memory` is of the *other* tasks, A starts in the r directions in which their inputs are
+            weakest, and nothing is held afterwards; the logs get `osrm_ratio`, ‖A x_k‖ / ‖A x_t‖ of their inputs and
+            this task's, all of mean square 1.
         room: how many directions "contrast" and "inputs" give; A moves inside them for the whole run. None is 2·r.
         adapter_name: which adapter; None is the one in training.
 
@@ -115,24 +124,39 @@ class OrthogonalProjectionCallback(HostCallback):
         )
         self.source = SOURCES[source](energy, max_rank)
         start = start or ("contrast" if self.source.knows_inputs else "random")
-        check_field(start in get_args(Start), "start", start, "'contrast', 'inputs', 'random' or None")
+        check_field(start in get_args(Start), "start", start, "'contrast', 'inputs', 'random', 'osrm' or None")
         check_field(
-            start != "contrast" or self.source.knows_inputs,
+            start not in ("contrast", "osrm") or self.source.knows_inputs,
             "start",
             start,
             "'inputs' or 'random' with this source: only source='inputs' knows the earlier tasks' inputs",
         )
+        check_field(
+            start != "osrm" or bool(folders) or protect is not None,
+            "memory",
+            memory,
+            "the other tasks' memories with start='osrm': what their runs, or `protect(model, texts, folder, "
+            "whole=True)`, wrote",
+        )
         check_field(room is None or (is_int(room) and room >= 1), "room", room, "an integer >= 1, or None")
-        check_field(room is None or start != "random", "room", room, "None with start='random', which gives all")
+        check_field(
+            room is None or start in ("contrast", "inputs"),
+            "room",
+            room,
+            "None with start='random' and 'osrm', which give all",
+        )
         check_field(protect is None or self.source.knows_inputs, "protect", protect, "None with this source")
         self.memory, self.protect = [Path(folder) for folder in folders or []], protect
         self.calibration_batches, self.adapter_name = calibration_batches, adapter_name
         self.start, self.room = start, room
-        self._constrains = bool(self.memory) or protect is not None or self.source.protects_from_start
+        self._constrains = start != "osrm" and (
+            bool(self.memory) or protect is not None or self.source.protects_from_start
+        )
         self._run: Run | None = None
         self._optimizer: Any = None
         self._constraints: list[Constraint] = []
         self._room: dict[str, Tensor] = {}  # group -> (I, m) the directions that A may move in, if not all
+        self._now: Subspace | None = None  # this task's inputs alone, for "osrm"
 
     def refusals(self) -> dict[str, str]:
         return {
@@ -191,8 +215,10 @@ class OrthogonalProjectionCallback(HostCallback):
         self.source.check(run, subspace)
         self.source.at_begin(run, subspace)
         self._subspace, self._run = subspace, run
-        self._constraints = []
-        if any(V.shape[1] for V in subspace.right.values()):
+        self._constraints, self._now = [], None
+        if self.start == "osrm":
+            self._begin_weakest(run, resumed)
+        elif any(V.shape[1] for V in subspace.right.values()):
             init = getattr(model.peft_config[adapter_name], "init_lora_weights", True)
             _check_protectable(model, factors, subspace, resumed, init)
             if not resumed:
@@ -252,6 +278,8 @@ class OrthogonalProjectionCallback(HostCallback):
             )
 
     def metrics(self) -> dict[str, float]:
+        if self._run is not None and self._now is not None:
+            return {"osrm_ratio": self._ratio(self._run.factors, self._now)}
         if self._run is None or not self._constraints:
             return {}
         ranks = [V.shape[1] for V in self._subspace.right.values()]
@@ -278,7 +306,7 @@ class OrthogonalProjectionCallback(HostCallback):
         if run is None:
             return
         self._check_saved()
-        self._constraints, self._room = [], {}
+        self._constraints, self._room, self._now = [], {}, None
         subspace = self._subspace
         self.source.at_end(run, subspace)
         config = model.peft_config[run.adapter_name]
@@ -335,6 +363,36 @@ class OrthogonalProjectionCallback(HostCallback):
                 rows = rows * (norms / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
                 A.copy_(project_out(rows, V))
 
+    @torch.no_grad()
+    def _begin_weakest(self, run: Run, resumed: bool) -> None:
+        """OSRM: start A where the other tasks' inputs are weakest, with rows of norm 1."""
+        found, self._now = run.statistics(), Subspace(self.source.name, {})
+        for (group, _), names in sharing(self._subspace, run.factors).items():
+            if group not in self._subspace.seen:
+                raise ValueError(
+                    f"No `memory` says what goes into module {names[0]!r} on the other tasks, so start='osrm' has no "
+                    "weakest directions there. Write them with `protect(model, texts, folder, whole=True)`."
+                )
+            lead = next(lead for lead, modules in found.groups.items() if names[0] in modules)
+            self._now.remember(group, found.covariance[lead])
+            if resumed:
+                continue
+            C = self._subspace.old_covariance(group, torch.float64)
+            for name in names:
+                pair = run.factors[name]
+                _check_fresh(name, pair)
+                near = pair.A.detach().to(C)
+                pair.A.copy_(weakest_directions(C, len(near), near).T)
+
+    def _ratio(self, factors: Mapping[str, Factors], now: Subspace) -> float:
+        """‖A x_k‖ / ‖A x_t‖ over all modules together, x_k of the other tasks and x_t of this one."""
+        groups = {name: group for (group, _), names in sharing(self._subspace, factors).items() for name in names}
+        others, own = (
+            sum(memory.reach(group, factors[name].A) for name, group in groups.items())
+            for memory in (self._subspace, now)
+        )
+        return math.sqrt(others / own) if own > 0 else math.nan
+
     def _remembered(self, args: TrainingArguments, run: Run, resumed: bool, tokenizer: Any) -> Subspace:
         """What the memories and the protected text hold. A resumed run cannot see the text as the untrained adapter
         did: with a text, what is found goes to `<output_dir>/protected`, and comes from there."""
@@ -348,8 +406,11 @@ class OrthogonalProjectionCallback(HostCallback):
             for folder, one in zip(folders, subspaces, strict=True):
                 one.check_model(known, folder)
                 _check_memory(one, self.source.name, run.factors, folder)
-            subspace = subspaces[0] if len(subspaces) == 1 else Subspace.join(subspaces)
+            kept = 1.0 if self.start == "osrm" else SEEN_ENERGY
+            subspace = subspaces[0] if len(subspaces) == 1 else Subspace.join(subspaces, kept)
         subspace = subspace or Subspace(self.source.name, known)
+        if self.start == "osrm":
+            subspace.seen_energy = 1.0
         if self.protect is not None and not resumed:
             add_text(subspace, model, run.layers, self.protect, tokenizer, self.source.energy, TOKENS)
             if args.process_index == 0:
@@ -363,7 +424,8 @@ class OrthogonalProjectionCallback(HostCallback):
         return contrast_directions(new, self._subspace.old_covariance(group).to(new), V, count)
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        needed = self.source.keeps_state or ((self.memory or self.protect is not None) and self.start != "random")
+        placed = self.start in ("contrast", "inputs")
+        needed = self.source.keeps_state or ((self.memory or self.protect is not None) and placed)
         tensors = self.saved(args, state)
         if tensors is None and needed:
             raise ValueError(
@@ -425,13 +487,18 @@ def _check_protectable(
                 f"The adapter has init_lora_weights={init!r}, with which B is not 0 from the start: its update would "
                 "change old inputs before any step. Use LoraConfig(init_lora_weights=True)."
             )
-        if not resumed and bool(pair.B.detach().any()):
-            raise ValueError(
-                f"The adapter has been trained already (B of module {name!r} is not 0): while its B is trainable, no "
-                "constraint on A keeps what it does now. Freeze it and train fresh weights: with MORA "
-                "start_task(model, NAME); with LoRA model.add_adapter(NAME, config), "
-                "model.base_model.set_adapter([OLD, NAME]), model.set_requires_grad(OLD, requires_grad=False)."
-            )
+        if not resumed:
+            _check_fresh(name, pair)
+
+
+def _check_fresh(name: str, pair: Factors) -> None:
+    if bool(pair.B.detach().any()):
+        raise ValueError(
+            f"The adapter has been trained already (B of module {name!r} is not 0): while its B is trainable, no "
+            "constraint on A keeps what it does now. Freeze it and train fresh weights: with MORA "
+            "start_task(model, NAME); with LoRA model.add_adapter(NAME, config), "
+            "model.base_model.set_adapter([OLD, NAME]), model.set_requires_grad(OLD, requires_grad=False)."
+        )
 
 
 def _report_room(subspace: Subspace, when: str) -> None:

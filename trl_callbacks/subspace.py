@@ -44,6 +44,7 @@ class Subspace:
         left: module -> (O, k) orthonormal, float32: directions of outputs; only `base_weights` has them.
         seen: group -> F (I, n) with F·Fᵀ nearly the sum of all tasks' C / tr C; only `inputs` has them.
         weights: group -> how many tasks that sum is of, and so its trace.
+        seen_energy: share of that sum that `remember` keeps by direction; the rest counts as alike in all others.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Subspace:
     left: dict[str, Tensor] = field(default_factory=dict)
     seen: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    seen_energy: float = SEEN_ENERGY
 
     def append(
         self, group: str, directions: Tensor, modules: Sequence[str] = (), outputs: Tensor | None = None
@@ -107,21 +109,35 @@ class Subspace:
                 f"All inputs of module {group!r} are 0 or padding, so what must be kept of them cannot be known. Look "
                 "at the training data's attention_mask, or leave the module out of `target_modules`."
             )
+        whole = self.seen_energy >= 1
         total = tasks * covariance / covariance.trace()
+        if whole:  # the last directions are the point, which are lost in float32's rounding of the first
+            total, known = total.double(), None
         if group in self.seen:
-            total, known = total + self.old_covariance(group).to(total), None
+            total, known = total + self.old_covariance(group, total.dtype).to(total), None
         values, vectors = known or spectrum(total)
-        kept = int((values.cumsum(0) < SEEN_ENERGY * values.sum()).sum()) + 1
+        kept = len(values) if whole else int((values.cumsum(0) < self.seen_energy * values.sum()).sum()) + 1
         self.seen[group] = (vectors[:, :kept] * values[:kept].sqrt()).float().cpu().contiguous()
         self.weights[group] = self.weights.get(group, 0) + tasks
 
-    def old_covariance(self, group: str) -> Tensor:
+    def old_covariance(self, group: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """(I, I) what is known of all tasks' inputs: F·Fᵀ, and what F has left out alike in all other directions."""
-        F = self.seen[group]
+        F = self.seen[group].to(dtype)
         Q = torch.linalg.qr(F)[0]
         known = F @ F.T
         rest = (self.weights[group] - known.trace()).clamp_min(0) / max(1, len(F) - Q.shape[1])
-        return known + rest * (torch.eye(len(F)) - Q @ Q.T)
+        return known + rest * (torch.eye(len(F), dtype=dtype) - Q @ Q.T)
+
+    def reach(self, group: str, A: Tensor) -> float:
+        """Mean of ‖A x‖² over all tasks' inputs x of mean square 1, every task with the same weight: tr(A C Aᵀ) / tr C
+        of `old_covariance`, which is not formed. A (r, I)."""
+        A, F = A.detach().to("cpu", torch.float32), self.seen[group]  # columns of F are orthogonal
+        norms = F.norm(dim=0)
+        rest = (self.weights[group] - norms.square().sum()).clamp_min(0) / max(1, len(F) - F.shape[1])
+        known = A @ F
+        inside = known / norms.clamp_min(torch.finfo(F.dtype).tiny)
+        outside = (A.square().sum() - inside.square().sum()).clamp_min(0)
+        return float(known.square().sum() + rest * outside) / self.weights[group]
 
     def save(self, folder: str | Path) -> None:
         """Write FOLDER/basis.safetensors and FOLDER/subspace.json; what was there before is replaced as a whole."""
@@ -181,7 +197,7 @@ class Subspace:
         return subspace
 
     @classmethod
-    def join(cls, subspaces: Sequence[Subspace]) -> Subspace:
+    def join(cls, subspaces: Sequence[Subspace], seen_energy: float = SEEN_ENERGY) -> Subspace:
         """One memory of several of one base model: what any of them holds, of the inputs that all of them know.
 
         Inputs that one does not know are left out, so that an adapter of modules with such inputs is refused.
@@ -190,7 +206,7 @@ class Subspace:
             ValueError: they are of different sources or models, hold outputs, or group a module's input differently.
         """
         first = subspaces[0]
-        joined = cls(first.source, first.model)
+        joined = cls(first.source, first.model, seen_energy=seen_energy)
         known = set.intersection(*({name for group in s.groups.values() for name in group} for s in subspaces))
         for one in subspaces:
             joined.check_model(one.model, "a `memory` behind the first")
