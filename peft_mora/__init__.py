@@ -14,6 +14,7 @@ try:
     from .mtl_lora import MtlLoraConfig, MtlLoraLinear, MtlLoraModel, set_task
     from .pruning import PruneSummary, prune_experts
     from .quantization import use_exact_4bit_kernels
+    from .smora import SMoraConfig, SMoraLinear, SMoraModel
     from .sparsity import SparsitySummary, sparsify
     from .task_router import Routes, TaskRouter, TaskRouterConfig, TaskRouterModel
     from .usage import expert_usage, record_usage
@@ -28,6 +29,7 @@ METHODS = {
         registry.Method(LoriConfig, LoriModel),
         registry.Method(FlyLoraConfig, FlyLoraModel),
         registry.Method(MtlLoraConfig, MtlLoraModel),
+        registry.Method(SMoraConfig, SMoraModel),
     )
 }
 for _method in METHODS.values():
@@ -52,6 +54,9 @@ __all__ = [
     "MtlLoraModel",
     "PruneSummary",
     "Routes",
+    "SMoraConfig",
+    "SMoraLinear",
+    "SMoraModel",
     "SparsitySummary",
     "TaskRouter",
     "TaskSummary",

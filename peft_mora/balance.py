@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .base import REFERENCE, AdapterModel
 from .inputs import LatestMask, rows_of, watched
-from .routed import RoutedLinear
+from .lean import Gate
+from .routed import Counter, RoutedLinear
 from .routing import balance_step
 
 
@@ -141,6 +142,34 @@ class _CountOnBackward(torch.autograd.Function):
         return grad, None, None, None, None, None, None, None
 
 
+class BalancedGate(Gate):
+    """A gate whose choices the offset's step counts. `plain` sets `chosen`; `backward` calls `count_choices`.
+
+    Args:
+        step: what `BalancedLinear.step` gave for this forward.
+        usage: what counts this forward, if anything does.
+    """
+
+    def __init__(self, step: Step | None, usage: Counter | None) -> None:
+        self.step, self.usage = step, usage
+        self.chosen: Tensor | None = None  # (..., R) 1 where an expert was chosen, on the plain path
+        self.real: Tensor | None = None  # (T, 1) the tokens that are no padding
+
+    def done(self, update: Tensor) -> Tensor:
+        if self.step is None or self.chosen is None:
+            return update
+        counts = (self.chosen != 0).flatten(0, -2)  # bincount would wait for the GPU
+        real = self.step.real_rows(self.chosen, self.chosen.shape[:-1])
+        counts = (counts if real is None else counts & real).sum(0)
+        return self.step.taken_in_backward_of(update, counts)
+
+    def count_choices(self, chosen: Tensor) -> None:
+        """In the backward: (T, R), 1 where an expert was chosen, else 0."""
+        if self.step is not None:
+            real = chosen if self.real is None else chosen * self.real
+            self.step.take(real.sum(0, dtype=torch.float32))  # counts to 16 M exactly
+
+
 class BalancedLinear(RoutedLinear):
     """A layer whose choice of experts is evened out by `<prefix>offset` (R,), a float32 buffer of each adapter.
 
@@ -173,7 +202,7 @@ class BalancedLinear(RoutedLinear):
     def create_offset(self, adapter_name: str, original: str | None, inference_mode: bool) -> None:
         """0 for a new adapter, or what a reference's original has; opened for inference, it waits for the weight."""
         copied = adapter_name == REFERENCE and original in self.offset
-        offset = self.offset[original].clone() if copied else torch.zeros(self.r[adapter_name])
+        offset = self.offset[original].clone() if copied else torch.zeros(self.expert_count(adapter_name))
         self.offset[adapter_name] = offset.to(self._weight_placement()[0])
         self.balance[adapter_name] = Balance(doubts=inference_mode)
 

@@ -160,11 +160,13 @@ class AdapterConfig(PeftConfig):
 
 
 class Trained(NamedTuple):
-    """A (r, I) and B (O, r) in training, and the frozen A's of the same adapter before them, oldest first."""
+    """A (r, I) and B (O, r) in training, and the frozen A's of the same adapter before them, oldest first; `through`
+    are further parameters, which change nothing where A·x is 0."""
 
     A: nn.Parameter
     B: nn.Parameter
     past_A: tuple[Tensor, ...] = ()
+    through: tuple[nn.Parameter, ...] = ()
 
 
 class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for "Linear" in the name
@@ -278,7 +280,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
 
     def new_linear(self, in_features: int, out_features: int, zero: bool) -> nn.Linear:
         """A trainable weight (out, in) on the base's device: zeros, or kaiming-uniform(a=√5) as `nn.Linear` does."""
-        linear = nn.Linear(in_features, out_features, bias=False)
+        with warnings.catch_warnings():  # experts that were all pruned leave nothing to initialise
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            linear = nn.Linear(in_features, out_features, bias=False)
         if zero:
             nn.init.zeros_(linear.weight)
         device, dtype = self._weight_placement()

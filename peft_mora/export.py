@@ -1,7 +1,7 @@
 """A plain LoRA from an adapter of this package, for tools that know nothing else.
 
     static ΔW (MORA "dense", LORI):  lora_A = A, lora_B = (alpha / r)·B, at the adapter's own rank; nothing is lost.
-    routed (MORA "task", "bank"; FLYLORA):  no LoRA equals it. Per module, the rank-k map closest on given inputs:
+    routed (MORA "task", "bank"; FLYLORA; SMORA):  no LoRA equals it. Per module, the rank-k map closest on the inputs:
         min over rank(M) <= k of |Y - X Mᵀ|² + λ|M|²        X (T, I) inputs, Y (T, O) what the adapter adds there
 solved in closed form from XᵀX and XᵀY (reduced-rank ridge regression). How close that comes is measured on other
 inputs: `lora_errors` module by module, `effect_error` at the logits.

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .balance import BalancedLinear, BalancedModel, Step
+from .balance import BalancedGate, BalancedLinear, BalancedModel, Step
 from .checks import check_field, is_int, is_number
-from .lean import Gate, Parts, Wanted, Weight, index_dtype
+from .lean import Parts, Wanted, Weight, index_dtype
 from .routed import Counter, RoutedConfig, module_top_k
 from .routing import select_by_magnitude, select_by_sign
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
@@ -106,7 +106,7 @@ class LayersA(NamedTuple):
         raise NotImplementedError("A is frozen")
 
 
-class SelectionGate(Gate):
+class SelectionGate(BalancedGate):
     """The K selected projections of one forward, the others 0.
 
     What is saved is K values and their experts. Where that is more than all of h, it is h, and the offset as it is
@@ -114,9 +114,8 @@ class SelectionGate(Gate):
     """
 
     def __init__(self, selection: Selection, k: int, offset: Tensor, step: Step | None, usage: Counter | None) -> None:
-        self.selection, self.k, self.offset, self.step, self.usage = selection, k, offset, step, usage
-        self.chosen: Tensor | None = None
-        self.real: Tensor | None = None  # (T, 1) the tokens that are no padding
+        super().__init__(step, usage)
+        self.selection, self.k, self.offset = selection, k, offset
 
     def _select(self, h: Tensor, offset: Tensor) -> Tensor:
         return (select_by_magnitude if self.selection == "magnitude" else select_by_sign)(h, offset, self.k)
@@ -126,14 +125,6 @@ class SelectionGate(Gate):
         self.chosen = torch.zeros_like(h).scatter_(-1, self._select(h, self.offset), 1)
         self._count(h, self.chosen)
         return [h * self.chosen]
-
-    def done(self, update: Tensor) -> Tensor:
-        if self.step is None or self.chosen is None:
-            return update
-        counts = (self.chosen != 0).flatten(0, -2)  # bincount would wait for the GPU
-        real = self.step.real_rows(self.chosen, self.chosen.shape[:-1])
-        counts = (counts if real is None else counts & real).sum(0)
-        return self.step.taken_in_backward_of(update, counts)
 
     def forward(
         self, hs: list[Tensor], tensors: Sequence[Tensor], shape: torch.Size, wanted: Wanted
@@ -169,9 +160,7 @@ class SelectionGate(Gate):
         index = index.long()
         zeros = values.new_zeros(len(values), len(self.offset))
         chosen = zeros.scatter(-1, index, 1)
-        if self.step is not None:
-            real = chosen if self.real is None else chosen * self.real
-            self.step.take(real.sum(0, dtype=torch.float32))  # counts to 16 M exactly
+        self.count_choices(chosen)
         (grad,) = grads
         return [zeros.scatter_(-1, index, values)], [None if grad is None else grad.mul_(chosen)], ()
 

@@ -14,7 +14,6 @@ arXiv 2506.21035 (MoRAM from its third version). Not the high-rank "MoRA" of arX
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -246,10 +245,8 @@ class MoraLinear(RoutedLinear):
             self.mora_bank_B[adapter_name] = torch.zeros(self.out_features, frozen, device=device, dtype=dtype)
 
     def _add_fresh_experts(self, adapter_name: str, experts: int, zero_B: bool) -> None:
-        with warnings.catch_warnings():  # a block that was pruned to nothing has nothing to initialise
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            self.mora_A[adapter_name] = self.new_linear(self.in_features, experts, zero=False)
-            self.mora_B[adapter_name] = self.new_linear(experts, self.out_features, zero=zero_B)
+        self.mora_A[adapter_name] = self.new_linear(self.in_features, experts, zero=False)
+        self.mora_B[adapter_name] = self.new_linear(experts, self.out_features, zero=zero_B)
 
     def blocks(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """A (r, I) and B (O, r) of each task, oldest first, the one in training last; fewer than r where pruned."""

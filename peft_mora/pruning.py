@@ -1,4 +1,4 @@
-"""Delete MORA experts that hardly any token wakes: from the layers, the file and the config."""
+"""Delete MORA or SMORA experts that hardly any token wakes: from the layers, the file and the config."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def prune_experts(
     *,
     inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
 ) -> PruneSummary:
-    """Delete the experts of a MORA adapter, frozen ones too, that acted for less than a share of the tokens.
+    """Delete the experts of a MORA or SMORA adapter, frozen ones too, that acted for less than a share of the tokens.
 
-    What is left keeps its scale (alpha / r of the original r) and trains on; `start_task` appends r experts as ever.
+    What is left keeps its scale (alpha / r of the original r) and trains on; MORA's `start_task` appends r as ever.
     A block may lose all of its experts. The trainable parameters are new objects: make a new trainer afterwards.
 
     Args:
-        model: a PeftModel, or any model with an injected MORA adapter, whose usage was counted (`record_usage`, or
+        model: a PeftModel, or any model with such an adapter injected, whose usage was counted (`record_usage`, or
             `ActivationBudgetCallback`).
         below: usage share in (0, 1]; experts under it go.
         adapter_name: which adapter.

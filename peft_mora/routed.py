@@ -63,7 +63,7 @@ class RoutedConfig(AdapterConfig):
 
 
 def module_top_k(config: Any, module_name: str, r: int) -> int:
-    """K of one module: what `top_k_pattern` says of it, else `top_k` or r."""
+    """K of one module of r experts: what `top_k_pattern` says of it, else `top_k` or r."""
     key = matching_key(config.top_k_pattern, module_name)
     k = config.top_k_pattern.get(key, config.top_k or r)
     check_field(k <= r, f"top_k_pattern[{key!r}]", k, f"<= r of module {module_name!r}, which is {r}")
@@ -98,11 +98,15 @@ class RoutedLinear(AdapterLinear):
         """How many experts `top_k` chooses among, and so the largest K that means anything."""
         return self.r[adapter_name]
 
+    def largest_top_k(self, adapter_name: str) -> int:
+        """The largest K that may be set; pruning leaves it as it is."""
+        return self.r[adapter_name]
+
     def fixed_experts(self, adapter_name: str) -> int:
         """Experts that a token wakes in this layer whatever `top_k` is: those of frozen blocks."""
         return 0
 
-    def block_fields(self, adapter_name: str) -> dict[str, list[int] | None]:
+    def block_fields(self, adapter_name: str) -> dict[str, Any]:
         """What the config says of this module alone, by field; None where the default says it."""
         return {}
 
@@ -160,8 +164,8 @@ def set_top_k(model: nn.Module, top_k: dict[str, int], adapter_name: str = "defa
     for name, k in top_k.items():
         if name not in layers:
             raise ValueError(f"Module {name!r} has no routed adapter {adapter_name!r}.")
-        r = layers[name].r[adapter_name]
-        check_field(is_int(k) and 1 <= k <= r, f"top_k[{name!r}]", k, f"an integer from 1 to r (here {r})")
+        most = layers[name].largest_top_k(adapter_name)
+        check_field(is_int(k) and 1 <= k <= most, f"top_k[{name!r}]", k, f"an integer from 1 to r (here {most})")
     if all(layers[name].top_k(adapter_name) == k for name, k in top_k.items()):
         return
     for name, k in top_k.items():
@@ -174,11 +178,11 @@ def record_routing(model: Any, adapter_name: str) -> None:
     config = copy.deepcopy(model.peft_config[adapter_name])
     layers = [m for m in model.modules() if isinstance(m, RoutedLinear) and adapter_name in m.r]
     top_k = {layer.module_names[adapter_name]: layer.top_k(adapter_name) for layer in layers}
-    ranks = {layer.module_names[adapter_name]: layer.r[adapter_name] for layer in layers}
-    if any(module_top_k(config, name, ranks[name]) != k for name, k in top_k.items()):
-        differs = any(k != (config.top_k or ranks[name]) for name, k in top_k.items())
+    most = {layer.module_names[adapter_name]: layer.largest_top_k(adapter_name) for layer in layers}
+    if any(module_top_k(config, name, most[name]) != k for name, k in top_k.items()):
+        differs = any(k != (config.top_k or most[name]) for name, k in top_k.items())
         config.top_k_pattern = top_k if differs else {}
-    fields: dict[str, dict[str, list[int]]] = {}
+    fields: dict[str, dict[str, Any]] = {}
     for layer in layers:
         for name, value in layer.block_fields(adapter_name).items():
             entries = fields.setdefault(name, {})

@@ -162,3 +162,55 @@ def balance_step(offset: Tensor, counts: Tensor, rate: float) -> Tensor:
         (R,) the new offset.
     """
     return torch.add(offset, torch.sub(counts.sum(), counts, alpha=counts.numel()).sign_(), alpha=rate)
+
+
+def sigmoid_gate(scores: Tensor, offset: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Weights by a learned router: the K best of many sigmoids, over their sum (SMoRA, arXiv 2501.15103).
+
+    `q = sigmoid(scores) + offset`; of the K largest q, `q / Σ q`. The offset is inside of the weights, as in the
+    released code; it is balanced by `balance_step` and never trained.
+
+    Args:
+        scores: (..., E) router's projections x·Wᵀ, any float dtype; sigmoid and sum are float32 or wider.
+        offset: (E,) load-balance offset.
+        top_k: K, how many experts a token wakes; K >= E keeps all.
+
+    Returns:
+        (..., E) weights, float32 or wider, summing to 1; (..., K) int64 which experts they are of.
+    """
+    q = torch.sigmoid(at_least_float32(scores)) + offset
+    index = q.detach().topk(min(top_k, q.shape[-1]), dim=-1).indices
+    kept = q.gather(-1, index)
+    return torch.zeros_like(q).scatter(-1, index, kept / _nonzero(kept.sum(-1, keepdim=True))), index
+
+
+def kept_sigmoids(scores: Tensor, offset: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the experts that `sigmoid_gate` has kept, without autograd, what its backward needs.
+
+    Args:
+        scores: (T, K) their scores.
+        offset: (E,) as it was there.
+        index: (T, K) int64, which they are.
+
+    Returns:
+        (T, K) sigmoids p, (T, K) weights g = q / Σ q, (T, 1) the sums; float32 or wider.
+    """
+    p = torch.sigmoid(at_least_float32(scores))
+    q = p + offset[index]
+    total = _nonzero(q.sum(-1, keepdim=True))
+    return p, q / total, total
+
+
+def kept_sigmoids_backward(p: Tensor, g: Tensor, total: Tensor, dg: Tensor) -> Tensor:
+    """Gradient of the scores (T, K) from that of the weights: ds = p (1 - p) (dg - Σ dg g) / Σ q.
+
+    Args:
+        p, g, total: of `kept_sigmoids`.
+        dg: (T, K) gradient of g.
+    """
+    return (dg - (dg * g).sum(-1, keepdim=True)) / total * p * (1 - p)
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    """Sums whose sigmoids have all underflown (scores below -100) go to eps: the weights are 0 then."""
+    return torch.where(total.abs() < NORM_EPS, NORM_EPS, total)

@@ -3,9 +3,9 @@
 python recipes/export.py out/demo/lori-helpdesk --output out/lora                  # LORI, MORA "dense": exact
 python recipes/export.py out/demo/mora-helpdesk --task helpdesk --output out/lora  # routed: the closest LoRA, if close
 
-An update that is one ΔW leaves as it is, at its own rank. MORA "task" and "bank" and FLYLORA choose experts for every
-token, so no LoRA equals them: each module gets the one that comes closest on a task's training texts. On its test
-texts the error is measured for each module and overall: |LoRA's logits - adapter's| / |base's logits - adapter's|.
+An update that is one ΔW leaves as it is, at its own rank. MORA "task" and "bank", FLYLORA and SMORA choose experts for
+every token, so no LoRA equals them: each module gets the one that comes closest on a task's training texts. On its
+test texts the error is measured by module and overall: |LoRA's logits - adapter's| / |base's logits - adapter's|.
 Above --max-error nothing is written, unless --force.
 """
 

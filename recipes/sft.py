@@ -1,4 +1,4 @@
-"""TRL's own SFT script (`trl sft`) with one more choice: --peft_method lora, mora, lori or flylora.
+"""TRL's own SFT script (`trl sft`) with one more choice: --peft_method lora, mora, lori, …
 
 python recipes/sft.py                      # MORA on the embedded helpdesk task, offline, on a CPU
 python recipes/sft.py --peft_method lori   # the same with another adapter
@@ -67,7 +67,7 @@ class MethodArguments(make_dataclass("OwnFields", own_fields())):
         metadata={"help": "[lori] Train densely for so many steps, then only the (1 - sparsity) that matter."},
     )
     active_experts: float | None = field(
-        default=None, metadata={"help": "[mora, flylora] Anneal to so many active experts a token and a layer."}
+        default=None, metadata={"help": "[mora, flylora, smora] Anneal to so many active experts a token and a layer."}
     )
 
 
@@ -103,6 +103,8 @@ def main() -> None:
         callbacks.append(ActivationBudgetCallback(given.pop("active_experts")))  # it says which adapters have experts
     if "calibration_steps" in given:
         callbacks.append(LoriCalibrationCallback(given.pop("sparsity", 0.9), given.pop("calibration_steps")))
+    if small:
+        given = {name: v for name, v in comparable(method, 8).items() if name not in ("r", "alpha")} | given
     names = {f.name for f in fields(METHODS[method].config)} if method in METHODS else set()
     for name in given.keys() - names:
         parser.error(f"--{name} is no field of {method}; leave it out, or choose another --peft_method")

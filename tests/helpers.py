@@ -70,6 +70,7 @@ FORMS = {
         "signed": (False, {"top_k": 2, "alpha": 32, "selection": "signed", "save_projection": False}),
     },
     "mtllora": {"": (True, {"tasks": ["a", "b"], "default_task": "b"})},
+    "smora": {"": (False, {"top_k": 2, "alpha": 8})},
 }
 METHODS = {
     f"{name}-{form}" if form else name: Form(method.config, method.model, merges, {"r": 4, **fields})

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import RECIPES, load_recipe, quantized
+from helpers import METHODS, RECIPES, load_recipe, quantized
 from peft import PeftModel, get_peft_model
 from test_trl import texts
 from transformers import AutoTokenizer
@@ -85,3 +85,24 @@ def test_every_config_field_with_its_default_is_on_its_page():
                 if isinstance(field.default, float):
                     shown = f"{field.default:g}"
                 assert any(shown in row for row in rows), (config.__name__, field.name)
+
+
+def test_methods_md_has_a_row_for_every_method_callback_and_rule():
+    """Also what each row says of merging and routing."""
+    import peft_mora
+    import trl_callbacks
+    from peft_mora.merging import RULES
+    from peft_mora.routed import RoutedConfig
+
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = {row[0].strip("`"): row for row in (re.split(r" *\| *", line.strip("| ")) for line in text.splitlines())}
+    for name, method in peft_mora.METHODS.items():
+        _, _, _, merges, routed, page = rows[method.config.__name__]
+        forms = [form.merges for key, form in METHODS.items() if key.split("-")[0] == name]
+        assert (merges == "no") == (not any(forms)) and (not all(forms) or "exactly" in merges), name
+        assert routed.startswith("no") == (not issubclass(method.config, RoutedConfig)), name
+        page_name = method.config.__module__.split(".")[1]
+        assert page == f"[{page_name}.md]({page_name}.md)"
+    assert [name for name in trl_callbacks.__all__ if name.endswith("Callback") and name not in rows] == []
+    assert [rule for rule in RULES if f'rule="{rule}"' not in text] == []
+    assert not [path for path in re.findall(r"\]\((\w+\.md)\)", text) if not (ROOT / "docs" / path).exists()]

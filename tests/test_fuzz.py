@@ -72,6 +72,7 @@ VALID = {
     "density": optional(st.floats(0, 1, exclude_min=True)),
     "selection": st.sampled_from(["magnitude", "signed"]),
     "balance_rate": st.floats(0, 10),
+    "rank_partition": st.integers(1, 3),
 }
 
 
@@ -82,6 +83,8 @@ def valid(draw, method: str):
         values["layers_to_transform"] = draw(st.sampled_from([0, [1], [0, 1]]))
         values["layers_pattern"] = draw(st.sampled_from(["layers", ["layers", "h"]]))
     smallest = min([values["r"], *values["rank_pattern"].values()])
+    if P := values.get("rank_partition"):
+        values |= {"r": P * values["r"], "rank_pattern": {key: P * r for key, r in values["rank_pattern"].items()}}
     if "top_k" in DEFAULTS[method]:
         count = st.integers(1, smallest)
         values["top_k"] = draw(optional(count) if DEFAULTS[method]["top_k"] is None else count)
@@ -148,7 +151,7 @@ WRONG = {
     | st.sampled_from(["5", [1.5], [-1], {"embed": 5}, {5: [5]}, {"e": ["5"]}]),
     "inference_mode": not_a_bool,
     "top_k": not_a_count,
-    "top_k_pattern": st.fixed_dictionaries({"lin0": not_a_count | st.integers(33, 99)}) | not_a_dict,
+    "top_k_pattern": st.fixed_dictionaries({"lin0": not_a_count | st.integers(65, 99)}) | not_a_dict,
     "seed": st.integers(-99, -1) | not_none | st.floats(0, 9),
     "save_projection": not_a_bool,
     "routing": other_word,
@@ -165,6 +168,8 @@ WRONG = {
     "density": st.floats(-1e6, 0) | st.floats(1, 1e6, exclude_min=True) | not_none,
     "selection": other_word,
     "balance_rate": st.floats(-1e6, 0, exclude_max=True) | not_a_number,
+    "rank_partition": not_a_count | st.just(65),
+    "kept_experts": not_entries,
 }
 ALSO_NONE = {"seed"}  # a projection from nowhere, with save_projection
 
@@ -193,7 +198,7 @@ def test_any_invalid_field_is_refused_by_name(method, field):
 @pytest.mark.parametrize("method", CONFIGS)
 def test_every_field_of_a_method_is_fuzzed(method):
     own = DEFAULTS[method].keys() - {f.name for f in fields(PeftConfig)}
-    written_by_functions = {"kept_entries", "frozen_entries", "block_sizes", "frozen_top_k"}
+    written_by_functions = {"kept_entries", "frozen_entries", "block_sizes", "frozen_top_k", "kept_experts"}
     chosen_above = {"top_k", "top_k_pattern", "layers_to_transform", "layers_pattern", "default_task"}
     in_test_citizen = {"trainable_token_indices"}  # needs embeddings
     assert own <= VALID.keys() | written_by_functions | chosen_above | in_test_citizen and own <= WRONG.keys()

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, lean, record_usage, start_task
+from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, SMoraConfig, lean, record_usage, start_task
 from peft_mora.base import AdapterLinear
 from peft_mora.flylora import Columns, SelectionGate
 from peft_mora.inputs import removed_after
@@ -21,6 +21,7 @@ from peft_mora.lean import NO_GATE, Base, Gate, Parts, Weight, add_update, plain
 from peft_mora.mora import SoftmaxGate
 from peft_mora.mtl_lora import TaskGate
 from peft_mora.packed import Packed
+from peft_mora.smora import RouterGate
 
 
 def pairs(*blocks, gate=NO_GATE):
@@ -54,24 +55,9 @@ def sparse_A(new):
     return pairs(A, new(11, 4), gate=SelectionGate("magnitude", 2, torch.zeros(4), None, None))
 
 
-class LearnedRouter(Gate):
-    """u = softmax(x Wᵀ) · (x Aᵀ): two downs, one up."""
-
-    def plain(self, hs):
-        h, scores = hs
-        return [h * scores.softmax(-1)]
-
-    def forward(self, hs, tensors, shape, wanted):
-        h, scores = hs
-        return [h * scores.softmax(-1)], [h, scores]
-
-    def backward(self, saved, tensors, grads, wanted):
-        (h, scores), (du,) = saved, grads
-        p = scores.softmax(-1)
-        if du is None:
-            return [h * p], [None, None], ()
-        dp = du * h
-        return [h * p], [du * p, p * (dp - (p * dp).sum(-1, keepdim=True))], ()
+def router(new, r, gate):
+    """Two downs, one up."""
+    return Parts([Weight(new(r, 13)), Weight(new(r // gate.partition, 13))], [Weight(new(11, r))], gate)
 
 
 class Mixture(Gate):
@@ -118,9 +104,8 @@ CASES = {
     "sparse_A": sparse_A,
     "packed_B": packed_B,
     "tasks": lambda new: pairs(new(5, 13), new(11, 10), gate=TaskGate(new(15, 5), new(3, 2), 0.3, 1, None)),
-    "learned_router": lambda new: Parts(
-        [Weight(new(5, 13)), Weight(new(5, 13))], [Weight(new(11, 5))], LearnedRouter()
-    ),
+    "router": lambda new: router(new, 5, RouterGate(2, 1, 5.0, torch.linspace(-0.2, 0.2, 5), None, None)),
+    "router_by_pairs": lambda new: router(new, 6, RouterGate(2, 2, 6.0, torch.zeros(3), None, None)),
     "several_ups": lambda new: Parts([Weight(new(5, 13))], [Weight(new(11, 5)) for _ in "abc"], Mixture(new(3))),
     # of which one is frozen: the mixing weights need the ups' gradients all the same
     "several_ups_on_a_frozen_A": lambda new: Parts(
@@ -399,7 +384,7 @@ def test_a_layer_on_a_quantised_base_has_the_plain_path_s_gradients(make_config,
         x = torch.randn(3, 17, layer.in_features, generator=generator).bfloat16().requires_grad_()
         g = torch.randn(3, 17, layer.out_features, generator=generator).bfloat16()
         weights = [p for p in layer.parameters() if p.requires_grad]
-        results = {}
+        results, layer.training = {}, False  # a load-balance offset would move in between
         for path in (True, False):
             monkeypatch.setattr(AdapterLinear, "lean", path)
             y = layer(x)
@@ -443,7 +428,7 @@ def test_nothing_is_written_into_an_output_that_somebody_saw(make_config):
 
     layer = one_layer(make_config, nn.Linear(16, 12, bias=False))  # a hook that changes the input has a gradient
     layer.base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
-    layer.lean = False
+    layer.lean, layer.training = False, False  # a load-balance offset would move in between
     (want,) = torch.autograd.grad(layer(x).sum(), x)
     layer.lean = True
     torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), x)[0], want)
@@ -533,7 +518,7 @@ def test_usage_and_offsets_do_not_depend_on_the_path(name, inputs, monkeypatch):
             for _ in range(3):
                 model(input_ids=inputs, labels=inputs).loss.backward()
             meter.sync()
-        return meter.hits, [b.clone() for n, b in model.named_buffers() if "flylora_offset" in n]
+        return meter.hits, [b.clone() for n, b in model.named_buffers() if "_offset" in n]
 
     hits, offsets = run()
     monkeypatch.setattr(AdapterLinear, "lean", False)
@@ -554,6 +539,7 @@ BYTES = {
     "lori": (0.05, lambda: LoriConfig(r=R, target_modules=["q", "k", "v"])),
     "lori-sparse": (0.05, lambda: LoriConfig(r=R, sparsity=0.9, target_modules=["q", "k", "v"])),
     "flylora": (0.05, lambda: FlyLoraConfig(r=R, top_k=4, target_modules=["q", "k", "v"])),
+    "smora": (1.1, lambda: SMoraConfig(r=R, top_k=4, target_modules=["q", "k", "v"])),
     "flylora-most": (0.05, lambda: FlyLoraConfig(r=R, top_k=12, target_modules=["q", "k", "v"])),
 }
 

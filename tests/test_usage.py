@@ -10,7 +10,16 @@ from helpers import gradients, randomize, reopened, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, expert_usage, prune_experts, record_usage, start_task
+from peft_mora import (
+    FlyLoraConfig,
+    LoriConfig,
+    MoraConfig,
+    SMoraConfig,
+    expert_usage,
+    prune_experts,
+    record_usage,
+    start_task,
+)
 from peft_mora.routed import RoutedLinear, routed_layers, set_top_k
 from peft_mora.routing import expert_scores, select_by_magnitude, softmax_gate
 from peft_mora.usage import UsageMeter
@@ -20,6 +29,7 @@ ROUTED = {
     "mora": lambda **kw: MoraConfig(r=4, top_k=2, temperature=0.2, **kw),
     "mora-bank": lambda **kw: MoraConfig(r=4, top_k=2, temperature=0.2, routing="bank", **kw),
     "flylora": lambda **kw: FlyLoraConfig(r=4, top_k=2, alpha=32, balance_rate=0.0, **kw),
+    "smora": lambda **kw: SMoraConfig(r=4, top_k=2, balance_rate=0.0, **kw),
 }
 
 
@@ -60,6 +70,10 @@ def chosen_by_hand(layer: RoutedLinear, x: torch.Tensor) -> torch.Tensor:
         h = x @ layer.matrix_A("default", x.dtype).T
         index = select_by_magnitude(h, layer.flylora_offset["default"], layer.top_k("default"))
         return torch.zeros_like(h, dtype=torch.bool).scatter_(-1, index, True)
+    if hasattr(layer, "smora_W"):
+        q = torch.sigmoid(x @ layer.smora_W["default"].weight.T) + layer.smora_offset["default"]
+        index = q.topk(layer.top_k("default")).indices
+        return torch.zeros_like(q, dtype=torch.bool).scatter_(-1, index, True)
     hs = [x @ A.T for A, _ in layer.blocks("default")]
     hs = hs if layer.mora_rule["default"].routing == "task" else [torch.cat(hs, -1)]
     picked = [torch.zeros_like(h, dtype=torch.bool) for h in hs]
@@ -68,7 +82,7 @@ def chosen_by_hand(layer: RoutedLinear, x: torch.Tensor) -> torch.Tensor:
     return torch.cat(picked, -1)
 
 
-@pytest.mark.parametrize(("kind", "tasks"), [("mora", 1), ("mora", 3), ("mora-bank", 3), ("flylora", 1)])
+@pytest.mark.parametrize(("kind", "tasks"), [("mora", 1), ("mora", 3), ("mora-bank", 3), ("flylora", 1), ("smora", 1)])
 @pytest.mark.parametrize("training", [True, False])
 def test_usage_is_the_share_of_real_tokens_that_wake_an_expert(kind, tasks, training):
     model = adapted(kind, tasks).train(training)

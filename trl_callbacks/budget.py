@@ -63,7 +63,7 @@ def divide(total: int, limits: Sequence[int], needs: Sequence[float]) -> list[in
 
 
 class ActivationBudgetCallback(HostCallback, ExportableState):
-    """Hold a MORA ("task" or "bank") or FLYLORA adapter to a mean number of active experts a token and a layer.
+    """Hold a MORA ("task", "bank"), FLYLORA or SMORA adapter to a mean number of active experts a token and a layer.
 
     *Active experts a token* of one layer is how many of its experts have a weight other than 0: `top_k` for FLYLORA
     and MORA's "bank"; for "task" min(K, size) summed over **all** blocks, the frozen ones of earlier tasks too. A
@@ -74,8 +74,8 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
     written to the config's `top_k_pattern`, so that a loaded adapter has it. K moves from `start` to `target` over the
     first `until` of the run and stays there. With `rebalance` the total is divided anew every `interval` steps in
     proportion to each layer's need: exp of the mean entropy of a token's routing weights before the choice, which is
-    how many experts it would spread over (MORA: the softmax over all experts; FLYLORA: |h| / Σ|h|). Without it, layers
-    keep the proportions that they came with.
+    how many experts it would spread over (MORA: the softmax over all experts; FLYLORA: |h| / Σ|h|; SMORA: p / Σ p).
+    Without it, layers keep the proportions that they came with.
 
     Counters run during training forwards only, and see no padding. Every logging step the trainer's logs get, over
     the tokens since the last one: `active_experts` (mean of the layers), `usage_entropy` (of the experts' shares, over
@@ -92,7 +92,7 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         schedule: "cosine", "linear", or "constant" for the target from the first step on.
         interval: steps between two divisions with `rebalance`, >= 1.
         rebalance: divide the total by measured need.
-        prune_below: at the end, delete MORA experts whose usage is below; see `peft_mora.prune_experts`.
+        prune_below: at the end, delete experts (not FLYLORA's) whose usage is below; see `peft_mora.prune_experts`.
         until: share of the run that the way to the target takes, in (0, 1].
         adapter_name: which adapter.
 

@@ -18,11 +18,13 @@ from peft_mora.checks import listed
 
 
 class Factors(NamedTuple):
-    """One adapted module: its trainable A (r, I) and B (O, r), the frozen A's before them, and the layer."""
+    """One adapted module: its trainable A (r, I) and B (O, r), the frozen A's before them, what else it trains that
+    changes nothing where A·x is 0, and the layer."""
 
     A: nn.Parameter
     B: nn.Parameter
     past_A: tuple[Tensor, ...]
+    through: tuple[nn.Parameter, ...]
     layer: Any
 
 

@@ -468,7 +468,7 @@ def _check_protectable(
             f"The protected directions fill all {full.shape[0]} dimensions of a module's input: nothing could "
             "be learned there. Learn the earlier tasks with a lower energy or with max_rank."
         )
-    own = {id(p) for pair in factors.values() for p in (pair.A, pair.B)}
+    own = {id(p) for pair in factors.values() for p in (pair.A, pair.B, *pair.through)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         raise ValueError(

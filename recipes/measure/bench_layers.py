@@ -77,6 +77,8 @@ def megaflops(arm: str, inputs: int, outputs: int, r: int) -> float:
         up *= 0.1
     if arm.startswith("flylora"):
         down, up = down / 4, up / 4
+    if arm.startswith("smora"):
+        down, up = down + down / 4, up / 4  # the router is a product with all ranks
     return 2e-6 * (down + up)
 
 

@@ -25,6 +25,8 @@ COMPARABLE = {
     # A frozen projection cannot turn towards the task; four times the rank makes up for it at twice the parameters.
     "lori": lambda r: {"r": 4 * r, "alpha": 32 * r},
     "flylora": lambda r: {"r": 4 * r, "alpha": 32 * r, "top_k": r},
+    # A quarter of the ranks act, and their weights sum to 1: alpha 2 a rank that acts is LoRA's scale.
+    "smora": lambda r: {"r": r, "alpha": 2 * -(-r // 4), "top_k": -(-r // 4)},
 }
 
 
