@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,18 +97,10 @@ def read_lora(folder: str | Path) -> LoraFile:
             ΔW = s·B·A over the base model that it names; the message says what and what to do.
     """
     folder = Path(folder)
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing: give the folder that model.save_pretrained wrote (with "
-                "safe_serialization, PEFT's default)."
-            )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(folder)
+    with damage_named(folder):
         tensors = load_file(folder / TENSORS)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}): save the adapter again.") from error
-    method = config.get("peft_type") if isinstance(config, dict) else None
+    method = config.get("peft_type")
     if method == "LORA":
         check_plain(config, folder)
         loras, rest = _lora_factors(config, tensors, folder)
@@ -127,6 +120,49 @@ def read_lora(folder: str | Path) -> LoraFile:
     if not loras:
         raise ValueError(f"{folder} holds no LoRA weights: save the adapter again.")
     return LoraFile(folder, config, loras, rest)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter's folder.
+
+    Raises:
+        FileNotFoundError: it or the weights are missing. ValueError: it is no JSON object.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: give the folder that model.save_pretrained wrote (with "
+                "safe_serialization, PEFT's default)."
+            )
+    with damage_named(folder):
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds a {type(config).__name__}")
+        return config
+
+
+@contextmanager
+def damage_named(folder: str | Path) -> Iterator[None]:
+    """A file that cannot be read is a ValueError that names the folder."""
+    try:
+        yield
+    except (ValueError, SafetensorError) as error:  # JSON's and Unicode's are ValueErrors
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}): save the adapter again.") from error
+
+
+def empty_layer(config: Any, name: str, in_features: int, out_features: int) -> Any:
+    """The layer that PEFT would make of a module for an adapter of this package, over a base without weights.
+
+    Args:
+        config: of the adapter. name: the module's in the base model.
+    """
+    r = config.rank_pattern.get(matching_key(config.rank_pattern, name), config.r)
+    alpha = config.alpha_pattern.get(matching_key(config.alpha_pattern, name), config.alpha)
+    layer_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls
+    layer = layer_cls(nn.Linear(in_features, out_features, bias=False, device="meta"))
+    layer.update_layer("default", r, alpha, config, name, inference_mode=True)
+    return layer
 
 
 def digest(folder: str | Path) -> str:
@@ -268,15 +304,13 @@ def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple
     loras = {}
     for name, found in files.items():
         r = config.rank_pattern.get(matching_key(config.rank_pattern, name), config.r)
-        alpha = config.alpha_pattern.get(matching_key(config.alpha_pattern, name), config.alpha)
-        layer = layer_cls(nn.Linear(*_sizes(found, layer_cls.prefix, r, name, folder), bias=False, device="meta"))
-        layer.update_layer("default", r, alpha, config, name, inference_mode=True)
+        layer = empty_layer(config, name, *_sizes(found, layer_cls.prefix, r, name, folder))
         if not layer.is_static("default"):
             if refusal := layer.lora_refusal("default"):
                 raise ValueError(f"{folder}: {refusal}")
             raise ValueError(
                 f"{folder} is a {method} adapter whose active experts depend on the input, so no B·A equals it. Fit "
-                f"the closest LoRA first (python recipes/export.py {folder} --output DIR) and give DIR."
+                f"the closest LoRA first (peft-mora export {folder} --texts FILE --output DIR) and give DIR."
             )
         layer.fit_file("default", found, config, name)
         wanted = {key: t for key, t in layer.state_dict().items() if ".default" in key}
@@ -302,7 +336,7 @@ def _sizes(tensors: dict[str, Tensor], prefix: str, r: int, name: str, folder: P
     if A is None or B is None:
         raise ValueError(
             f"{folder} leaves out the projection of module {name!r} (save_projection=False), and with it the module's "
-            "size. Load it onto its base model and write a plain LoRA: python recipes/export.py, or save it again "
+            "size. Load it onto its base model and write a plain LoRA (peft-mora export), or save it again "
             "with save_projection=True."
         )
     if B.dim() == 2:
@@ -312,7 +346,7 @@ def _sizes(tensors: dict[str, Tensor], prefix: str, r: int, name: str, folder: P
     if len(outs) != 1:
         raise ValueError(
             f"{folder} packs B of module {name!r} at r = {r}, of which its rows cannot be told without the base "
-            "model. Write a plain LoRA of it: python recipes/export.py."
+            "model. Write a plain LoRA of it: peft-mora export."
         )
     return A.shape[1], outs[0]
 

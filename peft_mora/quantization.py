@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
+from transformers import BitsAndBytesConfig
 
 from .lean import Base, compute_dtype
 
@@ -53,6 +54,16 @@ def use_exact_4bit_kernels(model: nn.Module) -> int:
             stacklevel=2,
         )
     return len(layers)
+
+
+def nf4_config() -> BitsAndBytesConfig:
+    """NF4 with double quantisation and bf16 compute: the 4-bit base of every program here."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 class FourBit(NamedTuple):

@@ -25,9 +25,7 @@ from shared.tasks import find_task
 
 from peft_mora import METHODS
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
-
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that its --max-lora-rank takes
+from peft_mora.info import VLLM_RANKS, vllm_rank
 
 
 def parse() -> argparse.Namespace:
@@ -95,7 +93,7 @@ def main() -> None:
             'MoraConfig(routing="dense")); or write it all the same with --force, and evaluate it.'
         )
     config = save_lora(model, loras, args.output)
-    rank = next((rank for rank in VLLM_RANKS if rank >= config.r), None)
+    rank = vllm_rank(config.r)
     options = (
         f"--enable-lora --max-lora-rank {rank}" if rank else f"no: it takes ranks up to {VLLM_RANKS[-1]}, see --rank"
     )

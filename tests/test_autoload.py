@@ -18,8 +18,9 @@ from helpers import WORDS, adapted
 from peft import PeftModel, PeftType
 from transformers import AutoModelForCausalLM
 
-from peft_mora import TaskRouter, __main__
+from peft_mora import TaskRouter
 from peft_mora.registry import CHECKED
+from peft_mora_command import main
 
 
 ROOT = Path(__file__).parent.parent
@@ -230,7 +231,7 @@ def runner(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["peft_mora", *arguments])
         status: object = 0
         try:
-            __main__.main()
+            main()
         except SystemExit as stop:
             status = stop.code
         return status, capsys.readouterr().out
@@ -262,13 +263,15 @@ def test_the_runner_runs_an_installed_command(runner, tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a-distribution\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[console_scripts]\nevaluate_it = its_code:cli\n")
     importlib.invalidate_caches()
-    assert runner("evaluate_it", "--tasks", "x") == (4, "['evaluate_it', '--tasks', 'x']\n")
+    for run in ([], ["run"]):
+        assert runner(*run, "evaluate_it", "--tasks", "x") == (4, "['evaluate_it', '--tasks', 'x']\n")
 
 
 def test_the_runner_explains_itself(runner):
     status, out = runner("--help")
-    assert status == 0 and out.startswith("usage: python -m peft_mora PROGRAM") and "lm_eval" in out
+    assert status == 0 and out.startswith("usage: peft-mora VERB") and "python -m peft_mora PROGRAM" in out
     assert runner() == (2, out)
+    assert runner("run", "--help")[1] in out and runner("run")[0] == 2
     assert runner("no_such_program", "-x") == (
         "no_such_program: no such file, and no installed package has a command of that name.",
         "",

@@ -13,6 +13,8 @@ from test_trl import texts
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from peft_mora_command import VERBS, parse
+
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,6 +60,15 @@ def test_every_command_on_the_pages_and_in_the_programs_is_one_that_they_take(tm
             monkeypatch.setattr(sys, "argv", [program, *arguments])
             recipes[program].parse()
     assert len(commands) > 30 and len(recipes) == len(PROGRAMS)
+
+
+def test_every_peft_mora_command_on_the_pages_is_one_that_it_takes():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    commands = [shlex.split(line) for line in re.findall(r"^peft-mora (.+)$", text, re.MULTILINE)]
+    for verb, *arguments in commands:
+        if verb != "run":
+            parse(verb, arguments)
+    assert {verb for verb, *_ in commands} >= VERBS.keys()
 
 
 def test_every_program_that_a_page_names_is_there():

@@ -16,9 +16,8 @@ HOUSE = f"""
     peft_mora: seeded routed lora_file
     peft_mora: balance usage task_driver
     peft_mora: {" ".join(method.config.__module__.split(".")[1] for method in METHODS.values())}
-    peft_mora: sparsity pruning export merging task_router
+    peft_mora: sparsity pruning export merging task_router info
     peft_mora: __init__
-    peft_mora: __main__
     trl_callbacks: metrics logs host usage_report
     trl_callbacks: factors subspace task_column
     trl_callbacks: constraint sources
@@ -26,12 +25,15 @@ HOUSE = f"""
     trl_callbacks: drift
     trl_callbacks: projection surgery penalties budget calibration input_statistics
     trl_callbacks: __init__
-"""  # a floor sees those above it in this list; a folder is one room
+    peft_mora_command: __init__
+    peft_mora: __main__
+"""  # a floor sees those above it in this list; a folder is one room, and so is a module beside the packages
 FLOORS = [line.split() for line in HOUSE.strip().splitlines()]
 FLOOR = {f"{package[:-1]}.{room}": i for i, (package, *rooms) in enumerate(FLOORS) for room in rooms}
 ROOT = Path(__file__).parent.parent
 PATHS = {path for package in ("peft_mora", "trl_callbacks") for path in (ROOT / package).rglob("*.py")}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text("utf-8") for path in PATHS}
+MODULES["peft_mora_command.__init__"] = (ROOT / "peft_mora_command.py").read_text("utf-8")
 
 
 def imports(module: str) -> set[str]:

