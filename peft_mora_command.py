@@ -215,6 +215,8 @@ only its config. Where experts are chosen for every token, the closest LoRA on -
             config = save_lora(model, exact_lora(model), args.output)
             print(f"exact; LoRA of rank {config.r} in {args.output}")
             return
+        if not found.routed:
+            raise ValueError(found.refusal)
         if args.texts is None:
             raise ValueError(
                 f"{args.folder} ({found.method}) chooses experts for every token, so no LoRA equals it: give --texts "

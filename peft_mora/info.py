@@ -142,13 +142,13 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
         plainly = replace(own, **{f.name: {} for f in fields(own) if isinstance(getattr(own, f.name), dict)})
         layer = empty_layer(plainly, "", 8 * own.r, 8 * own.r)
         merges, routed = layer.is_static("default"), getattr(layer, "is_routed", lambda _: False)("default")
-        refusal = "" if merges else layer.merge_refusal
+        refusal = "" if merges else layer.lora_refusal("default") or layer.merge_refusal
         lora = "exports" if merges else "no"
         ranks = {
             name: rows or own.rank_pattern.get(matching_key(own.rank_pattern, name), own.r)
             for name, rows in ranks.items()
         }
-        chosen = {name: getattr(own, name, None) for name in ("routing", "top_k", "sparsity")}
+        chosen = {name: getattr(own, name, None) for name in ("routing", "default_task", "top_k", "sparsity")}
         method = ", ".join([kind, *(f"{name} {value}" for name, value in chosen.items() if value is not None)])
     also = [f"{name} in full" for name in config.get("modules_to_save") or ()]
     also += ["embeddings of some tokens"] if config.get("trainable_token_indices") else []

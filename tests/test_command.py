@@ -72,7 +72,7 @@ def test_info_says_what_an_adapter_is_and_loads_no_model(method, llama_folder, h
     names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "base_layer")]
     assert found.ranks == {name: (6 if name.endswith("1.mlp.up_proj") else 4) * tasks for name in names}
     assert found.parameters == sum(t.numel() for t in load_file(here / "one/adapter_model.safetensors").values())
-    assert found.base == llama_folder and len(found.tasks) == (tasks if method.startswith("mora") else 0)
+    assert found.base == llama_folder and found.tasks == getattr(model.peft_config["default"], "tasks", [])
     shown = command("info", here / "one")
     assert method.split("-")[0].upper() in shown and all(task in shown for task in found.tasks)
     assert {"lora": "vllm serve"}.get(method, "pipeline" if found.routed else "peft-mora export") in found.serve[0]
