@@ -13,6 +13,7 @@ from trl_callbacks import (
     InputStatisticsCallback,
     LoriCalibrationCallback,
     OrthogonalProjectionCallback,
+    PromptProjectionCallback,
 )
 from trl_callbacks.host import KINDS
 
@@ -41,6 +42,10 @@ WRONG = {
         ({"rebalance": "yes"}, "`rebalance`"),
         ({"prune_below": 0}, "`prune_below`"),
         ({"until": 1.5}, "`until`"),
+    ],
+    PromptProjectionCallback: [
+        ({"memory": 3}, "`memory`"),
+        *(({name: 0}, f"`{name}`") for name in ("energy", "max_rank", "calibration_batches", "pretrained")),
     ],
     AdapterPenaltyCallback: [
         ({"rule": "sculpt"}, "`rule` must be one of 'lorasculpt', 'alignguard', 'coto'"),
@@ -107,6 +112,7 @@ RUNS = {
 # callback, and what it says of each kind of run that it refuses
 REFUSALS = {
     "projection": (OrthogonalProjectionCallback(), {"deepspeed": "steps inside backward", "fsdp": "in pieces"}),
+    "prompt": (PromptProjectionCallback(), {"deepspeed": "steps inside backward", "fsdp": "in pieces"}),
     "budget": (ActivationBudgetCallback(2), {"data_parallel": "torchrun"}),
     "pruning": (
         ActivationBudgetCallback(2, prune_below=0.1),

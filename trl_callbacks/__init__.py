@@ -8,6 +8,7 @@ from .input_statistics import InputStatisticsCallback
 from .metrics import continual_metrics
 from .penalties import AdapterPenaltyCallback
 from .projection import OrthogonalProjectionCallback
+from .prompts import PromptProjectionCallback
 from .task_column import TaskColumnCallback
 
 
@@ -18,6 +19,7 @@ __all__ = [
     "InputStatisticsCallback",
     "LoriCalibrationCallback",
     "OrthogonalProjectionCallback",
+    "PromptProjectionCallback",
     "TaskColumnCallback",
     "continual_metrics",
     "drift",
