@@ -10,10 +10,12 @@ from trl_callbacks import (
     ActivationBudgetCallback,
     AdapterPenaltyCallback,
     DriftCallback,
+    GradientSurgeryCallback,
     InputStatisticsCallback,
     LoriCalibrationCallback,
     OrthogonalProjectionCallback,
     PromptProjectionCallback,
+    TaskColumnCallback,
 )
 from trl_callbacks.host import KINDS
 
@@ -53,6 +55,11 @@ WRONG = {
         *(({"rule": "alignguard", name: -1}, f"`{name}`") for name in ("directions", "tokens", "task", "collision")),
         *(({"rule": "coto", name: -1}, f"`{name}`") for name in ("until", "start")),
     ],
+    GradientSurgeryCallback: [
+        ({"rule": "sum"}, "`rule` must be 'pcgrad', 'cagrad' or 'mgda'"),
+        *(({name: -1}, f"`{name}` must be") for name in ("column", "seed", "c")),
+    ],
+    TaskColumnCallback: [({"column": ""}, "`column` must be")],
     LoriCalibrationCallback: [({"sparsity": 1.0}, "`sparsity`"), ({"calibration_steps": 0}, "`calibration_steps`")],
     InputStatisticsCallback: [({name: 0}, f"`{name}` must be") for name in ("directions", "prompts")]
     + [({"last": 2}, "`last` must be")],
@@ -123,6 +130,10 @@ REFUSALS = {
         {"deepspeed": "buffers of its own", "fsdp": "in pieces", "best_model": "before they were made sparse"},
     ),
     "dropping": (AdapterPenaltyCallback("coto"), {"deepspeed": "buffers of its own", "fsdp": "in pieces"}),
+    "surgery": (
+        GradientSurgeryCallback(),
+        {"deepspeed": "steps inside", "fsdp": "in pieces"} | dict.fromkeys(("processes", "data_parallel"), "averaged"),
+    ),
     "calibration": (
         LoriCalibrationCallback(),
         dict.fromkeys(("processes", "deepspeed", "fsdp"), "in a run of its own")

@@ -9,6 +9,7 @@ from .metrics import continual_metrics
 from .penalties import AdapterPenaltyCallback
 from .projection import OrthogonalProjectionCallback
 from .prompts import PromptProjectionCallback
+from .surgery import GradientSurgeryCallback
 from .task_column import TaskColumnCallback
 
 
@@ -16,6 +17,7 @@ __all__ = [
     "ActivationBudgetCallback",
     "AdapterPenaltyCallback",
     "DriftCallback",
+    "GradientSurgeryCallback",
     "InputStatisticsCallback",
     "LoriCalibrationCallback",
     "OrthogonalProjectionCallback",

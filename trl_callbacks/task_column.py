@@ -65,6 +65,7 @@ def carry_column(trainer: Any, column: str) -> None:
         ValueError: as `TaskColumnCallback`.
     """
     if isinstance(trainer.data_collator, WithTask):
+        check_field(column == trainer.data_collator.column, "column", column, "the same in all callbacks of a run")
         return
     args, data = trainer.args, trainer.train_dataset
     if getattr(args, "packing", False) or getattr(args, "padding_free", False):
