@@ -10,7 +10,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,6 +176,27 @@ def gradients(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]
         if name in offsets:
             buffer.copy_(offsets[name])
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def inputs_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """What goes into each module meanwhile, a tensor a forward."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].detach()))
+        for name, module in modules.items()
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Three rows of 11, 7 and 4 real tokens, padded on either side."""
+    ids = torch.randint(4, 24, (3, 11), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[1, 7:], mask[2, :7] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def jsonl(path: Path, *records) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import At, losses, quantized, randomize, ranks, sft, texts, tiny_llama, trl_trainer
+from helpers import At, adapted, losses, quantized, ranks, sft, texts, tiny_llama, trl_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -315,10 +315,7 @@ def test_prune_below_deletes_the_unused_at_the_end(llama_folder, tmp_path, capsy
 
 
 def test_frozen_tasks_keep_their_k_and_count_towards_the_budget(llama_folder, tmp_path):
-    model = get_peft_model(tiny_llama(), config(top_k=2))
-    randomize(model)
-    start_task(model, "b")
-    randomize(model, seed=5)
+    model = adapted(config, top_k=2, tasks=2)
     run = trainer(llama_folder, tmp_path, ActivationBudgetCallback(4.5, start=8, until=0.5), model=model)
     run.train()
     layers = routed_layers(run.model).values()

@@ -13,8 +13,6 @@ import pytest
 import torch
 from helpers import LORA, METHODS, adapted, ranks, reopened, tiny_llama
 from peft import PeftModel, get_peft_model
-from peft.helpers import rescale_adapter_scale
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -216,19 +214,6 @@ def test_a_plain_state_dict_brings_all_that_the_output_depends_on(make_config, i
     assert torch.equal(target(inputs).logits, source(inputs).logits)
 
 
-def test_hotswap_is_refused_by_name(family, tmp_path):
-    model = adapted(family)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"Hotswapping only supports LORA but {METHODS[family].title} was passed"):
-        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
-    with pytest.raises(ValueError, match="No adapter layers found"):
-        prepare_model_for_compiled_hotswap(model)
-    # docs/compatibility.md says to do this instead
-    model.delete_adapter("default")
-    model.load_adapter(str(tmp_path), "default")
-    model.set_adapter("default")
-
-
 def test_the_model_card_says_how_to_load_the_adapter(family, tmp_path, llama_folder):
     model = adapted(family, AutoModelForCausalLM.from_pretrained(llama_folder))
     (tmp_path / "README.md").write_text("---\nmeta: hello\n---\nWhat I wrote.\n")
@@ -267,16 +252,6 @@ def test_layer_and_model_status(family, capsys):
     assert types == [f"{family}.{type(first_layer(model)).__name__}"] * 4
     model.print_trainable_parameters()
     assert f"trainable params: {status.trainable_params:,}" in capsys.readouterr().out
-
-
-def test_mixed_models_and_scale_helpers_are_refused(family):
-    with pytest.raises(ValueError, match=f"'{METHODS[family].title}' is not compatible with the `PeftMixedModel`"):
-        get_peft_model(tiny_llama(), METHODS[family](target_modules=LAYERS), mixed=True)
-    with (
-        pytest.raises(ValueError, match="scaling is only supported for models with `LoraLayer`s"),
-        rescale_adapter_scale(adapted(family), 0.5),
-    ):
-        pass
 
 
 # Graphs

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import LORA, adapted, quantized, sft
+from helpers import LORA, adapted, padded, quantized, sft
 from peft import get_peft_model
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -17,18 +17,10 @@ from trl_callbacks.general_text import read
 TEXT = ["the cat sat on the mat", "a dog ran under the log", "north south east west yes no"]
 
 
-def batch(rows=5, length=9):
-    ids = torch.randint(4, 24, (rows, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0  # padding on the right, and on the left
-    mask[3, :4] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 @pytest.mark.parametrize("config", ["mora-dense", "mora", LORA])
 def test_drift_is_perplexity_and_kl_of_real_next_tokens(config):
     model = adapted(config)
-    given = batch()
+    given = padded()
     wanted = (given["attention_mask"][:, 1:] * given["attention_mask"][:, :-1]).bool()
     with torch.no_grad():
         new = model(**given).logits[:, :-1][wanted].double().log_softmax(-1)
@@ -51,11 +43,11 @@ def test_an_adapter_that_is_far_off_is_measured_and_one_of_nan_has_drifted_by_na
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.mul_(1e3)
-    found = drift(model, [batch()])
+    found = drift(model, [padded()])
     assert found["perplexity"] == math.inf and 709 < found["kl"] < math.inf
     model = adapted("mora-dense")
     next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
-    found = drift(model, [batch()])
+    found = drift(model, [padded()])
     assert math.isnan(found["kl"]) and math.isnan(found["perplexity"]) and math.isfinite(found["base_perplexity"])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import tiny_llama, tiny_t5
+from helpers import inputs_of, tiny_llama, tiny_t5
 from peft import get_peft_model
 
 from peft_mora import MoraConfig
@@ -23,18 +23,11 @@ def padded_batch() -> dict[str, torch.Tensor]:
 
 def seen_inputs(model, layers, batches) -> dict[str, torch.Tensor]:
     """Every real token's input of every module, by the plainest of means."""
-    seen: dict[str, list] = {name: [] for name in layers}
-    handles = [
-        m.register_forward_pre_hook(lambda _, args, n=n: seen[n].append(args[0].detach().double()))
-        for n, m in layers.items()
-    ]
-    model.eval()
-    for batch in batches:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    for handle in handles:
-        handle.remove()
+    with inputs_of(layers) as seen:
+        for batch in batches:
+            model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     masks = torch.cat([b["attention_mask"].reshape(-1) for b in batches]).bool()
-    return {n: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs])[masks] for n, xs in seen.items()}
+    return {n: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]).double()[masks] for n, xs in seen.items()}
 
 
 @pytest.mark.parametrize("budget_gib", [4.0, 1e-6], ids=["one pass", "a pass for each input"])

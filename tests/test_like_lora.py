@@ -127,7 +127,7 @@ def test_any_adapter_name_is_kept(make_config, tmp_path, name):
     assert torch.equal(reopened(model, tmp_path, mlp(), name, adapter_name="default")(X), model(X))
 
 
-def test_deleting_the_active_adapter_falls_back_and_leaves_nothing(make_config):
+def test_deleting_the_active_adapter_falls_back_and_leaves_nothing_and_the_name_is_free_again(make_config, tmp_path):
     model = two_adapters(make_config, ["lin0", "lin1"])
     model.set_adapter("other")
     with warnings.catch_warnings():
@@ -138,9 +138,13 @@ def test_deleting_the_active_adapter_falls_back_and_leaves_nothing(make_config):
         if isinstance(layer, BaseTunerLayer):
             for attribute in layer.adapter_layer_names + layer.other_param_names:
                 assert "other" not in getattr(layer, attribute), attribute
-    model(X)
+    want = model(X)
+    model.save_pretrained(tmp_path)
     model.delete_adapter("default")
     assert model.active_adapters == [] and torch.equal(model.base_model(X), mlp()(X))
+    model.load_adapter(str(tmp_path), "default")
+    model.set_adapter("default")
+    assert torch.equal(model(X), want)
 
 
 @MERGING

@@ -3,20 +3,20 @@
 import json
 import os
 import re
+import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, STATIC, adapted, csv_rows, jsonl, load_recipe, quantized, randomize, tiny_gpt2, tiny_llama
-from peft import PeftModel, get_peft_model
+from helpers import METHODS, STATIC, adapted, csv_rows, inputs_of, jsonl, load_recipe, quantized, tiny_gpt2, tiny_llama
+from peft import PeftModel
 from safetensors.torch import load_file
 from shared.tasks import find_task
 from transformers import AutoTokenizer
 
-from peft_mora import start_task
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
+from peft_mora.lora_file import read_lora
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -34,11 +34,13 @@ def assert_same(lora: PeftModel, model: PeftModel, inputs: torch.Tensor) -> None
 @pytest.mark.parametrize("method", STATIC)
 def test_an_exact_lora_opened_by_plain_peft_gives_the_same_logits(method, inputs, tmp_path):
     patterns = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"down_proj": 5}}
-    model = adapted(method, tiny_llama(), **patterns)
-    if method == "mora-dense":
-        start_task(model, "second")
-        randomize(model, seed=5)
-    config = save_lora(model, exact_lora(model), tmp_path / "lora")
+    model = adapted(method, tasks=2 if method == "mora-dense" else 1, **patterns)
+    loras = exact_lora(model)
+    config = save_lora(model, loras, tmp_path / "lora")
+    if method in ("mora-dense", "lori"):  # the adapter's own file is read as its layers compute
+        model.save_pretrained(tmp_path / "adapter")
+        torch.testing.assert_close(read_lora(tmp_path / "adapter").loras, loras, rtol=0, atol=0)
+        shutil.rmtree(tmp_path / "adapter")
     assert_same(PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora"), model, inputs)
     written = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert written["peft_type"] == "LORA" and written["r"] == written["lora_alpha"] == config.r
@@ -86,22 +88,13 @@ def padded(seed: int, rows: int = 24, columns: int = 12) -> list[dict[str, torch
 def output_errors(model: PeftModel, lora: PeftModel, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """The same figures by another way: layer outputs less the base's, of both models, on the first one's inputs."""
     sums: dict = {}
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
     for batch in batches:
-        inputs: dict = {}
-        layers = [name for name, m in model.named_modules() if hasattr(m, "base_layer")]
-
-        def keep(module, args, name, inputs=inputs):
-            inputs[name] = args[0]
-
-        hooks = [model.get_submodule(n).register_forward_pre_hook(partial(keep, name=n)) for n in layers]
-        with torch.no_grad():
+        with inputs_of(layers) as inputs, torch.no_grad():
             model(**batch)
-        for hook in hooks:
-            hook.remove()
         real = batch["attention_mask"].bool()
-        for name in layers:
-            x = inputs[name][real].float()
-            layer, other = model.get_submodule(name), lora.get_submodule(name)
+        for name, layer in layers.items():
+            x, other = inputs[name][0][real].float(), lora.get_submodule(name)
             base = layer.base_layer(x).float()
             y = layer(x).float() - base
             old = sums.get(name, (0, 0))
@@ -169,11 +162,7 @@ def test_fitting_in_several_passes_gives_the_same_loras():
 
 def test_a_routed_adapter_with_nothing_to_choose_is_fitted_exactly():
     """FLYLORA with top_k = r is linear: regression has to find ΔW itself."""
-    from peft_mora import FlyLoraConfig
-
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), FlyLoraConfig(r=4, top_k=4, target_modules="all-linear"))
-    randomize(model)
+    model = adapted("flylora", top_k=4, alpha=4)
     loras = fit_lora(model, padded(0, rows=64), ridge=1e-12)
     assert effect_error(model, loras, padded(1)).error < 1e-4
 

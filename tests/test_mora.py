@@ -1,5 +1,7 @@
 """What only MORA does: the layer against a float64 reference, growth, and the three routings."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from helpers import adapted, randomize, reopened, tiny_llama
@@ -10,21 +12,15 @@ from peft_mora import MoraConfig, MoraLinear, start_task
 from peft_mora.routing import softmax_gate
 
 
-class Net(nn.Module):
+def net() -> nn.Module:
     """One linear module with odd sizes."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.lin = nn.Linear(13, 9).double()
-
-    def forward(self, x):
-        return self.lin(x)
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(lin=nn.Linear(13, 9).double()))
 
 
 def grown(routing: str, tasks: int = 3, **kwargs) -> nn.Module:
-    """A `Net` with `tasks` blocks of four experts, all of them trained (random)."""
-    return adapted(MoraConfig, Net(), tasks=tasks, r=4, alpha=6, target_modules=["lin"], routing=routing, **kwargs)
+    """A `net` with `tasks` blocks of four experts, all of them trained (random)."""
+    return adapted(MoraConfig, net(), tasks=tasks, r=4, alpha=6, target_modules=["lin"], routing=routing, **kwargs)
 
 
 def reference(layer: MoraLinear, x, training: bool):
@@ -114,7 +110,7 @@ def test_start_task_says_what_it_did_and_refuses_what_would_be_wrong():
     with pytest.raises(ValueError, match="`name` must be a non-empty string"):
         start_task(model, "")
     with pytest.raises(ValueError, match="no MORA adapter at all"):
-        start_task(get_peft_model(Net(), LoraConfig(target_modules=["lin"])), "x")
+        start_task(get_peft_model(net(), LoraConfig(target_modules=["lin"])), "x")
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         start_task(model, "third")
@@ -135,7 +131,7 @@ def test_start_task_says_what_it_did_and_refuses_what_would_be_wrong():
 )
 def test_every_field_of_the_rule_has_an_effect(change):
     def output(**kwargs):
-        model = adapted(MoraConfig, Net(), **{"r": 4, "target_modules": ["lin"], **kwargs})
+        model = adapted(MoraConfig, net(), **{"r": 4, "target_modules": ["lin"], **kwargs})
         return model(torch.linspace(-1, 1, 26, dtype=torch.float64).reshape(2, 13))
 
     assert not torch.allclose(output(), output(**change))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import At, losses, quantized, ranks, texts, tiny_llama
+from helpers import At, inputs_of, losses, quantized, ranks, texts, tiny_llama
 from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_linalg import covariance
@@ -359,14 +359,10 @@ def test_start_from_inputs_sees_more_of_the_new_task(second, llama_folder):
         model, trainer, _ = second(start=start, callbacks=[began], output=start, options={"max_steps": 1})
         trainer.train()
         tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-        layer = model.get_base_model().model.layers[1].mlp.gate_proj
-        inputs: list[torch.Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].detach()))
-        with torch.no_grad():
+        with inputs_of({"gate": model.get_base_model().model.layers[1].mlp.gate_proj}) as inputs, torch.no_grad():
             model(**tokenizer(list(texts()["text"]), return_tensors="pt"))
-        handle.remove()
         A = began.A["model.layers.1.mlp.gate_proj"]
-        seen[start] = (inputs[0].float() @ A.T).norm().item() / A.norm().item()
+        seen[start] = (inputs["gate"][0].float() @ A.T).norm().item() / A.norm().item()
     assert seen["inputs"] > 1.5 * seen["random"]
     assert seen["contrast"] > 1.2 * seen["random"]
 
@@ -571,15 +567,11 @@ def test_a_task_that_adapts_fewer_modules_is_remembered_in_all(llama_folder, tmp
     trainer.train()
     one, two = (Subspace.load(tmp_path / name / "subspace") for name in ("one", "two"))
     assert one.groups == two.groups and set(two.weights.values()) == {2}
-    layer = model.get_base_model().model.layers[1].mlp.down_proj
-    rows: list[torch.Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
-    model.eval()
-    with torch.no_grad():
-        for batch in trainer.get_train_dataloader():
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            rows[-1] = rows[-1][batch["attention_mask"].bool()]
-    handle.remove()
+    batches = list(trainer.get_train_dataloader())
+    with inputs_of({"down": model.get_base_model().model.layers[1].mlp.down_proj}) as inputs, torch.no_grad():
+        for batch in batches:
+            model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    rows = [x[batch["attention_mask"].bool()] for x, batch in zip(inputs["down"], batches, strict=True)]
     x, V = torch.cat(rows), two.right["model.layers.1.mlp.down_proj"]
     assert (x @ V).square().sum() >= 0.9 * (1 - 1e-5) * x.square().sum()
     one.source = "gradients"

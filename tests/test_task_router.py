@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import LORA, METHODS, adapted, randomize, tiny_gpt2, tiny_llama
+from helpers import LORA, METHODS, adapted, randomize, tiny_gpt2, tiny_llama, tiny_t5
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from peft_mora import TaskRouter, start_task
 from peft_mora.task_features import HiddenStates, real_tokens
@@ -298,11 +298,7 @@ def test_top2_weighs_the_two_likeliest_adapters_updates():
 @torch.no_grad()
 def test_the_first_layers_run_once_where_they_have_no_adapter():
     for layers, runs in (([1], 1), ([0, 1], 2)):
-        model = (
-            two_adapters(layers_to_transform=layers, target_modules=["q_proj", "v_proj"])
-            if layers == [1]
-            else two_adapters()
-        )
+        model = two_adapters(layers_to_transform=layers, target_modules=["q_proj", "v_proj"])
         router = fitted(model)
         want = told(model, ["default"] * 3 + ["b"] * 3 + ["__base__"] * 2)
         router.attach()
@@ -359,9 +355,7 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
     if case != "lori-sparse":  # transformers' own loader knows no packed weights
         opened["transformers"] = AutoModelForCausalLM.from_pretrained(tmp_path / "routed", dtype=torch.float32)
     for name, other in opened.items():
-        torch.testing.assert_close(
-            other(TEST).logits, want, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close({name: other(TEST).logits}, {name: want}, rtol=1e-5, atol=1e-5)
         assert TaskRouter.of(other).last == tasks
         got = other.generate(input_ids=TEST, attention_mask=MASK, max_new_tokens=3, do_sample=False)
         assert torch.equal(got, answers)
@@ -391,19 +385,13 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
 
 def test_mistakes_are_refused_by_name():
     model = two_adapters()
-    router = fitted(model)
+    router, five = fitted(model), torch.zeros(3, 5)
     for wrong, match in (
         (lambda: router.add_task("b", ["5 6"]), "has a task 'b' already"),
         (lambda: router.add_task("c", []), "no prompts"),
         (lambda: router.add_task("c", ["5 6", " "]), "Prompt 1 is empty"),
-        (
-            lambda: router.add_task("c", torch.zeros(3, 5)),
-            "of task 'c' have 5 dimensions, those of the router's tasks 64",
-        ),
-        (
-            lambda: router.route(torch.zeros(3, 5)),
-            "of these prompts have 5 dimensions, those of the router's tasks 64",
-        ),
+        (lambda: router.add_task("c", five), "of task 'c' have 5 dimensions, those of the router's tasks 64"),
+        (lambda: router.route(five), "of these prompts have 5 dimensions, those of the router's tasks 64"),
         (lambda: router.add_task("c", "5 6"), "a list of prompts"),
         (lambda: router.add_task("c", torch.full((3, 64), float("nan"))), "finite features"),
         (lambda: router.remove_task("c"), "no task 'c'"),
@@ -423,9 +411,8 @@ def test_mistakes_are_refused_by_name():
             wrong()
         assert match in str(error.value)
     assert router.tasks == ["b", "default"] and "generate" not in vars(model.get_base_model())
-    t5 = T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=64, decoder_start_token_id=0)
     with pytest.raises(ValueError, match="an encoder and a decoder"):
-        HiddenStates(T5ForConditionalGeneration(t5), [1])
+        HiddenStates(tiny_t5(), [1])
     ia3 = get_peft_model(tiny_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="take no adapter for each row"):
         fitted(ia3, "a", "b").attach(adapters={"a": "default", "b": "default"})

@@ -6,7 +6,7 @@ import json
 import helpers
 import pytest
 import torch
-from helpers import gradients, randomize, reopened, tiny_llama
+from helpers import gradients, inputs_of, padded, randomize, reopened, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -35,15 +35,6 @@ ROUTED = {
 
 def adapted(kind: str = "mora", tasks: int = 1, base=None, **kwargs) -> PeftModel:
     return helpers.adapted(ROUTED[kind], base, tasks=tasks, **kwargs).train()
-
-
-def padded() -> dict[str, torch.Tensor]:
-    """Three rows of 11, 7 and 4 real tokens, padded on either side."""
-    ids = torch.randint(4, 24, (3, 11), generator=torch.Generator().manual_seed(7))
-    mask = torch.ones(3, 11, dtype=torch.long)
-    mask[1, 7:] = 0
-    mask[2, :7] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def count(model: PeftModel, *args, **kwargs) -> dict[str, torch.Tensor]:
@@ -87,20 +78,13 @@ def chosen_by_hand(layer: RoutedLinear, x: torch.Tensor) -> torch.Tensor:
 def test_usage_is_the_share_of_real_tokens_that_wake_an_expert(kind, tasks, training):
     model = adapted(kind, tasks).train(training)
     batch, layers = padded(), routed_layers(model)
-    inputs: dict[str, torch.Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, args, name=name: inputs.__setitem__(name, args[0].detach()))
-        for name, layer in layers.items()
-    ]
-    with record_usage(model):
+    with record_usage(model), inputs_of(layers) as inputs:
         model(**batch)
-    for hook in hooks:
-        hook.remove()
     usage = expert_usage(model)
     assert set(usage) == set(layers) and len(usage) == 14
     real = batch["attention_mask"].bool()
     for name, layer in layers.items():
-        want = chosen_by_hand(layer, inputs[name][real]).float().mean(0)
+        want = chosen_by_hand(layer, inputs[name][0][real]).float().mean(0)
         assert usage[name].shape == (4 * tasks,) and usage[name].dtype == torch.float32
         torch.testing.assert_close(usage[name], want, rtol=0, atol=1e-6)
 
