@@ -126,25 +126,15 @@ def test_a_second_task_stays_out_of_what_the_first_and_general_text_need(routing
     config = MoraConfig(r=4, routing=routing, target_modules="all-linear")
     callback = OrthogonalProjectionCallback(protect=TEXT, energy=0.8)
     torch.manual_seed(0)
-    first = sft(
-        quantized(llama_folder, device=CARD),
-        llama_folder,
-        tmp_path / "one",
-        config,
-        [callback],
-        **ON_CARD,
-        optim=optim,
-    )
+    options = {**ON_CARD, "optim": optim}
+    first = sft(quantized(llama_folder, device=CARD), llama_folder, tmp_path / "one", config, [callback], **options)
     first.train()
     first.save_model()
     model = PeftModel.from_pretrained(quantized(llama_folder, device=CARD), tmp_path / "one", is_trainable=True)
     start_task(model, "two")
     memory = tmp_path / "one" / "subspace"
-    drift = DriftCallback(TEXT, interval=3, tokens=64)
-    second = sft(
-        model, llama_folder, tmp_path / "two", None, [OrthogonalProjectionCallback(memory), drift], **ON_CARD,
-        optim=optim,
-    )  # fmt: skip
+    callbacks = [OrthogonalProjectionCallback(memory), DriftCallback(TEXT, interval=3, tokens=64)]
+    second = sft(model, llama_folder, tmp_path / "two", None, callbacks, **options)
     second.train()
     subspace = Subspace.load(memory)
     for name, pair in trainable_factors(model, None)[1].items():
@@ -159,10 +149,8 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(make_config, llama_folde
     def run(resume=None):
         torch.manual_seed(0)
         options = {**ON_CARD, "save_strategy": "steps", "save_steps": 3}
-        trainer = sft(
-            quantized(llama_folder, device=CARD), llama_folder, tmp_path, make_config(target_modules="all-linear"),
-            **options,
-        )  # fmt: skip
+        base, config = quantized(llama_folder, device=CARD), make_config(target_modules="all-linear")
+        trainer = sft(base, llama_folder, tmp_path, config, **options)
         trainer.train(resume_from_checkpoint=resume)
         return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -174,11 +162,8 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(make_config, llama_folde
 
 @pytest.mark.parametrize("config", [MoraConfig, FlyLoraConfig])
 def test_a_budget_is_annealed_and_what_acts_is_counted(config, llama_folder, tmp_path, inputs):
-    fields = {"r": 6, "top_k": 6, "target_modules": "all-linear"}
-    trainer = sft(
-        quantized(llama_folder, device=CARD), llama_folder, tmp_path, config(**fields),
-        [ActivationBudgetCallback(target=2)], **ON_CARD,
-    )  # fmt: skip
+    base, config = quantized(llama_folder, device=CARD), config(r=6, top_k=6, target_modules="all-linear")
+    trainer = sft(base, llama_folder, tmp_path, config, [ActivationBudgetCallback(target=2)], **ON_CARD)
     trainer.train()
     with record_usage(trainer.model):
         trainer.model(inputs.to(CARD))

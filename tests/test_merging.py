@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, quantized, randomize, tiny_llama
+from helpers import METHODS, adapted, quantized, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,13 +135,13 @@ def test_an_energy_takes_the_smallest_one_rank_that_keeps_it(three):
     assert share[rank - 1] >= 0.8 > share[rank - 2]
 
 
+def two_linear() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(10, 9, bias=False), torch.nn.Linear(9, 7, bias=False))
+
+
 def test_merged_adapters_are_the_sum_of_their_functions_in_plain_peft(inputs, tmp_path):
     """LoRAs with rslora, patterns and other targets; LORI and MORA "dense": outputs add up on a linear model."""
-
-    def base():
-        torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(10, 9, bias=False), torch.nn.Linear(9, 7, bias=False))
-
     configs = [
         LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["0"]),
         LoraConfig(r=4, rank_pattern={"0": 2}, alpha_pattern={"0": 9}, target_modules=["0", "1"]),
@@ -151,14 +151,14 @@ def test_merged_adapters_are_the_sum_of_their_functions_in_plain_peft(inputs, tm
     folders, x, outputs = [], torch.randn(5, 10), []
     weights = [1.0, -0.5, 0.25, 2.0]
     for i, config in enumerate(configs):
-        model = get_peft_model(base(), config)
+        model = get_peft_model(two_linear(), config)
         randomize(model, seed=i)
         model.save_pretrained(tmp_path / str(i))
         folders.append(tmp_path / str(i))
         layer = model.base_model.model[0]
         outputs.append((layer(x) - layer.base_layer(x)).detach())
     merge_adapters(folders, "sum", weights=weights, output=tmp_path / "merged")
-    layer = PeftModel.from_pretrained(base(), tmp_path / "merged").base_model.model[0]
+    layer = PeftModel.from_pretrained(two_linear(), tmp_path / "merged").base_model.model[0]
     want = sum(w * y for w, y in zip(weights, outputs, strict=True))
     torch.testing.assert_close(layer(x) - layer.base_layer(x), want, rtol=1e-4, atol=1e-4)
 
@@ -503,10 +503,8 @@ def test_rules_that_peft_has_too_give_what_its_classes_give(tmp_path):
     """`add_weighted_adapter` on a model whose adapters have one rank and scale 1, where PEFT's own are right."""
 
     def model() -> PeftModel:
-        torch.manual_seed(0)
-        base = torch.nn.Sequential(torch.nn.Linear(10, 9, bias=False), torch.nn.Linear(9, 7, bias=False))
         config = LoraConfig(r=3, lora_alpha=3, target_modules=["0", "1"])
-        model = get_peft_model(base, config, adapter_name="first")
+        model = get_peft_model(two_linear(), config, adapter_name="first")
         model.add_adapter("second", config)
         for seed, name in enumerate(("first", "second")):
             model.set_adapter(name)
@@ -813,12 +811,9 @@ def over_nf4(llama_folder, tmp_path) -> tuple[Path, Path]:
     """A base that is saved in NF4, and an adapter trained on it."""
     for part in (quantized(llama_folder), AutoTokenizer.from_pretrained(llama_folder)):
         part.save_pretrained(tmp_path / "nf4")
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4"),
-        LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    )
-    randomize(model)
-    model.save_pretrained(tmp_path / "adapter")
+    fields = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    adapted(LoraConfig, base, **fields).save_pretrained(tmp_path / "adapter")
     return tmp_path / "nf4", tmp_path / "adapter"
 
 

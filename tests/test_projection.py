@@ -686,14 +686,11 @@ def test_a_model_of_pictures_keeps_its_first_task(start, tmp_path):
     assert len(leakage) == 3 and 0 < max(leakage) <= 1e-5
 
 
-def test_other_trainable_weights_are_refused(second):
+def test_other_weights_and_a_second_adapter_in_training_are_refused(first_task, second, llama_folder, tmp_path):
     model, trainer, _ = second()
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="more parameters are trainable"):
         trainer.train()
-
-
-def test_two_adapters_in_training_are_refused(first_task, llama_folder, tmp_path):
     model = second_task("lora", first_task, llama_folder)
     model.set_requires_grad("one", requires_grad=True)
     with pytest.raises(ValueError, match="Several adapters are in training"):

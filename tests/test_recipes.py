@@ -11,19 +11,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from helpers import (
-    LORA,
-    METHODS,
-    RECIPES,
-    adapted,
-    csv_rows,
-    jsonl,
-    load_recipe,
-    lora_config,
-    quantized,
-    randomize,
-    write_task,
-)
+from helpers import LORA, METHODS, RECIPES, adapted, csv_rows, jsonl, load_recipe, quantized, randomize, write_task
 from peft import PeftConfig
 from shared import base_model, scores
 from shared.embedded_tasks import make_task
@@ -244,7 +232,7 @@ def test_score_asks_with_the_chat_template_of_the_adapter(
     score, run_recipe, llama_folder, task, tmp_path, monkeypatch
 ):
     adapter = tmp_path / "adapter"
-    adapted(lora_config, quantized(llama_folder)).save_pretrained(adapter)
+    adapted(LORA, quantized(llama_folder)).save_pretrained(adapter)
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     tokenizer.chat_template = "{% for m in messages %}big {{ m['content'] }} small {% endfor %}"
     tokenizer.save_pretrained(adapter)
@@ -304,7 +292,7 @@ def test_demo_protects_general_text_where_the_method_allows_it_and_says_what_was
 
 def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, tmp_path):
     """A folder's name says method and task, and not which base it was trained on."""
-    model = adapted(lora_config, quantized(llama_folder))
+    model = adapted(LORA, quantized(llama_folder))
     model.peft_config["default"].base_model_name_or_path = "another/base"
     model.save_pretrained(tmp_path / "seed-0" / "lora-colours")
     arguments = ["--model", llama_folder, "--data", task, "--tasks", "colours", "--methods", "lora"]
@@ -318,7 +306,7 @@ def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_fol
         records = [{"prompt": f"{words[i % 2]} {'the ' * (1 + i % 5)} Answer:", "answer": "yes"} for i in range(10)]
         for split in ("train", "test"):
             jsonl(tmp_path / "data" / name / f"{split}.jsonl", *records)
-        model = adapted(lora_config, quantized(llama_folder), task_type="CAUSAL_LM")
+        model = adapted(LORA, quantized(llama_folder), task_type="CAUSAL_LM")
         randomize(model, seed=seed)
         model.save_pretrained(tmp_path / "adapters" / f"lora-{name}")
     pages = jsonl(tmp_path / "pages.jsonl", {"page": "a big red log sat under the small blue mat"})
@@ -337,7 +325,7 @@ def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_fol
 
 
 def test_export_says_that_a_plain_lora_is_one_already(run_recipe, llama_folder, tmp_path):
-    adapted(lora_config, quantized(llama_folder)).save_pretrained(tmp_path / "lora")
+    adapted(LORA, quantized(llama_folder)).save_pretrained(tmp_path / "lora")
     with pytest.raises(SystemExit, match="lora is LORA, a plain LoRA already: serve it as it is"):
         run_recipe("export", tmp_path / "lora", "--output", tmp_path / "out")
 
