@@ -307,7 +307,7 @@ class MtlLoraModel(AdapterModel):
         task = kwargs.pop("task", None)
         base: Any = self.model
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            if task is None or not hasattr(base, "generate"):
+            if task is None or not hasattr(base, "generate") or torch.compiler.is_compiling():
                 yield
                 return
             own, generate = vars(base).get("generate"), base.generate

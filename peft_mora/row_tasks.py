@@ -53,11 +53,12 @@ class Rows:
             self.found[key] = places[0] if one else torch.tensor(places, device=device)
         return self.found[key]
 
-    def check(self, shape: Sequence[int]) -> None:
+    def check(self, shape: Sequence[int], what: str = "an input of a layer") -> None:
         """Refuse a layer's input whose tokens cannot be told apart by the rows' tasks, which are of several.
 
         Args:
             shape: the input's without its last axis: (B, S, ..), or (B·S,).
+            what: it is, for the error.
 
         Raises:
             ValueError: the first axis is neither the batch's rows nor all of its tokens.
@@ -70,10 +71,10 @@ class Rows:
             fits = len(shape) == 1 and shape[0] in self.lengths and shape[0] % rows == 0
         if not fits:
             raise ValueError(
-                f"`task` names the tasks of {rows} rows, and a layer's inputs have shape {tuple(shape)} before the "
-                "last axis, which are not those. Give one task for each row of the batch; leave modules that see "
-                "other rows (experts of a mixture, vision towers, poolers) out of `target_modules`, or put rows of "
-                "one task into a batch."
+                f"`task` names the tasks of {rows} rows, and {what} is of shape {tuple(shape)} before the features: "
+                "other rows than those. Give one task for each row of the batch; leave modules that see other rows "
+                "(experts of a mixture, vision towers, poolers) out of `target_modules`, or put rows of one task into "
+                "a batch."
             )
 
 
@@ -141,6 +142,8 @@ class RowTasks:
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
             names = self.resting.names if task is None else task
             self.rows = Rows(names, [t.shape[0] * t.shape[1] for t in inputs], repeated=task is None)
+            if isinstance(task, (list, tuple, Tensor)) and inputs:
+                self.rows.check(inputs[0].shape[:2], "the batch")
         return (args, {k: v for k, v in kwargs.items() if k != "task"}) if "task" in kwargs else None
 
     def _enter_stack(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

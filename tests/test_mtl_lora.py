@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import METHODS, WORDS, adapted, lora_config, losses, quantized, sft, tiny_llama, tiny_t5
 from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
-from test_mora import Net
+from test_mora import net
 
 from peft_mora import MtlLoraConfig, set_task
 from peft_mora.base import AdapterLinear
@@ -47,7 +47,7 @@ def reference(layer, x, tasks):
 @pytest.mark.parametrize("tasks", [TASKS, [1, 0, 1, 2], torch.tensor([1, 0, 1, 2]), "c"], ids=str)
 def test_a_mixed_batch_equals_the_reference_in_values_and_every_gradient(tasks, lean, monkeypatch):
     monkeypatch.setattr(AdapterLinear, "lean", lean)
-    model = adapted(partial(config, ups=2, temperature=0.3), Net(), target_modules=["lin"])
+    model = adapted(partial(config, ups=2, temperature=0.3), net(), target_modules=["lin"])
     layer = model.base_model.model.lin
     x = torch.randn(4, 5, 13, dtype=torch.float64, requires_grad=True)
     got, want = model(x, task=tasks), reference(layer, x, ["c"] * 4 if tasks == "c" else tasks)
@@ -92,12 +92,12 @@ def test_a_batch_is_refused_that_does_not_say_its_tasks_or_says_them_wrongly(row
     for wrong in ("d", 3, -1, True):
         with pytest.raises(ValueError, match=f"Task {wrong!r} is none of this adapter's: 'a', 'b' and 'c'"):
             model(rows, task=["a", wrong, "a", "b"])
-    for few in (TASKS[:2], TASKS[:3]):
-        with pytest.raises(ValueError, match=f"tasks of {len(few)} rows.*one task for each row"):
+    for few in (["a", "a"], TASKS[:3]):
+        with pytest.raises(ValueError, match=f"tasks of {len(few)} rows.*the batch is of shape.*one task for each"):
             model(rows, task=few)
     with pytest.raises(ValueError, match="'adapter/task'"):
         model(rows, task=TASKS, adapter_names=["default"] * 4)
-    flat = adapted(config, Net(), target_modules=["lin"]).base_model
+    flat = adapted(config, net(), target_modules=["lin"]).base_model
     x = torch.randn(12, 13, dtype=torch.float64)
     with pytest.raises(ValueError, match="experts of a mixture"):
         flat(x, task=["a", "b"])
@@ -189,7 +189,7 @@ def test_it_merges_converts_and_exports_for_one_task_alone(rows, tmp_path):
 )
 def test_every_field_of_the_rule_has_an_effect(change):
     def output(**fields):
-        model = adapted(partial(config, **{"default_task": "b", **fields}), Net(), target_modules=["lin"])
+        model = adapted(partial(config, **{"default_task": "b", **fields}), net(), target_modules=["lin"])
         return model(torch.linspace(-1, 1, 26, dtype=torch.float64).reshape(2, 13))
 
     assert not torch.allclose(output(), output(**change))

@@ -202,6 +202,7 @@ CASES = {
     "mora task": (bank, ["default/initial", "default/task1"]),
     "mora bank": (lambda: bank("bank"), ["default/initial", "default/task1"]),
     "mora dense": (lambda: bank("dense"), ["default/initial", "default/task1"]),
+    "mtllora": (lambda: adapted("mtllora", task_type="CAUSAL_LM"), ["default/a", "default/b"]),
     "gpt2": (lambda: two_adapters(base=tiny_gpt2()), ["default", "b"]),
 }
 
