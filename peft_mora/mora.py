@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .base import REFERENCE, AdapterModel, Trained, adapter_layers, set_config
 from .checks import check_field, is_int, is_names, is_number
+from .inputs import unmoved
 from .lean import NO_GATE, Gate, Parts, Wanted, Weight, index_dtype
 from .routed import Counter, RoutedConfig, RoutedLinear, module_top_k, record_routing
 from .routing import gated_softmax, gated_softmax_backward, softmax_gate
@@ -365,6 +366,21 @@ class MoraLinear(RoutedLinear):
         self.usage.pop(adapter_name, None)  # counts of other experts
         for fresh in (self.mora_A[adapter_name], self.mora_B[adapter_name]):
             fresh.to(old.device, old.dtype).requires_grad_(adapter_name in self.active_adapters)
+
+    @torch.no_grad()
+    def widen(self, adapter_name: str, rows: Tensor) -> None:
+        """Append experts to the block in training: `rows` (n, I) to A, zeros to B. r grows, and the scale stays."""
+        A, B = self.mora_A[adapter_name].weight.detach(), self.mora_B[adapter_name].weight.detach()
+        bank = self.mora_bank_A, self.mora_bank_B
+        frozen = [part[adapter_name] for part in bank if adapter_name in part]
+        *past, size = self.mora_sizes[adapter_name]
+        before, n = self.r[adapter_name], len(rows)
+        tensors = [torch.cat([A, rows]), torch.cat([B, B.new_zeros(len(B), n)], dim=1), *frozen]
+        with unmoved():  # `put` initialises what it then replaces
+            self.put(adapter_name, [*past, size + n], tensors)
+        self.r[adapter_name] = max(before, size + n)
+        if self.top_k(adapter_name) == before:
+            self.set_top_k(adapter_name, self.r[adapter_name])
 
     def without(self, adapter_name: str, stays: Tensor) -> tuple[list[int], list[Tensor]]:
         """The weights that `put` puts in place, computed without touching a thing.

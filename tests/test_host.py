@@ -15,6 +15,7 @@ from trl_callbacks import (
     LoriCalibrationCallback,
     OrthogonalProjectionCallback,
     PromptProjectionCallback,
+    RankGrowthCallback,
     TaskColumnCallback,
 )
 from trl_callbacks.host import KINDS
@@ -48,6 +49,10 @@ WRONG = {
     PromptProjectionCallback: [
         ({"memory": 3}, "`memory`"),
         *(({name: 0}, f"`{name}`") for name in ("energy", "max_rank", "calibration_batches", "pretrained")),
+    ],
+    partial(RankGrowthCallback, target=4): [
+        *(({name: 0}, f"`{name}`") for name in ("target", "interval", "until", "limit")),
+        ({"memory": 1}, "`memory`"),
     ],
     AdapterPenaltyCallback: [
         ({"rule": "sculpt"}, "`rule` must be one of 'lorasculpt', 'alignguard', 'coto'"),
@@ -133,6 +138,11 @@ REFUSALS = {
     "surgery": (
         GradientSurgeryCallback(),
         {"deepspeed": "steps inside", "fsdp": "in pieces"} | dict.fromkeys(("processes", "data_parallel"), "averaged"),
+    ),
+    "growth": (
+        RankGrowthCallback(4),
+        dict.fromkeys(("processes", "deepspeed", "fsdp"), "replaces parameters in the middle of a run")
+        | {"best_model": "with other ranks, which does not fit"},
     ),
     "calibration": (
         LoriCalibrationCallback(),

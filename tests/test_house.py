@@ -23,7 +23,7 @@ HOUSE = f"""
     trl_callbacks: constraint sources
     trl_callbacks: general_text
     trl_callbacks: drift
-    trl_callbacks: projection prompts surgery penalties budget calibration input_statistics
+    trl_callbacks: projection prompts surgery penalties growth budget calibration input_statistics
     trl_callbacks: __init__
     peft_mora_command: __init__
     peft_mora: __main__

@@ -4,6 +4,7 @@ from .budget import ActivationBudgetCallback
 from .calibration import LoriCalibrationCallback
 from .drift import DriftCallback, drift
 from .general_text import protect
+from .growth import RankGrowthCallback
 from .input_statistics import InputStatisticsCallback
 from .metrics import continual_metrics
 from .penalties import AdapterPenaltyCallback
@@ -22,6 +23,7 @@ __all__ = [
     "LoriCalibrationCallback",
     "OrthogonalProjectionCallback",
     "PromptProjectionCallback",
+    "RankGrowthCallback",
     "TaskColumnCallback",
     "continual_metrics",
     "drift",

@@ -100,6 +100,7 @@ class DriftCallback(HostCallback):
         check_field(is_int(tokens) and tokens >= 2, "tokens", tokens, "an integer >= 2")
         check_field(max_kl is None or (is_number(max_kl) and max_kl > 0), "max_kl", max_kl, "a number > 0, or None")
         self.source, self.interval, self.tokens, self.max_kl = source, interval, tokens, max_kl
+        self.holds_weights = max_kl is not None
         self.tokenizer = tokenizer
         self._batches: list[Batch] = []
         self._within: list[Tensor] = []  # the trainable weights at the last measurement within max_kl

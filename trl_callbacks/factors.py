@@ -90,6 +90,11 @@ def static_factors(model: Any, adapter_name: str | None, callback: str) -> tuple
                 f"Adapter {name!r} chooses its experts by the input (module {module!r}), so that its update is no "
                 f"B·A, which {callback} works on. Use MoraConfig(routing='dense'), or LoraConfig."
             )
+        if pair.through:
+            raise ValueError(
+                f"Adapter {name!r} trains more than an A and a B (module {module!r}), and {callback} works on B·A "
+                "alone. Use MoraConfig(routing='dense'), or LoraConfig."
+            )
     return name, found[name]
 
 

@@ -49,6 +49,7 @@ class HostCallback(TrainerCallback):
     """The base of our callbacks; each says what it refuses, logs and keeps."""
 
     sidecar: str  # the name of the file in a checkpoint's folder that has `kept`
+    holds_weights: bool = False  # whether it goes wrong where another callback replaces the adapter's parameters
 
     def refusals(self) -> dict[str, str]:
         """Kind of run (of `KINDS`) -> why it cannot be and what to do instead."""

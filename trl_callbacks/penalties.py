@@ -444,6 +444,8 @@ class AdapterPenaltyCallback(HostCallback):
         >>> SFTTrainer(..., peft_config=LoraConfig(r=16, target_modules="all-linear"), callbacks=[callback])
     """
 
+    holds_weights = True
+
     def __init__(self, rule: str, *, adapter_name: str | None = None, **options: Any) -> None:
         check_field(rule in RULES, "rule", rule, "one of " + ", ".join(map(repr, RULES)))
         self.rule = RULES[rule](**options)

@@ -90,6 +90,7 @@ class OrthogonalProjectionCallback(HostCallback):
     """
 
     sidecar = "orthogonal_projection.safetensors"
+    holds_weights = True
 
     def __init__(
         self,
