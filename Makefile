@@ -1,7 +1,9 @@
 # make demo   fine-tune a 4-bit SmolLM2 with MORA and show what it has learnt and what it has kept
 # make test   the default test suite: CPU, no network
 # make lint   ruff and mypy
+# make docs   the site, into site/; warnings are errors
 # make test-with WITH="peft==0.21.0"   the suite over other releases of the hosts, laid over .venv
+# make hosts WITH="peft==0.21.0"       which names that are used here those releases lack or have changed
 #
 # Everything goes into .venv. PYTHON=... chooses the interpreter; a torch that is already in .venv is kept if it fits.
 
@@ -10,7 +12,7 @@ JOBS ?= 2
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-with lint clean
+.PHONY: demo test test-with hosts lint docs clean .venv/with
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,10 +27,15 @@ demo: .venv/installed
 test: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-test-with: .venv/installed
+.venv/with: .venv/installed
 	rm -rf .venv/with
 	$(BIN)/pip install --quiet --no-deps --target .venv/with $(WITH)
+
+test-with: .venv/with
 	PYTHONPATH=$(CURDIR)/.venv/with HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+hosts: .venv/with
+	PYTHONPATH=$(CURDIR)/.venv/with $(BIN)/python tests/hosts.py --against tests/hosts.json
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -36,4 +43,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv out build dist site *.egg-info

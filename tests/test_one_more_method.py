@@ -1,7 +1,9 @@
-"""One more method is one file and one row: a small one, written here as a user would, has what the others have."""
+"""One more method is one file and one row: the one that CONTRIBUTING.md writes has what the others have."""
 
 import importlib.util
+import re
 import sys
+from pathlib import Path
 
 import peft.mapping as mapping
 import pytest
@@ -14,49 +16,8 @@ from peft_mora import registry
 from peft_mora.routed import routed_layers
 
 
-FILE = '''
-from dataclasses import dataclass
-
-from torch import nn
-
-from peft_mora.base import AdapterConfig, AdapterLinear, AdapterModel
-from peft_mora.lean import Parts, Weight
-
-
-@dataclass
-class DummyConfig(AdapterConfig):
-    method = "DUMMY"
-
-
-class DummyLinear(AdapterLinear):
-    prefix = "dummy_"
-    adapter_layer_names = ("dummy_A", "dummy_B")
-    other_param_names = ("module_names", "r", "scaling", "dropout")
-
-    def __init__(self, base_layer, **kwargs):
-        super().__init__(base_layer, **kwargs)
-        self.dummy_A, self.dummy_B = nn.ModuleDict(), nn.ModuleDict()
-
-    def create_weights(self, adapter_name, config, module_name, original):
-        r = self.r[adapter_name]
-        self.dummy_A[adapter_name] = self.new_linear(self.in_features, r, zero=False)
-        self.dummy_B[adapter_name] = self.new_linear(r, self.out_features, zero=config.init_weights)
-
-    def parts(self, adapter_name):
-        A, B = self.dummy_A[adapter_name].weight, self.dummy_B[adapter_name].weight
-        return Parts([Weight(A)], [Weight(B)])
-
-    def factors(self, adapter_name):
-        return self.dummy_A[adapter_name].weight.detach(), self.dummy_B[adapter_name].weight.detach()
-
-
-class DummyModel(AdapterModel):
-    prefix = "dummy_"
-    tuner_layer_cls = DummyLinear
-
-    def add_weighted_adapter(self, *args, **kwargs):
-        """So that messages can name it."""
-'''
+CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
+FILE = re.search(r"```python\n(.*?)```", CONTRIBUTING.read_text("utf-8"), re.DOTALL)[1]
 
 
 @pytest.fixture
