@@ -9,6 +9,7 @@ from . import registry
 
 try:
     from .flylora import FlyLoraConfig, FlyLoraLinear, FlyLoraModel
+    from .furina import FurinaConfig, FurinaLinear, FurinaModel
     from .lori import LoriConfig, LoriLinear, LoriModel
     from .mora import MoraConfig, MoraLinear, MoraModel, TaskSummary, start_task
     from .mtl_lora import MtlLoraConfig, MtlLoraLinear, MtlLoraModel, set_task
@@ -30,6 +31,7 @@ METHODS = {
         registry.Method(FlyLoraConfig, FlyLoraModel),
         registry.Method(MtlLoraConfig, MtlLoraModel),
         registry.Method(SMoraConfig, SMoraModel),
+        registry.Method(FurinaConfig, FurinaModel),
     )
 }
 for _method in METHODS.values():
@@ -43,6 +45,9 @@ __all__ = [
     "FlyLoraConfig",
     "FlyLoraLinear",
     "FlyLoraModel",
+    "FurinaConfig",
+    "FurinaLinear",
+    "FurinaModel",
     "LoriConfig",
     "LoriLinear",
     "LoriModel",

@@ -261,18 +261,18 @@ def _settle_all(layer: BalancedLinear, *_: Any) -> None:
         balance.settle(layer.offset[name], layer.balance_rate(name), layer.balanced_weight(name))
 
 
-class BalancedModel(AdapterModel):
-    """Lets its layers see the attention mask, so that padding does not count."""
+class MaskedModel(AdapterModel):
+    """Lets its layers see the attention mask (`latest_mask`), so that padding does not count."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
-        layers = [module for module in model.modules() if isinstance(module, BalancedLinear)]
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
         latest = next((layer.latest_mask for layer in layers if layer.latest_mask.handles), None) or watched(model)
         for layer in layers:
             layer.latest_mask = latest
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        for layer in self.model.modules():
-            if isinstance(layer, BalancedLinear):
-                layer.latest_mask.remove()
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+        for layer in layers:
+            layer.latest_mask.remove()
         return super()._unload_and_optionally_merge(*args, **kwargs)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .balance import BalancedGate, BalancedLinear, BalancedModel, Step
+from .balance import BalancedGate, BalancedLinear, MaskedModel, Step
 from .checks import check_field, is_int, is_number
 from .lean import Parts, Wanted, Weight, index_dtype
 from .routed import Counter, RoutedConfig, module_top_k
@@ -264,7 +264,7 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
         return self.matrix_A(adapter_name, torch.float32), self.flylora_B[adapter_name].weight.detach().float()
 
 
-class FlyLoraModel(SeededModel, BalancedModel):
+class FlyLoraModel(SeededModel, MaskedModel):
     """A model with FLYLORA layers; made by `get_peft_model(model, FlyLoraConfig(...))`."""
 
     prefix = "flylora_"

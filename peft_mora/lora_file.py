@@ -1,7 +1,7 @@
 """Adapter folders without a model: ΔW of each module as two factors, read and written as PEFT does.
 
 LoRA:                 ΔW = s·B·A, s = lora_alpha / r, or lora_alpha / √r with use_rslora; patterns as PEFT takes them
-LORI, MORA "dense":   ΔW by the layer itself, made over an empty base
+LORI, FURINA, …:      ΔW by the layer itself, made over an empty base
 """
 
 from __future__ import annotations

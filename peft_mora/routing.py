@@ -5,6 +5,9 @@ Letters as in the docs: T tokens (any leading shape), R rank-1 experts, K active
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,13 @@ NORM_EPS = 1e-12
 def at_least_float32(h: Tensor) -> Tensor:
     """Scores live in float32 (or wider): at temperature 0.01 logits reach 100, where bfloat16 has steps of 0.5."""
     return h.to(torch.promote_types(h.dtype, torch.float32))
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """For what is to be computed in the dtypes that it has, where t is."""
+    if t.is_meta or not torch.is_autocast_enabled(t.device.type):
+        return nullcontext()
+    return torch.autocast(t.device.type, enabled=False)
 
 
 def expert_scores(h: Tensor) -> Tensor:
@@ -214,3 +224,57 @@ def kept_sigmoids_backward(p: Tensor, g: Tensor, total: Tensor, dg: Tensor) -> T
 def _nonzero(total: Tensor) -> Tensor:
     """Sums whose sigmoids have all underflown (scores below -100) go to eps: the weights are 0 then."""
     return torch.where(total.abs() < NORM_EPS, NORM_EPS, total)
+
+
+def selection_loss(
+    h: Tensor, G: Tensor, top_k: int, selection: float, balance: float, real: Tensor | None = None
+) -> Tensor:
+    """What sends tokens to few experts, and all experts to work, where no router does (FURINA, arXiv 2509.14900;
+    reconstructed, its formulas could not be read).
+
+        n_te = ||Ŵ_e x_t|| = sqrt(h_teᵀ G_e h_te)        s_te = n_te / Σ_e n_te        M_te = 1 for the K largest
+        selection · (1 - mean_t Σ_e M_te s_te)  +  balance · E Σ_e F_e P_e,    F = mean_t M / K,  P = mean_t s
+
+    Args:
+        h: (T, E, r) projections x·A_eᵀ, any float dtype; computed in float32 or wider.
+        G: (E, r, r) of Ŵ_e = B̂_e A_e: B̂_eᵀ B̂_e.
+        top_k: K, 1 <= K <= E.
+        selection, balance: the weights of the two; `balance` alone is at least 1 where the load is even.
+        real: (T, 1) bool, tokens that count; None: all.
+
+    Returns:
+        () the loss.
+    """
+    with without_autocast(h):
+        return _selection(at_least_float32(h), at_least_float32(G), top_k, selection, balance, real)[0]
+
+
+def selection_loss_backward(
+    h: Tensor, G: Tensor, top_k: int, selection: float, balance: float, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `selection_loss` for h (T, E, r) and G (E, r, r), float32 or wider, by hand, F being constant:
+    ds = (balance E F - selection M) / T      dn = (ds - Σ ds s) / Σ n      dh = dn/n G h      dG = Σ_t dn/2n h hᵀ."""
+    wide, G = at_least_float32(h), at_least_float32(G)
+    _, n, s, c = _selection(wide, G, top_k, selection, balance, real)
+    a = (c - (c * s).sum(-1, keepdim=True)) / n.sum(-1, keepdim=True) / n
+    dG = torch.einsum("te,ter,tes->ers", a / 2, wide, wide)
+    return a[..., None] * torch.einsum("tes,ers->ter", wide, _symmetric(G)), dG
+
+
+def _selection(
+    h: Tensor, G: Tensor, top_k: int, selection: float, balance: float, real: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """() the loss; (T, E) norms n, shares s, and the gradient of s."""
+    squares = (torch.einsum("tes,ers->ter", h, _symmetric(G)) * h).sum(-1)
+    n = (squares.clamp_min(0) + NORM_EPS).sqrt()
+    s = n / n.sum(-1, keepdim=True)
+    chosen = torch.zeros_like(s).scatter(-1, s.detach().topk(top_k, dim=-1).indices, 1)
+    weight = torch.ones_like(s[:, :1]) if real is None else real.to(s.dtype)
+    weight = weight / weight.sum().clamp_min(1)
+    load = (chosen * weight).sum(0) * (s.shape[-1] / top_k)  # E·F
+    c = weight * (balance * load - selection * chosen)
+    return selection * weight.sum() + (c * s).sum(), n, s, c
+
+
+def _symmetric(G: Tensor) -> Tensor:
+    return (G + G.transpose(-1, -2)) / 2

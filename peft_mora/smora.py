@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .balance import Balance, BalancedGate, BalancedLinear, BalancedModel, Step
+from .balance import Balance, BalancedGate, BalancedLinear, MaskedModel, Step
 from .base import Trained
 from .checks import check_field, is_int, is_number
 from .lean import Parts, Wanted, Weight, index_dtype
@@ -272,7 +272,7 @@ class SMoraLinear(BalancedLinear):
         self.usage.pop(adapter_name, None)  # counts of other experts
 
 
-class SMoraModel(BalancedModel):
+class SMoraModel(MaskedModel):
     """A model with SMORA layers; made by `get_peft_model(model, SMoraConfig(...))`."""
 
     prefix = "smora_"

@@ -72,6 +72,7 @@ FORMS = {
     },
     "mtllora": {"": (True, {"tasks": ["a", "b"], "default_task": "b"})},
     "smora": {"": (False, {"top_k": 2, "alpha": 8})},
+    "furina": {"": (True, {"r": 2, "experts": 2, "alpha": 4})},
 }
 METHODS = {
     f"{name}-{form}" if form else name: Form(method.config, method.model, merges, {"r": 4, **fields})

@@ -70,7 +70,9 @@ def test_info_says_what_an_adapter_is_and_loads_no_model(method, llama_folder, h
     found = adapter_info(here / "one")
     assert found.merges == (method in (*STATIC, "lora")) and found.routed != found.merges
     names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "base_layer")]
-    assert found.ranks == {name: (6 if name.endswith("1.mlp.up_proj") else 4) * tasks for name in names}
+    config = model.peft_config["default"]
+    blocks = 1 + getattr(config, "experts", tasks - 1)  # of r each
+    assert found.ranks == {name: (6 if name.endswith("1.mlp.up_proj") else config.r) * blocks for name in names}
     assert found.parameters == sum(t.numel() for t in load_file(here / "one/adapter_model.safetensors").values())
     assert found.base == llama_folder and found.tasks == getattr(model.peft_config["default"], "tasks", [])
     shown = command("info", here / "one")

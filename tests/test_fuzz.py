@@ -73,6 +73,9 @@ VALID = {
     "selection": st.sampled_from(["magnitude", "signed"]),
     "balance_rate": st.floats(0, 10),
     "rank_partition": st.integers(1, 3),
+    "experts": st.integers(1, 3),
+    "selection_weight": st.floats(0, 10),
+    "balance_weight": st.floats(0, 10),
 }
 
 
@@ -91,6 +94,8 @@ def valid(draw, method: str):
         values["top_k_pattern"] = draw(st.dictionaries(st.sampled_from(MODULES), count, max_size=2))
     if "default_task" in DEFAULTS[method]:
         values["default_task"] = draw(st.sampled_from(values["tasks"]))
+    if "selected" in DEFAULTS[method]:
+        values["selected"] = draw(st.integers(1, values["experts"]))
     return CONFIGS[method](**values)
 
 
@@ -170,6 +175,10 @@ WRONG = {
     "balance_rate": st.floats(-1e6, 0, exclude_max=True) | not_a_number,
     "rank_partition": not_a_count | st.just(65),
     "kept_experts": not_entries,
+    "experts": not_a_count,
+    "selected": not_a_count | st.integers(4, 99),
+    "selection_weight": st.floats(-1e6, 0, exclude_max=True) | not_a_number,
+    "balance_weight": st.floats(-1e6, 0, exclude_max=True) | not_a_number,
 }
 ALSO_NONE = {"seed"}  # a projection from nowhere, with save_projection
 
@@ -199,6 +208,6 @@ def test_any_invalid_field_is_refused_by_name(method, field):
 def test_every_field_of_a_method_is_fuzzed(method):
     own = DEFAULTS[method].keys() - {f.name for f in fields(PeftConfig)}
     written_by_functions = {"kept_entries", "frozen_entries", "block_sizes", "frozen_top_k", "kept_experts"}
-    chosen_above = {"top_k", "top_k_pattern", "layers_to_transform", "layers_pattern", "default_task"}
+    chosen_above = {"top_k", "top_k_pattern", "layers_to_transform", "layers_pattern", "default_task", "selected"}
     in_test_citizen = {"trainable_token_indices"}  # needs embeddings
     assert own <= VALID.keys() | written_by_functions | chosen_above | in_test_citizen and own <= WRONG.keys()

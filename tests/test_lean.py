@@ -13,9 +13,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, SMoraConfig, lean, record_usage, start_task
+from peft_mora import FlyLoraConfig, FurinaConfig, LoriConfig, MoraConfig, SMoraConfig, lean, record_usage, start_task
 from peft_mora.base import AdapterLinear
 from peft_mora.flylora import Columns, SelectionGate
+from peft_mora.furina import Losses, LossGate
 from peft_mora.inputs import removed_after
 from peft_mora.lean import NO_GATE, Base, Gate, Parts, Weight, add_update, plain_add_update
 from peft_mora.mora import SoftmaxGate
@@ -58,6 +59,13 @@ def sparse_A(new):
 def router(new, r, gate):
     """Two downs, one up."""
     return Parts([Weight(new(r, 13)), Weight(new(r // gate.partition, 13))], [Weight(new(11, r))], gate)
+
+
+def experts_with_losses(new):
+    """Of three blocks, the first of them shared; the gate leaves h alone and adds to its gradient."""
+    half = new(2, 3, 3).detach()
+    gate = LossGate((half @ half.mT).requires_grad_(), Losses(1, 3.0, 5.0), 0.5, {})
+    return Parts([Weight(new(9, 13))], [Weight(new(11, 9))], gate)
 
 
 class Mixture(Gate):
@@ -106,6 +114,7 @@ CASES = {
     "tasks": lambda new: pairs(new(5, 13), new(11, 10), gate=TaskGate(new(15, 5), new(3, 2), 0.3, 1, None)),
     "router": lambda new: router(new, 5, RouterGate(2, 1, 5.0, torch.linspace(-0.2, 0.2, 5), None, None)),
     "router_by_pairs": lambda new: router(new, 6, RouterGate(2, 2, 6.0, torch.zeros(3), None, None)),
+    "experts_with_losses": experts_with_losses,
     "several_ups": lambda new: Parts([Weight(new(5, 13))], [Weight(new(11, 5)) for _ in "abc"], Mixture(new(3))),
     # of which one is frozen: the mixing weights need the ups' gradients all the same
     "several_ups_on_a_frozen_A": lambda new: Parts(
@@ -157,6 +166,8 @@ def test_values_and_gradients_equal_the_plain_twin_s(case, shape, in_place):
 def test_the_gradient_passes_gradcheck_also_with_the_forward_s_dropout_mask(case, dropout, transposed):
     """Also of rows that are columns in memory, as a convolution over time leaves them."""
     problem = Problem(case, (2, 13))
+    if isinstance(problem.parts.gate, LossGate):
+        pytest.skip("its gradient is not of the value alone; tests/test_furina.py has the whole")
 
     def f(x, *weights):
         torch.manual_seed(5)
@@ -540,6 +551,8 @@ BYTES = {
     "lori-sparse": (0.05, lambda: LoriConfig(r=R, sparsity=0.9, target_modules=["q", "k", "v"])),
     "flylora": (0.05, lambda: FlyLoraConfig(r=R, top_k=4, target_modules=["q", "k", "v"])),
     "smora": (1.1, lambda: SMoraConfig(r=R, top_k=4, target_modules=["q", "k", "v"])),
+    # and B~, an intermediate, in float32
+    "furina": (1.2, lambda: FurinaConfig(r=R // 4, experts=3, target_modules=["q", "k", "v"])),
     "flylora-most": (0.05, lambda: FlyLoraConfig(r=R, top_k=12, target_modules=["q", "k", "v"])),
 }
 

@@ -44,7 +44,7 @@ def test_an_exact_lora_opened_by_plain_peft_gives_the_same_logits(method, inputs
     assert_same(PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora"), model, inputs)
     written = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert written["peft_type"] == "LORA" and written["r"] == written["lora_alpha"] == config.r
-    assert config.r == (12 if method == "mora-dense" else 6)
+    assert config.r == {"mora-dense": 12, "furina": 18}.get(method, 6)
     assert not written["rank_pattern"] and not written["alpha_pattern"]
     assert set(written["target_modules"]) == set("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
     state = load_file(tmp_path / "lora/adapter_model.safetensors")

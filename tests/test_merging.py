@@ -141,15 +141,16 @@ def two_linear() -> torch.nn.Module:
 
 
 def test_merged_adapters_are_the_sum_of_their_functions_in_plain_peft(inputs, tmp_path):
-    """LoRAs with rslora, patterns and other targets; LORI and MORA "dense": outputs add up on a linear model."""
+    """LoRAs with rslora, patterns and other targets; LORI, MORA "dense", FURINA: outputs add up on a linear model."""
     configs = [
         LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["0"]),
         LoraConfig(r=4, rank_pattern={"0": 2}, alpha_pattern={"0": 9}, target_modules=["0", "1"]),
         METHODS["mora-dense"](target_modules=["0"]),
         METHODS["lori"](target_modules=["0"]),
+        METHODS["furina"](target_modules=["0"]),
     ]
     folders, x, outputs = [], torch.randn(5, 10), []
-    weights = [1.0, -0.5, 0.25, 2.0]
+    weights = [1.0, -0.5, 0.25, 2.0, -1.5]
     for i, config in enumerate(configs):
         model = get_peft_model(two_linear(), config)
         randomize(model, seed=i)

@@ -27,6 +27,7 @@ COMPARABLE = {
     "flylora": lambda r: {"r": 4 * r, "alpha": 32 * r, "top_k": r},
     # A quarter of the ranks act, and their weights sum to 1: alpha 2 a rank that acts is LoRA's scale.
     "smora": lambda r: {"r": r, "alpha": 2 * -(-r // 4), "top_k": -(-r // 4)},
+    "furina": lambda r: {"r": max(1, r // 4), "alpha": 2 * max(1, r // 4)},  # of each of its four experts
 }
 
 
@@ -62,6 +63,8 @@ def bench_config(arm: str, r: int, **given: Any) -> Any:
     method = arm.removesuffix("-s")
     if arm == "lori-s":
         given = {"sparsity": 0.9, **given}
+    if arm == "furina":
+        r //= 4  # of each of its four experts
     if method != "lora" and isinstance(getattr(METHODS[method].config, "top_k", None), int):
         given = {"top_k": r // 4, **given}
     return adapter_config(method, r=r, alpha=2 * r, **given)
