@@ -23,16 +23,14 @@ class Rows:
     """The tasks of one batch.
 
     Args:
-        names: a task's name or number for each row; None where the call does not say.
+        names: a task's name or number for each row, or one for all; None where the call does not say.
         lengths: how many tokens each sequence of the batch has in all its rows, for layers that see them as (T, I).
         repeated: whether a layer may see each row several times, as in beam search.
     """
 
     def __init__(self, names: Any = None, lengths: Sequence[int] = (), repeated: bool = False) -> None:
-        if isinstance(names, Tensor):
-            names = names.flatten().tolist()
-        elif isinstance(names, (str, int)):
-            names = [names]
+        names = names.tolist() if hasattr(names, "tolist") else names  # of torch or NumPy
+        names = [names] if isinstance(names, (str, int)) else names
         self.names: list[Any] | None = None if names is None else list(names)
         self.lengths, self.repeated = set(lengths), repeated
         self.found: dict[tuple, int | Tensor] = {}
@@ -142,7 +140,7 @@ class RowTasks:
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
             names = self.resting.names if task is None else task
             self.rows = Rows(names, [t.shape[0] * t.shape[1] for t in inputs], repeated=task is None)
-            if isinstance(task, (list, tuple, Tensor)) and inputs:
+            if task is not None and not isinstance(task, (str, int)) and inputs:
                 self.rows.check(inputs[0].shape[:2], "the batch")
         return (args, {k: v for k, v in kwargs.items() if k != "task"}) if "task" in kwargs else None
 

@@ -30,7 +30,7 @@ from trl.scripts import sft
 
 from peft_mora import METHODS, use_exact_4bit_kernels
 from peft_mora.base import AdapterConfig
-from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback
+from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback, TaskColumnCallback
 
 
 SMALL_RUN = {
@@ -65,6 +65,9 @@ class MethodArguments(make_dataclass("OwnFields", own_fields())):
     calibration_steps: int | None = field(
         default=None,
         metadata={"help": "[lori] Train densely for so many steps, then only the (1 - sparsity) that matter."},
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "[mtllora] Names of the tasks; each record has its own in `task`."}
     )
     active_experts: float | None = field(
         default=None, metadata={"help": "[mora, flylora, smora] Anneal to so many active experts a token and a layer."}
@@ -101,6 +104,8 @@ def main() -> None:
     callbacks: list[TrainerCallback] = [ExactKernels()]
     if "active_experts" in given:
         callbacks.append(ActivationBudgetCallback(given.pop("active_experts")))  # it says which adapters have experts
+    if "tasks" in given:
+        callbacks.append(TaskColumnCallback())
     if "calibration_steps" in given:
         callbacks.append(LoriCalibrationCallback(given.pop("sparsity", 0.9), given.pop("calibration_steps")))
     if small:

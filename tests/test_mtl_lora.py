@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import METHODS, WORDS, adapted, lora_config, losses, quantized, sft, tiny_llama, tiny_t5
@@ -44,13 +45,13 @@ def reference(layer, x, tasks):
 
 
 @pytest.mark.parametrize("lean", [True, False])
-@pytest.mark.parametrize("tasks", [TASKS, [1, 0, 1, 2], torch.tensor([1, 0, 1, 2]), "c"], ids=str)
+@pytest.mark.parametrize("tasks", [TASKS, torch.tensor([1, 0, 1, 2]), np.array([1, 0, 1, 2]), "c"], ids=str)
 def test_a_mixed_batch_equals_the_reference_in_values_and_every_gradient(tasks, lean, monkeypatch):
     monkeypatch.setattr(AdapterLinear, "lean", lean)
     model = adapted(partial(config, ups=2, temperature=0.3), net(), target_modules=["lin"])
     layer = model.base_model.model.lin
     x = torch.randn(4, 5, 13, dtype=torch.float64, requires_grad=True)
-    got, want = model(x, task=tasks), reference(layer, x, ["c"] * 4 if tasks == "c" else tasks)
+    got, want = model(x, task=tasks), reference(layer, x, ["c"] * 4 if isinstance(tasks, str) else tasks)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     upstream = torch.randn_like(got)
@@ -231,6 +232,8 @@ def test_the_column_is_refused_where_it_cannot_reach_the_layers(llama_folder, tm
         trainer(lora_config(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="no column 'task'; it has text"):
         trainer(train_dataset=mixed().remove_columns("task"))
+    with pytest.raises(ValueError, match=r"'task' has \['a', None\].*the name of its task"):
+        trainer().data_collator([{"input_ids": [4, 5], "task": task} for task in ("a", None)])
     with pytest.raises(ValueError, match="Task 'z' is none of this adapter's"):
         trainer(train_dataset=mixed(tasks=("a", "z")))
     for packed in (

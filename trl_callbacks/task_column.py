@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import MtlLoraLinear
-from peft_mora.checks import check_field
+from peft_mora.checks import check_field, is_int
 from peft_mora.row_tasks import place
 
 from .host import HostCallback, running_trainer
@@ -105,8 +105,11 @@ class WithTask:
         tasks = [record.get(self.column) for record in records]
         if all(task is None for task in tasks):
             return batch  # an evaluation on other data
-        if all(isinstance(task, str) for task in tasks):
-            batch["task"] = tasks
-        else:
-            batch["task"] = torch.tensor(tasks)
+        names = all(isinstance(task, str) for task in tasks)
+        if not names and not all(is_int(task) for task in tasks):
+            raise ValueError(
+                f"Column {self.column!r} has {tasks} in one batch: give each record the name of its task, or its "
+                "number."
+            )
+        batch["task"] = tasks if names else torch.tensor(tasks)
         return batch

@@ -22,7 +22,8 @@ from .embedded_tasks import TASKS, make_task
 
 # The columns of a record, the most specific first: ultrachat has `messages` and a `prompt`.
 FORMS = (("messages",), ("prompt", "completion"), ("prompt", "answer"), ("text",))
-BESIDE = ("tools", "chat_template_kwargs", "images", "image")  # what else SFTTrainer reads
+# What else SFTTrainer reads, or our callbacks.
+BESIDE = ("tools", "chat_template_kwargs", "images", "image", "task")
 
 
 def read_dataset(
