@@ -48,14 +48,15 @@ def test_resuming_on_either_side_of_the_switch_repeats_the_run(llama_folder, tmp
     assert all(torch.equal(got[key], want[key]) for key in want if "lori_" in key)
 
 
-def plain(folder, output, *callbacks, **kwargs):
+def plain(folder, output, *others, **kwargs):
     torch.manual_seed(0)
     model = get_peft_model(tiny_llama(), LoriConfig(r=4, target_modules="all-linear"))
-    return sft(model, folder, output, callbacks=list(callbacks), save_strategy="no", **kwargs)
+    callbacks = [LoriCalibrationCallback(0.75, calibration_steps=3), *others]
+    return sft(model, folder, output, callbacks=callbacks, save_strategy="no", **kwargs)
 
 
 def test_a_trained_adapter_is_refused_for_it_would_start_from_nothing(llama_folder, tmp_path, inputs):
-    run = plain(llama_folder, tmp_path, LoriCalibrationCallback(0.75, calibration_steps=3))
+    run = plain(llama_folder, tmp_path)
     randomize(run.model)
     before = run.model(inputs).logits
     with pytest.raises(ValueError, match="trained already.*sparsify.*without this callback"):
@@ -64,7 +65,7 @@ def test_a_trained_adapter_is_refused_for_it_would_start_from_nothing(llama_fold
 
 
 def test_a_run_that_is_stopped_before_the_switch_says_that_the_adapter_is_dense(llama_folder, tmp_path):
-    run = plain(llama_folder, tmp_path, LoriCalibrationCallback(0.75, calibration_steps=3), At(2, "stop"))
+    run = plain(llama_folder, tmp_path, At(2, "stop"))
     with pytest.raises(ValueError, match="stopped at step 2, before the switch at 3: the adapter is dense"):
         run.train()
     kept = load_file(tmp_path / "stopped-2" / "adapter_model.safetensors")  # nothing that was learnt is lost
@@ -74,9 +75,7 @@ def test_a_run_that_is_stopped_before_the_switch_says_that_the_adapter_is_dense(
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_that_begins_anew_with_a_smaller_batch_switches_once(step, llama_folder, tmp_path, capsys):
     out = At(step, "memory")
-    run = plain(
-        llama_folder, tmp_path, LoriCalibrationCallback(0.75, calibration_steps=3), out, auto_find_batch_size=True
-    )
+    run = plain(llama_folder, tmp_path, out, auto_find_batch_size=True)
     run.train()
     assert out.done and run.state.global_step == 6
     assert run.model.peft_config["default"].sparsity == 0.75

@@ -203,16 +203,15 @@ def test_combined_adapters_are_the_exact_weighted_sum(same_seed, tmp_path, input
 def test_combining_refuses_what_it_cannot_do_exactly():
     model = lori()
     model.add_adapter("b", LoriConfig(r=4, seed=5, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="same projection A.*combination_type='cat'"):
-        model.add_weighted_adapter(["default", "b"], [1, 1], "sum", combination_type="linear")
-    with pytest.raises(ValueError, match="do not exist"):
-        model.add_weighted_adapter(["default", "x"], [1, 1], "sum")
-    with pytest.raises(ValueError, match="2 adapters need 2 weights, got 1"):
-        model.add_weighted_adapter(["default", "b"], [1], "sum")
-    with pytest.raises(ValueError, match="'b' already exists"):
-        model.add_weighted_adapter(["default"], [1], "b")
-    with pytest.raises(ValueError, match="`combination_type`"):
-        model.add_weighted_adapter(["default"], [1], "sum", combination_type="svd")
+    for names, weights, new, how, message in (
+        (["default", "b"], [1, 1], "sum", "linear", "same projection A.*combination_type='cat'"),
+        (["default", "x"], [1, 1], "sum", None, "do not exist"),
+        (["default", "b"], [1], "sum", None, "2 adapters need 2 weights, got 1"),
+        (["default"], [1], "b", None, "'b' already exists"),
+        (["default"], [1], "sum", "svd", "`combination_type`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(names, weights, new, combination_type=how)
     assert set(model.peft_config) == {"default", "b"}
 
 

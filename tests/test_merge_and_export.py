@@ -19,7 +19,6 @@ from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lo
 from peft_mora.lora_file import read_lora
 
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 ROUTED = tuple(name for name in METHODS if name not in STATIC)
 
 
