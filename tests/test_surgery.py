@@ -66,8 +66,15 @@ def test_the_step_is_pcgrad_s_of_the_tasks_own_gradients_over_all_micro_batches(
         llama_folder, tmp_path, [watch, surgery],
         max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=3, max_grad_norm=0.0,
     )  # fmt: skip
-    watch.trainer = trainer
+    watch.trainer, step, parts = trainer, trainer.training_step, []
+
+    def seen(*args):
+        parts.append(trainer.current_gradient_accumulation_steps)
+        return step(*args)
+
+    trainer.training_step = seen
     trainer.train()
+    assert len(parts) > 2 * 24 and sum(1 / n for n in parts) == pytest.approx(8)  # what a mean of a forward counts
     grads = [grad for _, grad in sorted(watch.tasks.items())]  # of the last step, by when they contradict each other
     generator = torch.Generator().manual_seed((3 << 32) + 7)
     want = torch.zeros_like(grads[0])

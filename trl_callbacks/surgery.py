@@ -182,12 +182,17 @@ class GradientSurgeryCallback(HostCallback):
             )
         tasks = inputs["task"].tolist() if isinstance(inputs["task"], Tensor) else list(inputs["task"])
         _add(self._others, model)
-        losses = []
-        for task in sorted(set(tasks), key=str):
-            rows = [row for row, own in enumerate(tasks) if own == task]
-            part = {name: _rows(value, rows, len(tasks)) for name, value in inputs.items()}
-            losses.append(self._step(model, part, num_items_in_batch, **kwargs))
-            _add(self._gradients.setdefault(task, {}), model)
+        losses, found = [], sorted(set(tasks), key=str)
+        steps = self._trainer.current_gradient_accumulation_steps
+        self._trainer.current_gradient_accumulation_steps = steps * len(found)  # for losses that are means
+        try:
+            for task in found:
+                rows = [row for row, own in enumerate(tasks) if own == task]
+                part = {name: _rows(value, rows, len(tasks)) for name, value in inputs.items()}
+                losses.append(self._step(model, part, num_items_in_batch, **kwargs))
+                _add(self._gradients.setdefault(task, {}), model)
+        finally:
+            self._trainer.current_gradient_accumulation_steps = steps
         if self._trainer.accelerator.sync_gradients:
             self._combine()
         return torch.stack(losses).sum()
