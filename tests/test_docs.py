@@ -77,6 +77,20 @@ def test_every_program_that_a_page_names_is_there():
     assert len(named) > 10 and not [path for path in named if not (ROOT / path).exists()]
 
 
+def test_the_picture_of_forgetting_shows_runs_that_the_tables_have(run_recipe, tmp_path):
+    forgetting = load_recipe("measure/forgetting")
+    page = (ROOT / "docs" / "projection.md").read_text(encoding="utf-8")
+    for path in forgetting.MATRICES:
+        tasks, scores, ratios = forgetting.read(path, "greedy")
+        assert tasks == ["dbpedia", "SST-2", "yahoo", "agnews"] and len(scores) == len(ratios) == 4
+        last = " | ".join(f"{value:.2f}".lstrip("0") for value in scores[-1])
+        assert re.search(rf"\| {re.escape(last)} \|.* {54.799 * ratios[-1]:.1f} \|", page)
+    run_recipe(forgetting, "--output", tmp_path / "forgetting.svg")
+    drawn = (tmp_path / "forgetting.svg").read_text(encoding="utf-8")
+    shown = (ROOT / "docs" / "images" / "forgetting.svg").read_text(encoding="utf-8")
+    assert drawn.count("<use") == shown.count("<use") > 100  # as many glyphs
+
+
 def test_every_config_field_with_its_default_is_on_its_page():
     from dataclasses import MISSING, fields
 
