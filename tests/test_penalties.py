@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import lora_config, losses, quantized, randomize, sft, tiny_gpt2, tiny_llama
+from helpers import lora_config, losses, quantized, randomize, ranks, sft, tiny_gpt2, tiny_llama
 from peft import get_peft_model
 from safetensors.torch import load_file
 from test_host import PLAIN
@@ -288,3 +288,34 @@ def test_the_base_weight_is_out_by_in_for_all_layouts(llama_folder):
     assert base_weight(pair.layer).shape == (144, 48)
     pair = next(iter(static_factors(adapted(lora_config, quantized(llama_folder)), None, "")[1].values()))
     assert base_weight(pair.layer).shape == (64, 64) and base_weight(pair.layer).dtype == torch.float32
+
+
+def penalised_gradients(folder, output, weight, world):
+    """A and B's gradients in the first step, for an adapter that has been trained."""
+    model, found = adapted(dense), []
+    randomize(model)
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found.extend(p.grad.clone() for p in model.parameters() if p.requires_grad)
+
+    callbacks = [AdapterPenaltyCallback("lorasculpt", weight=weight, at=None), Keep()]
+    options = {"max_steps": 1, "max_grad_norm": 0, "ddp_backend": "gloo" if world > 1 else None}
+    run(model, folder, output, *callbacks, **options).train()
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_count_the_penalty_once(llama_folder, tmp_path):
+    body = f"""
+        from test_penalties import *
+        found = [penalised_gradients({llama_folder!r}, "{tmp_path}", weight, 2) for weight in (0.0, 5.0)]
+        torch.save(found, f"{tmp_path}/{{rank}}.pt")
+        """
+    ranks(body, tmp_path)
+    alone = [penalised_gradients(llama_folder, tmp_path, weight, 1) for weight in (0.0, 5.0)]
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for i in range(8):
+        penalty = alone[1][i] - alone[0][i]
+        assert torch.equal(one[1][i], two[1][i]) and penalty.norm() > 1e-2
+        torch.testing.assert_close(one[1][i] - one[0][i], penalty, rtol=1e-3, atol=1e-5)
