@@ -19,7 +19,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 ABOUT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
-START = ["index.md", "second-task.md", "command.md", "sft.md"]
+START = ["index.md", "demo.md", "second-task.md", "command.md", "programs.md", "sft.md"]
 ADAPTERS = ["merging.md", "routing.md"]
 LEARNING = ["projection.md", "budget.md", "penalties.md"]
 REFERENCE = {
