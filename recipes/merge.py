@@ -24,7 +24,6 @@ in choosing among the labels, or 1 / labels where that is more. Perplexity of "e
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import time
@@ -112,31 +111,6 @@ def names_of(rule: str) -> set[str]:
 
 def takes(rule: str, settings: Mapping[str, Any]) -> bool:
     return settings.keys() <= names_of(rule)
-
-
-class Rows:
-    """OUTPUT/merge.csv: a row is there once it is complete, and is not made again."""
-
-    def __init__(self, path: Path, names: list[str], reuse: bool) -> None:
-        self.path, self.rows = path, []
-        of_tasks = [f"{name}{kind}" for kind in ("", " label") for name in names]
-        self.columns = [*KEY, *SHOWN, "learnt", "seconds", *of_tasks]
-        if reuse and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                self.rows = list(csv.DictReader(file))
-            if self.rows and list(self.rows[0]) != self.columns:
-                raise SystemExit(f"{path} has other columns than a run with these tasks: give another --output")
-
-    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row[name] == str(key.get(name, "")) for name in KEY)), None)
-
-    def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        row = {name: str({**key, **values}.get(name, "")) for name in self.columns}
-        self.rows.append(row)
-        runs.write_csv(self.path, self.rows)
-        print("  ".join(f"{row[name]}" for name in KEY if row[name]), "->", *(
-            f"{name} {float(row[name]):.3f}" for name in SHOWN if row[name]
-        ), flush=True)  # fmt: skip
 
 
 class Scorer:
@@ -236,7 +210,7 @@ class Run:
     """One seed's adapters of one method, and all rows that are made of them."""
 
     def __init__(
-        self, seed: int, method: str, base: str, tasks: list[Any], output: Path, rows: Rows, args: Any
+        self, seed: int, method: str, base: str, tasks: list[Any], output: Path, rows: runs.Rows, args: Any
     ) -> None:
         self.seed, self.method, self.base, self.tasks, self.rows, self.args = seed, method, base, tasks, rows, args
         self.output = output / f"seed-{seed}"
@@ -429,7 +403,8 @@ def main() -> None:
             shutil.rmtree(output / f"seed-{seed}" / f"{method}-{name}", ignore_errors=True)
     free = "device output seeds methods ways weights rules merged_ranks prompts settings score_on reuse".split()
     runs.claim(output, args, *free, base=base)
-    rows = Rows(output / "merge.csv", args.tasks, args.reuse)
+    of_tasks = [f"{name}{kind}" for kind in ("", " label") for name in args.tasks]
+    rows = runs.Rows(output / "merge.csv", KEY, SHOWN, ["learnt", "seconds", *of_tasks], args.reuse)
     for seed in args.seeds:
         tasks = [find_task(name, args.data, seed=seed) for name in args.tasks]
         for method in args.methods:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -307,6 +308,28 @@ def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, 
     arguments = ["--model", llama_folder, "--data", task, "--tasks", "colours", "--methods", "lora"]
     with pytest.raises(SystemExit, match="lora-colours was trained on another/base, not on .*: give another --output"):
         run_recipe("merge", *arguments, "--output", tmp_path, "--reuse")
+
+
+def test_methods_are_compared_at_equal_parameters_and_a_stopped_run_goes_on(run_recipe, llama_folder, task, tmp_path):
+    recipe = load_recipe("measure/methods")
+    common = ["--model", llama_folder, "--device", "cpu", "--data", task, "--tasks", "colours", "--steps", 2]
+    common += ["--output", tmp_path, "--limit", 6, "--batch-size", 2]
+    told = run_recipe(recipe, *common, "--methods", "lora", "--rates", 1e-3)
+    assert "lora: {'r': 8, 'alpha': 16}" in told and told.count("->") == 1
+    told = run_recipe(recipe, *common, "--methods", "lora", "smora", "--rates", 1e-3, 1e-2)
+    assert told.count("->") == 3  # what was there is not trained again
+    rows = {(row["method"], row["rate"]): row for row in csv_rows(tmp_path / "methods.csv")}
+    assert len(rows) == 4
+    shapes = Counter({(64, 64): 4, (64, 32): 4, (64, 128): 4, (128, 64): 2})  # of the tiny Llama
+    for method in ("lora", "smora", "mora", "mtllora"):
+        r, parameters = recipe.equal_rank(method, 8, shapes)
+        if row := rows.get((method, "0.01")):
+            assert (int(row["r"]), int(row["parameters"])) == (r, parameters)
+        assert abs(parameters / recipe.trainable("lora", 8, shapes) - 1) < 0.15
+    table = (tmp_path / "methods.md").read_text().splitlines()
+    assert table[0].endswith("| greedy, label at 0.001 | greedy, label at 0.01 |") and len(table) == 4
+    best = max(("0.001", "0.01"), key=lambda rate: float(rows["lora", rate]["greedy"]))
+    assert f"{float(rows['lora', best]['greedy']):.2f}" in table[2] and table[2].startswith("| colours | lora | 8 |")
 
 
 def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_folder, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,37 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
+
+
+class Rows:
+    """A CSV file of a run's results: a row is there once it is complete, and is not made again.
+
+    Args:
+        path: of the file.
+        key: columns that say which row it is.
+        shown: columns with numbers, which are printed as a row comes.
+        others: further columns.
+        reuse: whether rows of a file that is there count.
+    """
+
+    def __init__(
+        self, path: Path, key: Sequence[str], shown: Sequence[str], others: Sequence[str] = (), reuse: bool = True
+    ) -> None:
+        self.path, self.key, self.shown, self.rows = path, key, shown, []
+        self.columns = [*key, *shown, *others]
+        if reuse and path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                self.rows = list(csv.DictReader(file))
+            if self.rows and list(self.rows[0]) != self.columns:
+                raise SystemExit(f"{path} has other columns than a run with these tasks: give another --output")
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        return next((row for row in self.rows if all(row[n] == str(key.get(n, "")) for n in self.key)), None)
+
+    def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        row = {name: str({**key, **values}.get(name, "")) for name in self.columns}
+        self.rows.append(row)
+        write_csv(self.path, self.rows)
+        print("  ".join(row[name] for name in self.key if row[name]), "->", *(
+            f"{name} {float(row[name]):.3f}" for name in self.shown if row[name]
+        ), flush=True)  # fmt: skip
