@@ -103,6 +103,13 @@ class AdapterConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained as well; see PEFT's LoraConfig."}
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters to adapt that are no linear module's, by name endings: a mixture's fused experts, "
+            "['experts.gate_up_proj', 'experts.down_proj']. Only where the update is one weight for all inputs."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "True starts as an identity (B = 0). False starts with a random update, for tests."},
@@ -129,6 +136,7 @@ class AdapterConfig(PeftConfig):
         # A bare string would be taken letter by letter.
         ok = self.modules_to_save is None or is_names(self.modules_to_save)
         check_field(ok, "modules_to_save", self.modules_to_save, "a list of names or None")
+        self._check_target_parameters()
         by_module = tokens if isinstance(tokens, dict) else {"": tokens if tokens is not None else []}
         ok = is_names(list(by_module)) and all(map(is_indices, by_module.values()))
         check_field(
@@ -152,6 +160,34 @@ class AdapterConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: say which layers, e.g. [0, 1].")
+
+    def _check_target_parameters(self) -> None:
+        names = self.target_parameters
+        self.target_parameters = list(names) if isinstance(names, (tuple, set)) else names
+        check_field(names is None or is_names(self.target_parameters), "target_parameters", names, "a list of names")
+        if not names:
+            return
+        if refusal := self.parameters_refusal():
+            raise ValueError(refusal)
+        if self.dropout:
+            raise ValueError(
+                f"`dropout` is on an adapter's input, which a parameter does not have: give dropout=0 (here "
+                f"{self.dropout}) with `target_parameters`."
+            )
+        if self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` does not choose among `target_parameters`: give their full names, with the "
+                "layers in them, instead."
+            )
+
+    def parameters_refusal(self) -> str:
+        """Why `target_parameters` cannot be had with this config; empty where they can."""
+        able = [m.config.__name__ for m in registry.registered.values() if hasattr(m.model, "expert_layer_cls")]
+        return (
+            f"{self.method} adapts linear modules, not single parameters: its update depends on the layer's input, "
+            "which is seen inside of the module alone. Name linear modules in `target_modules` instead of "
+            f"`target_parameters`, or use a method whose update is one weight ({listed(able)})."
+        )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config as PEFT does, and say in the model card beside it, if PEFT wrote one, how to load it."""
@@ -183,9 +219,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        features: Any = _get_in_out_features(self.get_base_layer())
-        self.in_features: int = features[0]
-        self.out_features: int = features[1]
+        self.in_features, self.out_features = self._features()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
@@ -194,6 +228,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.merged_adapters: list[str] = []
         self.shares_weight = False  # another module has the very same weight (tied embeddings); known when merging
         self._before_merge: list[Any] = []  # what `unmerge` puts back; in a list so that it is no submodule
+
+    def _features(self) -> tuple[int, int]:
+        """I and O."""
+        features: Any = _get_in_out_features(self.get_base_layer())
+        return features
 
     # What a method says
 
@@ -417,7 +456,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             return
         self.check_merge(names)
         delta = reduce(torch.add, map(self.get_delta_weight, names))
-        backend = self.quantization_backend
         weight = self.get_base_weight()
         merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
@@ -425,19 +463,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             which = broken or names  # each is finite, and their sum with the base is too large for its dtype
             raise ValueError(f"NaNs detected in the merged weights. The adapter {which} seems to be broken")
         if not self.merged:
-            self._before_merge = [weight if backend is None else self.base_layer]
-            if backend is not None:
-                self.base_layer = copy.deepcopy(self.base_layer)
-                warnings.warn(
-                    f"Merging into a base quantised with {backend.backend_name} rounds the merged weight again: "
-                    "outputs differ from the unmerged adapter's. For an exact merge reload the base in 16 bits and "
-                    "merge there.",
-                    stacklevel=2,
-                )
-            elif self.shares_weight:  # give this layer a weight of its own, or the other module would change as well
-                base = self.get_base_layer()
-                self._before_merge = [base.weight]
-                base.weight = nn.Parameter(weight, requires_grad=False)
+            self._before_merge = [self._keep_weight(weight)]
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
@@ -446,6 +472,25 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         if not self.merged:
             return
         (before,) = self._before_merge
+        self._put_back(before)
+        self._before_merge = []
+        self.merged_adapters.clear()
+
+    def _keep_weight(self, weight: Tensor) -> Any:
+        """What `_put_back` will need of the base that a merge is about to write to, which may be made anew."""
+        backend, base = self.quantization_backend, self.get_base_layer()
+        if backend is not None:
+            whole = self.base_layer
+            self.base_layer = copy.deepcopy(whole)
+            warn_of_rounding(backend.backend_name)
+            return whole
+        if self.shares_weight:  # give this layer a weight of its own, or the other module would change as well
+            before = base.weight
+            base.weight = nn.Parameter(weight, requires_grad=False)
+            return before
+        return weight
+
+    def _put_back(self, before: Any) -> None:
         base = self.get_base_layer()
         if isinstance(before, nn.Parameter):
             base.weight = before  # shared again
@@ -453,8 +498,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             base.weight.data = before.to(base.weight.device, base.weight.dtype)
         else:
             self.base_layer = before.to(self._weight_placement()[0])
-        self._before_merge = []
-        self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` gives an equal plain LoRA: it does where ΔW is static."""
@@ -466,6 +509,14 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
 
     def __repr__(self) -> str:
         return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+def warn_of_rounding(backend_name: str) -> None:
+    warnings.warn(
+        f"Merging into a base quantised with {backend_name} rounds the merged weight again: outputs differ from the "
+        "unmerged adapter's. For an exact merge reload the base in 16 bits and merge there.",
+        stacklevel=4,
+    )
 
 
 class AdapterModel(BaseTuner):
@@ -507,11 +558,6 @@ class AdapterModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if parameter_name is not None:
-            raise ValueError(
-                f"{peft_config.method} adapts linear modules, not single parameters, got `{current_key}`. Name "
-                "modules in `target_modules` instead of `target_parameters`."
-            )
         alpha_key = matching_key(peft_config.alpha_pattern, current_key)
         rank_key = matching_key(peft_config.rank_pattern, current_key)
         arguments: dict[str, Any] = {
@@ -522,10 +568,10 @@ class AdapterModel(BaseTuner):
             "inference_mode": peft_config.inference_mode,
             "original": self._original,
         }
-        if isinstance(target, self.tuner_layer_cls):
+        if isinstance(target, self.tuner_layer_cls) and parameter_name == getattr(target, "parameter_name", None):
             target.update_layer(adapter_name, **arguments)
             return
-        layer = self._wrap(target, peft_config, current_key)
+        layer = self._wrap(target, peft_config, current_key, parameter_name)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, **arguments)
         if adapter_name not in self.active_adapters:
@@ -547,7 +593,9 @@ class AdapterModel(BaseTuner):
         if isinstance(new_module, AdapterLinear) and any(p.is_meta for p in new_module.get_base_layer().parameters()):
             new_module.to("meta")
 
-    def _wrap(self, target: nn.Module, config: AdapterConfig, module_name: str) -> AdapterLinear:
+    def _wrap(
+        self, target: nn.Module, config: AdapterConfig, module_name: str, parameter_name: str | None
+    ) -> AdapterLinear:
         kwargs = get_quantization_kwargs(self)
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         backend = resolve_quantization_backend(base_layer, **kwargs)

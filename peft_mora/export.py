@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from . import registry
 from .base import AdapterLinear
 from .checks import check_field, is_int, listed
+from .experts import ExpertWeights
 from .inputs import eval_mode, parts, real_rows, removed_after, visit
 from .linalg import reduced_rank_regression
 from .lora_file import Lora, write_lora
@@ -124,6 +125,7 @@ def effect_error(
     Logits count less their mean over the vocabulary, which no probability depends on.
     """
     layers = exportable_layers(model, adapter_name)
+    _check_linear(layers)
     sums = torch.zeros(5, dtype=torch.float64)
 
     def logits(batch: dict[str, Tensor]) -> Tensor:
@@ -156,12 +158,17 @@ def save_lora(model: Any, loras: dict[str, Lora], folder: str | Path, adapter_na
         FileExistsError: the folder exists.
     """
     source = model.peft_config[adapter_name]
-    layers = exportable_layers(model, adapter_name).values()
+    layers = exportable_layers(model, adapter_name)
+    parameters = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertWeights)}
+    paths = {id(module): path.removeprefix("base_model.model.") for path, module in model.named_modules()}
+    keys = {name: paths[id(layer)] for name, layer in parameters.items()}
     return write_lora(
         folder,
-        loras,
-        target_modules=_short_names(model, set(loras)),
-        fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
+        {keys.get(name, name): lora for name, lora in loras.items()},
+        experts={keys[name]: layer.experts for name, layer in parameters.items()},
+        target_modules=_short_names(model, loras.keys() - keys.keys()),
+        target_parameters=sorted(keys) or None,
+        fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         task_type=source.task_type,
@@ -212,12 +219,21 @@ def _visit(
     look: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """look(name, x (T, I), y (T, O)) for each layer and batch: its inputs without padding, what it adds; float32."""
+    _check_linear(layers)
 
     def see(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         x, layer = real_rows(x, mask, name).float(), layers[name]
         look(name, x, layer._add(x.new_zeros(len(x), layer.out_features), adapter_name, x))
 
     visit(model, layers, batches, see)
+
+
+def _check_linear(layers: dict[str, AdapterLinear]) -> None:
+    if experts := [name for name, layer in layers.items() if isinstance(layer, ExpertWeights)]:
+        raise ValueError(
+            f"What reaches the experts of {experts[0]!r} is seen inside of their module alone, so nothing can be "
+            "measured or fitted there. exact_lora and save_lora need neither."
+        )
 
 
 def _short_names(model: nn.Module, names: set[str]) -> list[str]:

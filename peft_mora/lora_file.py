@@ -219,6 +219,7 @@ def write_lora(
     loras: Mapping[str, Lora],
     *,
     saved: Mapping[str, Tensor] | None = None,
+    experts: Mapping[str, int] | None = None,
     beside: Callable[[Path], None] | None = None,
     replace: bool = False,
     **fields: Any,
@@ -231,6 +232,8 @@ def write_lora(
     Args:
         folder: adapter_config.json and adapter_model.safetensors go in here.
         loras: module's name in the base model -> its ΔW.
+        experts: module's name -> experts of the adapted parameter: A (experts·k, I), expert after expert, and B
+            (O, k·experts), rank after rank; `target_parameters` in `fields` has to name it.
         saved: further tensors by their keys in the file; `modules_to_save` in `fields` has to name their modules.
         beside: called with the folder before it appears, to write further files.
         replace: whether an existing folder is replaced, as a whole.
@@ -239,13 +242,14 @@ def write_lora(
     Raises:
         FileExistsError: the folder exists and `replace` is false.
     """
-    rank = max([1, *(len(lora.A) for lora in loras.values())])
+    stacks = {name: (experts or {}).get(name, 1) for name in loras}
+    rank = max([1, *(len(lora.A) // stacks[name] for name, lora in loras.items())])
     config = LoraConfig(**{"target_modules": sorted(loras), "inference_mode": True, **fields}, r=rank, lora_alpha=rank)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in (saved or {}).items()}
     for name, (A, B) in loras.items():
-        if len(A) < rank:
-            missing = rank - len(A)
-            A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+        if missing := rank - len(A) // stacks[name]:
+            A = nn.functional.pad(A.view(stacks[name], -1, A.shape[1]), (0, 0, 0, missing)).view(-1, A.shape[1])
+            B = nn.functional.pad(B, (0, missing * stacks[name]))  # its ranks are the slow index
         state |= {f"{PREFIX}{name}.lora_{x}.weight": t.detach().cpu().contiguous() for x, t in (("A", A), ("B", B))}
     with whole_folder(folder, replace=replace) as written:
         config.save_pretrained(str(written))
@@ -292,6 +296,12 @@ def _lora_factors(
 def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, Lora], dict[str, Tensor]]:
     """The layer that PEFT would make, over an empty base of the file's sizes, filled from the file."""
     config: Any = PeftConfig.from_pretrained(str(folder))
+    if config.target_parameters:
+        raise ValueError(
+            f"{folder} adapts parameters (target_parameters={config.target_parameters!r}): a stack of updates, one "
+            "for each expert, which is no linear module's B·A. Merge it into its base (model.merge_and_unload()), or "
+            "train it without."
+        )
     layer_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(method)].tuner_layer_cls
     files: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}

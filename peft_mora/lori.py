@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .base import REFERENCE, adapter_layers, set_config
 from .checks import check_field, is_int, is_number
+from .experts import ExpertModel, ExpertWeights
 from .lean import Parts, Weight
 from .packed import Packed, PackedB, pack_bits, unpack_bits
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
@@ -67,6 +68,9 @@ class LoriConfig(SeededConfig):
             value = getattr(self, name)
             ok = isinstance(value, dict) and all(is_int(count) and count >= 0 for count in value.values())
             check_field(ok, name, value, "a dict of integers >= 0, as `sparsify` writes it")
+
+    def parameters_refusal(self) -> str:
+        return ""
 
 
 class LoriLinear(SeededLinear):
@@ -234,11 +238,16 @@ def _forget_old_places(layer: LoriLinear, incompatible_keys: Any) -> None:
         layer.forget_places(adapter_name)
 
 
-class LoriModel(SeededModel):
+class LoriExperts(ExpertWeights, LoriLinear):
+    """LORI on a parameter: A of every expert frozen, one B for each, dense or packed over all of them."""
+
+
+class LoriModel(ExpertModel, SeededModel):
     """A model with LORI layers; made by `get_peft_model(model, LoriConfig(...))`."""
 
     prefix = "lori_"
     tuner_layer_cls = LoriLinear
+    expert_layer_cls = LoriExperts
 
     @classmethod
     def record_form(cls, model: nn.Module, adapter_name: str) -> None:

@@ -23,8 +23,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
-from .base import REFERENCE, AdapterModel, Trained, adapter_layers, set_config
+from .base import REFERENCE, Trained, adapter_layers, set_config
 from .checks import check_field, is_int, is_names, is_number
+from .experts import ExpertModel, ExpertWeights
 from .inputs import unmoved
 from .lean import NO_GATE, Gate, Parts, Wanted, Weight, index_dtype
 from .routed import Counter, RoutedConfig, RoutedLinear, module_top_k, record_routing
@@ -104,6 +105,14 @@ class MoraConfig(RoutedConfig):
                     isinstance(values, list) and len(values) == tasks and all(is_int(v) and v >= least for v in values)
                 )
                 check_field(ok, f"{name}[{key!r}]", values, f"a list of {tasks} integers >= {least}")
+
+    def parameters_refusal(self) -> str:
+        if self.routing == "dense":
+            return ""
+        return (
+            f"MORA with routing={self.routing!r} cannot adapt `target_parameters`: which of its experts are active "
+            "depends on the input, which is seen inside of the module alone. Give routing='dense'."
+        )
 
 
 class Rule(NamedTuple):
@@ -415,11 +424,16 @@ class MoraLinear(RoutedLinear):
         self.usage.pop(adapter_name, None)  # counts of other experts
 
 
-class MoraModel(AdapterModel):
+class MoraExperts(ExpertWeights, MoraLinear):
+    """MORA with routing "dense" on a parameter: r rank-1 updates for each of its experts and task."""
+
+
+class MoraModel(ExpertModel):
     """A model with MORA layers; made by `get_peft_model(model, MoraConfig(...))`."""
 
     prefix = "mora_"
     tuner_layer_cls = MoraLinear
+    expert_layer_cls = MoraExperts
 
 
 @dataclass(frozen=True)

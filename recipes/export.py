@@ -26,6 +26,7 @@ from shared.tasks import find_task
 from peft_mora import METHODS
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 from peft_mora.info import VLLM_RANKS, vllm_rank
+from peft_mora.lora_file import Lora
 
 
 def parse() -> argparse.Namespace:
@@ -81,9 +82,12 @@ def main() -> None:
 
     exact = all(layer.is_static("default") for layer in exportable_layers(model).values())
     loras = exact_lora(model) if exact else fit_lora(model, seen, rank=args.rank, ridge=args.ridge)
+    how = "exact, but for rounding in 16 bits" if exact else f"fitted on {len(task['train'])} texts"
+    if config.target_parameters:
+        print(f"{how}; not measured, as experts' inputs are seen inside of their module alone")
+        return write(model, loras, args.output)
     Console(width=120).print(error_table(lora_errors(model, loras, unseen)))
     effect = effect_error(model, loras, unseen)
-    how = "exact, but for rounding in 16 bits" if exact else f"fitted on {len(task['train'])} texts"
     print(f"{how}; error of the adapter's effect on logits, {len(task['test'])} other texts: {effect.error:.2g}")
     print(f"next token as the adapter's: LoRA {effect.same_token:.1%}, base alone {effect.same_token_base:.1%}")
     if not exact and effect.error > args.max_error and not args.force:
@@ -92,12 +96,16 @@ def main() -> None:
             "adapter itself with transformers and PEFT; or train one that exports exactly (LoriConfig, "
             'MoraConfig(routing="dense")); or write it all the same with --force, and evaluate it.'
         )
-    config = save_lora(model, loras, args.output)
+    write(model, loras, args.output)
+
+
+def write(model: Any, loras: dict[str, Lora], folder: Path) -> None:
+    config = save_lora(model, loras, folder)
     rank = vllm_rank(config.r)
     options = (
         f"--enable-lora --max-lora-rank {rank}" if rank else f"no: it takes ranks up to {VLLM_RANKS[-1]}, see --rank"
     )
-    print(f"LoRA of rank {config.r} in {args.output}; vLLM: {options}")
+    print(f"LoRA of rank {config.r} in {folder}; vLLM: {options}")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_a_module_that_is_not_linear_is_refused_with_a_way_out(family, module):
 
 
 def test_fields_of_lora_that_do_not_exist_here_are_refused_by_name(family):
-    for field in "target_parameters bias use_dora use_rslora lora_alpha fan_in_fan_out ensure_weight_tying".split():
+    for field in "bias use_dora use_rslora lora_alpha fan_in_fan_out ensure_weight_tying".split():
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{field}'"):
             METHODS[family](**{field: True})
 

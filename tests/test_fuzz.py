@@ -152,6 +152,7 @@ WRONG = {
     "layers_to_transform": st.integers(-9, -1) | st.sampled_from(["1", [1.0], [True], [-1], {"a": 1}, 1.5]),
     "layers_pattern": not_names,
     "modules_to_save": not_names | st.text(),
+    "target_parameters": not_names | st.text(),
     "trainable_token_indices": st.integers()
     | st.sampled_from(["5", [1.5], [-1], {"embed": 5}, {5: [5]}, {"e": ["5"]}]),
     "inference_mode": not_a_bool,
@@ -209,5 +210,5 @@ def test_every_field_of_a_method_is_fuzzed(method):
     own = DEFAULTS[method].keys() - {f.name for f in fields(PeftConfig)}
     written_by_functions = {"kept_entries", "frozen_entries", "block_sizes", "frozen_top_k", "kept_experts"}
     chosen_above = {"top_k", "top_k_pattern", "layers_to_transform", "layers_pattern", "default_task", "selected"}
-    in_test_citizen = {"trainable_token_indices"}  # needs embeddings
-    assert own <= VALID.keys() | written_by_functions | chosen_above | in_test_citizen and own <= WRONG.keys()
+    elsewhere = {"trainable_token_indices", "target_parameters"}  # need embeddings, experts
+    assert own <= VALID.keys() | written_by_functions | chosen_above | elsewhere and own <= WRONG.keys()

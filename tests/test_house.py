@@ -13,7 +13,7 @@ HOUSE = f"""
     peft_mora: lean
     peft_mora: quantization bases
     peft_mora: base
-    peft_mora: seeded routed lora_file
+    peft_mora: seeded routed experts lora_file
     peft_mora: balance usage task_driver
     peft_mora: {" ".join(method.config.__module__.split(".")[1] for method in METHODS.values())}
     peft_mora: sparsity pruning export merging task_router info

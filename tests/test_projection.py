@@ -617,9 +617,26 @@ def tiny_moe():
         (tiny_llama, LoraConfig(target_modules=["q_proj", "embed_tokens"]), "Leave embeddings out"),
         (tiny_llama, AdaLoraConfig(target_modules=["q_proj"], total_step=9), "singular values and ranks"),
         (tiny_moe, LoraConfig(target_parameters=["experts.down_proj"]), "'down_proj', whose input.*target_parameters"),
+        (
+            tiny_moe,
+            MoraConfig(routing="dense", target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
+            "'down_proj', whose input.*target_parameters",
+        ),
         (Attention, LoraConfig(target_modules=["attention"]), "Leave nn.MultiheadAttention out"),
     ],
-    ids=["lori", "flylora", "prompt", "dora", "alora", "bias", "embedding", "adalora", "parameters", "attention"],
+    ids=[
+        "lori",
+        "flylora",
+        "prompt",
+        "dora",
+        "alora",
+        "bias",
+        "embedding",
+        "adalora",
+        "parameters",
+        "ours",
+        "attention",
+    ],
 )
 def test_adapters_that_it_cannot_protect_are_refused_with_what_would_work(base, config, match, tmp_path):
     model = get_peft_model(base(), config)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_mora import registry
 from peft_mora.base import AdapterLinear, Trained
 from peft_mora.checks import listed
+from peft_mora.experts import ExpertWeights
 
 
 class Factors(NamedTuple):
@@ -143,26 +144,27 @@ def trained_factors(layer: nn.Module, adapter_name: str) -> Trained | None:
 
 
 def _check_linear(layer: nn.Module, adapter: str, name: str, consequence: str) -> None:
-    """Refuse an adapter that PEFT's LoRA trains on a layer where its update is not B·A·x of the layer's own input x.
+    """Refuse a LoRA, or an adapter of ours, that trains where its update is not B·A·x of the layer's own input x.
 
     Raises:
         ValueError: naming the module, why, and what to leave out.
     """
-    if not isinstance(layer, LoraLayer):
+    if not isinstance(layer, (LoraLayer, ExpertWeights)):
         return
-    weights = [p for key, p in layer.named_parameters() if key.startswith("lora_") and adapter in key.split(".")]
+    own = "lora_" if isinstance(layer, LoraLayer) else layer.prefix
+    weights = [p for key, p in layer.named_parameters() if key.startswith(own) and adapter in key.split(".")]
     if not any(p.requires_grad for p in weights):
         return
-    down = dict(layer.lora_A.items()).get(adapter)
+    down = dict(getattr(layer, "lora_A", {}).items()).get(adapter)
     instead = "Use LoraConfig without it"
-    if isinstance(layer, AdaLoraLayer):
+    if isinstance(layer, (ParamWrapper, ExpertWeights)):
+        what = f"is on the parameter {layer.parameter_name!r}, whose input inside of the module cannot be seen"
+        instead = "Leave out target_parameters, and modules that keep a fused weight"
+    elif isinstance(layer, AdaLoraLayer):
         what, instead = "is of AdaLoRA, which changes singular values and ranks as it trains", "Use LoraConfig"
     elif isinstance(layer, Embedding) or down is None:
         what = "is on an embedding, whose input is a token and no vector that directions could be kept from"
         instead = "Leave embeddings out of target_modules"
-    elif isinstance(layer, ParamWrapper):
-        what = f"is on the parameter {layer.parameter_name!r}, whose input inside of the module cannot be seen"
-        instead = "Leave out target_parameters, and modules that keep a fused weight"
     elif isinstance(layer, MultiheadAttention):
         what = "is merged into the attention's weights at each call, whose inputs cannot be seen"
         instead = "Leave nn.MultiheadAttention out of target_modules"
