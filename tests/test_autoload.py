@@ -300,7 +300,8 @@ one, other = ((s.name, s.origin, s.cached, s.submodule_search_locations) for s i
 source, same = (s.loader.get_source("peft.tuners") for s in (inner, plain))
 out["same spec and source"] = one == other and source == same
 out["is_package"] = inner.loader.is_package("peft.tuners")
-out["elsewhere"] = finders[0].find_spec("peft.tuners.lora", ["/"]), finders[0].find_spec("peft", None)
+inside = inner.submodule_search_locations
+out["elsewhere"] = finders[0].find_spec("peft.tuners.lora", inside), finders[0].find_spec("peft", None)
 out["after find_spec"] = {OURS}, "peft" in sys.modules
 import peft_mora_autoload
 peft_mora_autoload.install()
