@@ -32,7 +32,8 @@ def test_both_scorers_give_the_same_on_labels_of_one_token(tokenizer, tmp_path):
     prompts = [prompt for prompt in prompts if best[prompt] in WORDS]
     records = [{"prompt": p, "answer": best[p] if best[p] in labels else labels[0]} for p in prompts]
     found = answers(model, tokenizer, records, 3, labels)
-    assert answers(model, tokenizer, records, 5) == {"greedy": pytest.approx(found["greedy"])}
+    padded = answers(model, tokenizer, records, len(records))  # prompts of two to five words in one batch
+    assert padded == {"greedy": pytest.approx(found["greedy"])}
     task = {"name": "words", "train": records[:1], "test": records, "labels": labels}
     (name,) = write_lm_eval_tasks([task], tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
