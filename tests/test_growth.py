@@ -138,7 +138,7 @@ def test_a_resumed_run_repeats_the_unbroken_one(llama_folder, tmp_path):
 
 
 def test_a_run_that_begins_anew_with_a_smaller_batch_grows_no_further_than_its_target(llama_folder, tmp_path):
-    model = adapted(lora_config)
+    model = adapted(lora_config, quantized(llama_folder))
     callbacks = [RankGrowthCallback(4, interval=2, until=1.0), At(3, "memory")]
     run(model, llama_folder, tmp_path, *callbacks, auto_find_batch_size=True).train()
     assert sum(ranks(model)) == 24

@@ -212,7 +212,7 @@ def test_alignguard_goes_on_with_the_directions_that_it_found(llama_folder, tmp_
     def guarded(output):
         callback = AdapterPenaltyCallback("alignguard", source=TEXT, directions=3, task=0.05)
         options = {"save_strategy": "steps", "lr_scheduler_type": "constant"}
-        return run(adapted(dense), llama_folder, output, callback, **options)
+        return run(adapted(dense, quantized(llama_folder)), llama_folder, output, callback, **options)
 
     whole = guarded(tmp_path / "whole")
     whole.train()
