@@ -45,6 +45,7 @@ class Balance:
         self.masks: deque[Masks] = deque(maxlen=64)  # of those without, the latest of which is recomputed first
         self.steps: list[list[Tensor]] = []  # the counts of each; of several where replicas share a batch
         self.version = -1  # of the weight in the latest forward
+        self.moved: Tensor | None = None  # by how much the offset did when the latest replicas were made
         self.sample: Tensor | None = None  # of the weight before them: fused optimizers leave its version as it is
 
     def begin(self, weight: nn.Parameter) -> None:
@@ -178,6 +179,7 @@ class BalancedLinear(RoutedLinear):
     """
 
     shared: dict[str, list[Tensor]] | None = None  # adapter name -> where a replica puts its counts
+    late: Mapping[str, Tensor] = {}  # adapter name -> what a replica's copy of the offset lacks
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
@@ -199,6 +201,12 @@ class BalancedLinear(RoutedLinear):
         """adapter name -> (R,) offset."""
         return getattr(self, f"{self.prefix}offset")
 
+    def current_offset(self, adapter_name: str) -> Tensor:
+        """(R,) the offset to choose by."""
+        offset = self.offset[adapter_name]
+        late = self.late.get(adapter_name)
+        return offset if late is None else offset + late.to(offset.device)
+
     def create_offset(self, adapter_name: str, original: str | None, inference_mode: bool) -> None:
         """0 for a new adapter, or what a reference's original has; opened for inference, it waits for the weight."""
         copied = adapter_name == REFERENCE and original in self.offset
@@ -210,7 +218,7 @@ class BalancedLinear(RoutedLinear):
         """A forward begins: the step that its backward will take, if it takes one.
 
         Args:
-            offset, weight: the adapter's, `self.offset[adapter_name]` and `self.balanced_weight(adapter_name)`.
+            offset, weight: the adapter's `current_offset` and `balanced_weight`.
         """
         rate = self.balance_rate(adapter_name)
         trains, differentiated = self.training and weight.requires_grad and rate > 0, torch.is_grad_enabled()
@@ -234,15 +242,17 @@ class BalancedLinear(RoutedLinear):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()
-        replica.shared = {}
+        replica.shared, replica.late = {}, {}
         for name, balance in self.balance.items():
             weight = self.balanced_weight(name)
+            before = self.offset[name].clone()
             if balance.is_due(weight):
                 balance.settle(self.offset[name], self.balance_rate(name), weight)
             balance.begin(weight)
             if not balance.steps or balance.steps[-1]:
-                balance.steps.append([])  # of all replicas of this forward
-            replica.shared[name] = balance.steps[-1]
+                balance.steps.append([])  # of all replicas of this forward, whose buffers torch has copied before
+                balance.moved = self.offset[name] - before
+            replica.shared[name], replica.late[name] = balance.steps[-1], balance.moved
         return replica
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -256,7 +256,7 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
 
     def parts(self, adapter_name: str) -> Parts:
         selection, k, _ = self.flylora_rule[adapter_name]
-        offset, B = self.flylora_offset[adapter_name], self.flylora_B[adapter_name].weight
+        offset, B = self.current_offset(adapter_name), self.flylora_B[adapter_name].weight
         gate = SelectionGate(selection, k, offset, self.step(adapter_name, offset, B), self.counting(adapter_name))
         return Parts([Weight(self.flylora_A[adapter_name], LayersA(self, adapter_name))], [Weight(B)], gate)
 

@@ -121,6 +121,9 @@ def loss_scale() -> float:
 
     A layer sees neither, and its own loss has to be scaled alike. transformers' Trainer knows, and TRL's, which are
     that one: it is on the stack. Where none is, it is 1.
+
+    Raises:
+        ValueError: fp16 without a scaler that could be asked.
     """
     if torch.compiler.is_compiling():
         return 1.0
@@ -129,10 +132,14 @@ def loss_scale() -> float:
         trainer: Any = frame.f_locals.get("self") if frame.f_code.co_name == "training_step" else None
         if hasattr(trainer, "current_gradient_accumulation_steps"):
             scaler = getattr(trainer.accelerator, "scaler", None)
-            batches = trainer.current_gradient_accumulation_steps * max(
-                1, trainer.args.n_gpu
-            )  # nn.DataParallel adds up
-            return (scaler.get_scale() if scaler is not None else 1.0) / batches
+            if scaler is None and trainer.accelerator.mixed_precision == "fp16":
+                raise ValueError(
+                    "FURINA's losses have to be scaled as fp16 scales the task's, and DeepSpeed does not say how much "
+                    "that is. Train in bf16, or without them: FurinaConfig(selection_weight=0, balance_weight=0)."
+                )
+            replicas = max(1, trainer.args.n_gpu)  # of nn.DataParallel, whose gradients are added up
+            batches = trainer.current_gradient_accumulation_steps * replicas
+            return (1.0 if scaler is None else scaler.get_scale()) / batches
         frame = frame.f_back
     return 1.0
 

@@ -230,7 +230,7 @@ class SMoraLinear(BalancedLinear):
 
     def parts(self, adapter_name: str) -> Parts:
         A, B, W = (getattr(self, name)[adapter_name].weight for name in self.adapter_layer_names)
-        offset, rule = self.smora_offset[adapter_name], self.smora_rule[adapter_name]
+        offset, rule = self.current_offset(adapter_name), self.smora_rule[adapter_name]
         step, usage = self.step(adapter_name, offset, B), self.counting(adapter_name)
         # The layer scales by alpha / r, the rule by alpha.
         gate = RouterGate(rule.top_k, rule.partition, self.r[adapter_name], offset, step, usage)

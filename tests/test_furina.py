@@ -131,12 +131,15 @@ def test_the_scale_is_that_of_the_trainer_on_the_stack():
     class Trainer:
         current_gradient_accumulation_steps = 4
         args = SimpleNamespace(n_gpu=2)
-        accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0))
+        accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0), mixed_precision="fp16")
 
         def training_step(self):
             return [loss_scale() for _ in "a"]
 
     assert loss_scale() == 1 and Trainer().training_step() == [128.0]
+    Trainer.accelerator.scaler = None
+    with pytest.raises(ValueError, match="Train in bf16, or without them: FurinaConfig"):
+        Trainer().training_step()
 
 
 def test_a_fresh_adapter_is_the_base_and_every_part_of_it_learns(inputs):

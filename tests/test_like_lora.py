@@ -266,11 +266,11 @@ def replicas(model: nn.Module, monkeypatch, devices=("cpu", "cpu")) -> list[nn.M
 def test_replicas_of_data_parallel_train_as_the_model_itself(make_config, monkeypatch):
     """Two steps of 5 and 4 rows; what selection is balanced by moves by the counts of both halves. FURINA's losses are
     means over a batch, which two halves do not add up to."""
-    config = make_config()
-    off = {name: 0.0 for name in ("selection_weight", "balance_weight") if hasattr(config, name)}
+    wanted = {"selection_weight": 0.0, "balance_weight": 0.0, "balance_rate": 1e-3}
+    fields = {name: value for name, value in wanted.items() if hasattr(make_config(), name)}
 
     def trained(parallel: bool) -> dict[str, torch.Tensor]:
-        model = adapted(make_config, **off).train()
+        model = adapted(make_config, **fields).train()
         model.base_model.model.drop.p = 0.0
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         for _ in range(2):
