@@ -126,7 +126,7 @@ def info(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
 
 
 def merge(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
-    parser.description = """Merge adapters of one base model (LoRA, LORI, MORA "dense") into one plain LoRA.
+    parser.description = """Merge adapters of one base model (LoRA, and those here that merge) into one plain LoRA.
 
   peft-mora merge out/maths out/code --output out/both
   peft-mora merge out/maths out/code --output out/both --rule tsv --rank 8
@@ -175,12 +175,12 @@ disturbs least what each adapter computes on its own inputs. The rules: docs/mer
 
 
 def export(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
-    parser.description = """Write a MORA, LORI or FLYLORA adapter as a plain LoRA, for tools that know nothing else.
+    parser.description = """Write an adapter of this package as a plain LoRA, for tools that know nothing else.
 
   peft-mora export out/lori --output out/lora
   peft-mora export out/mora --output out/lora --texts train.jsonl --test-texts test.jsonl
 
-Of an update that is one matrix a module (LORI, MORA "dense") the LoRA is exact, and the base's weights are not read,
+Of an update that is one matrix a module (what merges) the LoRA is exact, and the base's weights are not read,
 only its config. Where experts are chosen for every token, the closest LoRA on --texts is fitted, its error on
 --test-texts measured, and nothing written where that is above --max-error."""
     parser.add_argument("folder", help="of a saved adapter")

@@ -22,13 +22,16 @@ ABOUT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 START = ["index.md", "demo.md", "second-task.md", "command.md", "programs.md", "sft.md"]
 ADAPTERS = ["merging.md", "routing.md"]
 LEARNING = ["projection.md", "budget.md", "penalties.md"]
-REFERENCE = {
-    "peft_mora": "The adapters, and what is done with them",
-    "trl_callbacks": "Callbacks for trainers",
-    "peft_mora.merging": "Several adapters into one",
-    "peft_mora.export": "A plain LoRA of an adapter",
-    "peft_mora.lora_file": "Adapter folders without a model",
-    "peft_mora.info": "What a folder holds",
+REFERENCE = {  # package -> what it is; its names, where they are not its __all__
+    "peft_mora": ("The adapters, and what is done with them", ""),
+    "trl_callbacks": ("Callbacks for trainers", ""),
+    "peft_mora.merging": ("Several adapters into one", ""),
+    "peft_mora.export": (
+        "A plain LoRA of an adapter",
+        "exact_lora fit_lora lora_errors Effect effect_error save_lora",
+    ),
+    "peft_mora.lora_file": ("Adapter folders without a model", "Lora LoraFile read_lora write_lora check_plain"),
+    "peft_mora.info": ("What a folder holds", "adapter_info AdapterInfo"),
 }
 
 
@@ -65,8 +68,8 @@ def on_files(files: Any, config: Any) -> Any:
     for name in ABOUT:
         text = (ROOT / name).read_text("utf-8").replace("](docs/", "](")
         files.append(File.generated(config, name.lower(), content=text))
-    for name, title in REFERENCE.items():
-        files.append(File.generated(config, f"reference/{name}.md", content=reference(name, title)))
+    for name, (title, names) in REFERENCE.items():
+        files.append(File.generated(config, f"reference/{name}.md", content=reference(name, title, names.split())))
     return files
 
 
@@ -83,16 +86,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return re.sub(r"\[(?:docs/)?([\w-]+)\.md\]\(", titled, markdown)
 
 
-def reference(package: str, title: str) -> str:
+def reference(package: str, title: str, names: list[str]) -> str:
     """A page of the public names of a package: of a config its fields, else what the docstring says."""
     module = importlib.import_module(package)
-    names = getattr(module, "__all__", None) or [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and getattr(value, "__module__", None) == package
-    ]
     parts = [f"# {package}\n\n{title}.\n"]
-    for name in names:
+    for name in names or module.__all__:
         value = getattr(module, name)
         if not (inspect.isclass(value) or inspect.isfunction(value)):
             continue

@@ -146,5 +146,7 @@ def guard_optimizers() -> None:
         refuse([name for group in groups for name in group.get("names", ())], "create_lorafa_optimizer")
         init(self, params, *args, **kwargs)
 
+    for ours, theirs in ((get_parameter_names, parameter_names), (__init__, init)):
+        vars(ours)["__wrapped__"] = theirs  # so that their signatures stay what they were
     loraplus.get_parameter_names = get_parameter_names
     lorafa.LoraFAOptimizer.__init__ = __init__  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import peft_mora
 
@@ -25,6 +26,17 @@ def test_the_version_is_said_once_and_the_citation_and_the_changelog_follow():
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)[1]
     newest = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1]
     assert {cited, newest} == {peft_mora.__version__}
+
+
+def test_forms_and_the_citation_are_yaml_with_what_their_readers_need():
+    forms = [yaml.safe_load(path.read_text("utf-8")) for path in sorted((ROOT / ".github/ISSUE_TEMPLATE").iterdir())]
+    bug, config, method = forms
+    assert config.keys() == {"blank_issues_enabled"}
+    for form in (bug, method):
+        assert {"name", "description", "body"} <= form.keys()
+        assert all({"type", "attributes"} <= part.keys() for part in form["body"])
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= citation.keys()
 
 
 def run(*command, cwd, **environment) -> str:
