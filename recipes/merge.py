@@ -9,12 +9,12 @@ python recipes/merge.py --methods lora --reuse --rules two-passes --settings '{"
 One set of adapters is trained for each seed and method, task i from seed S + i, and merged by every rule, rank,
 setting and number of prompts; a row of OUTPUT/merge.csv each, as it comes. --reuse takes what is there already.
 
-LoRA and LORI are merged into one plain LoRA by the rules of peft_mora.merging (--rules): "inputs" from statistics of
---prompts training prompts that lie beside each adapter, "two-passes" by looking again under the merged adapter. They
-are also combined by PEFT's add_weighted_adapter (--ways), of which only "cat" is the exact sum of the updates, or by
-LORI's own, which always is. FLYLORA and MORA choose experts for every token, so no single file equals their sum: all
-adapters are active together, each chooses on its own, and the updates add up. Their weights go into the adapters'
-scaling, which the choice does not depend on.
+LoRA, LORI and FURINA are merged into one plain LoRA by the rules of peft_mora.merging (--rules): "inputs" from
+statistics of --prompts training prompts that lie beside each adapter, "two-passes" by looking again under the merged
+adapter. LoRAs are also combined by PEFT's add_weighted_adapter (--ways), of which only "cat" is the exact sum of the
+updates, and LORIs by their own, which always is. FLYLORA, SMORA and MORA choose experts for every token, so no single
+file equals their sum: all adapters are active together, each chooses on its own, and the updates add up. Their weights
+go into the adapters' scaling, which the choice does not depend on.
 
 kept: greedy accuracy over that of each task's own adapter, of the means over tasks that are learnt; kept_rest: over
 the others. A task is learnt where its own adapter's greedy accuracy is at least .1 above chance: the base's accuracy
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     add("--weights", nargs="+", type=float, help="of every adapter in these ways; a row each (1 and 1 / tasks)")
     add(
         "--rules", nargs="*", default=[TWO_PASSES, "inputs", "tsv"], choices=[TWO_PASSES, *RULES],
-        help="of peft_mora.merging, for LoRA and LORI (%(default)s)",
+        help="of peft_mora.merging, for what merges (%(default)s)",
     )  # fmt: skip
     add(
         "--merged-ranks", "--rank", nargs="+", default=["sum"], type=rank, metavar="RANK",
@@ -190,6 +190,11 @@ def has_sum(method: str) -> bool:
     return method == "lora" or "add_weighted_adapter" in vars(METHODS[method].model)
 
 
+def merges(method: str) -> bool:
+    """Whether the method's folders are one ΔW a module, as it is configured here."""
+    return has_sum(method) or not METHODS[method].model.tuner_layer_cls.merge_refusal
+
+
 def combine(model: Any, method: str, way: str, weight: float, rank: int | None, names: list[str]) -> None:
     """Make the weighted combination of the named adapters the active one."""
     if way == "active together":
@@ -291,7 +296,7 @@ class Run:
 
     def merged(self) -> Iterator[tuple[dict[str, Any], str, Any, int, dict[str, Any]]]:
         """The rows of our rules: key, rule, rank, prompts, settings."""
-        for rule in self.args.rules if has_sum(self.method) else ():
+        for rule in self.args.rules if merges(self.method) else ():
             counts = self.args.prompts if rule in LOOKING else [0]
             for count, settings, k in product(counts, self.args.settings, self.args.merged_ranks):
                 if takes(rule, settings):

@@ -226,7 +226,18 @@ OWN = ("sky alone", "way alone", "each task its own")
 
 
 def test_the_merge_recipe_scores_every_method_s_combinations(llama_folder, tasks, tmp_path, run_recipe):
-    command = ["--model", llama_folder, "--data", tasks, "--methods", "lori", "flylora", "--output", tmp_path / "out"]
+    command = [
+        "--model",
+        llama_folder,
+        "--data",
+        tasks,
+        "--methods",
+        "lori",
+        "flylora",
+        "furina",
+        "--output",
+        tmp_path / "out",
+    ]
     run_recipe("merge", *command, *"--tasks sky --steps 1 --device cpu --rules mean --rank 2 --weights 1 0.5".split())
     rows = csv_rows(tmp_path / "out/merge.csv")
     assert [(row["method"], row["combined by"], row["weight"]) for row in rows] == [
@@ -236,6 +247,9 @@ def test_the_merge_recipe_scores_every_method_s_combinations(llama_folder, tasks
         ("lori", "mean", ""),
         *(("flylora", name, "") for name in OWN[::2]),
         *(("flylora", "active together", weight) for weight in ("1", "0.5")),
+        *(("furina", name, "") for name in OWN[::2]),
+        *(("furina", "active together", weight) for weight in ("1", "0.5")),
+        ("furina", "mean", ""),
     ]
 
 

@@ -34,7 +34,7 @@ LENGTH = 1024  # tokens of one prompt, the last ones
 class InputStatisticsCallback(HostCallback):
     """Write input_statistics.safetensors where the trainer saves the adapter, for `merge_adapters(rule="inputs")`.
 
-    For whatever `merge_adapters` takes: PEFT's LoRA, LORI, MORA with routing "dense". Of each record it sees the
+    For whatever `merge_adapters` takes: LoRA, LORI, FURINA, MORA with routing "dense". Of each record it sees the
     prompt: what stands before the first token that the loss counts, or all of a record that is learnt from its first
     token on. The file holds, in 16 bits, `directions` directions of I numbers for each distinct input of I, and their
     strengths; nothing of the records themselves. It is bound to the weights by a hash, and is there whole or not at

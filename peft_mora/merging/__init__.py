@@ -110,7 +110,7 @@ def merge_adapters(
     """Merge adapters of one base model into one plain LoRA that PEFT opens without this package.
 
     Args:
-        folders: saved adapters: LoRA, LORI, MORA with routing "dense". A module that one lacks is an update of 0.
+        folders: saved adapters: LoRA, LORI, FURINA, MORA "dense". A module that one lacks is an update of 0.
         rule: a key of `RULES`. "inputs" where all folders hold input statistics (`collect_inputs`), or `prompts` are
             given; if not, it warns and takes what needs no data: "sum" for two adapters, "tsv" · √(2/N) for more.
         rank: of the result. "sum" keeps all that there is, at most Σr; k truncates every module to k; a share in

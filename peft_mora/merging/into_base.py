@@ -65,7 +65,7 @@ def merge_into_base(
     """Write a model with an adapter in its weights, for `AutoModelForCausalLM.from_pretrained`. Never a quantised one.
 
     Args:
-        adapter: folder of a LoRA, LORI or MORA "dense", or of what `merge_adapters` wrote.
+        adapter: folder of a LoRA, LORI, FURINA or MORA "dense", or of what `merge_adapters` wrote.
         output: folder of the model and its tokenizer; whole or not at all.
         base: folder or name of the model, in 16 bits or quantised; None is the one that the adapter names. Give the
             16-bit model where the adapter was trained on its 4-bit copy and you have it: it has not lost what the
