@@ -203,7 +203,7 @@ only its config. Where experts are chosen for every token, the closest LoRA on -
         from peft_mora.merging.inputs import tokenized
 
         found = adapter_info(args.folder)
-        if found.lora == "is":
+        if found.method == "LORA":
             raise ValueError(f"{args.folder} is a plain LoRA already: serve it as it is.")
         if Path(args.output).exists():
             raise ValueError(f"{args.output} exists: delete it or choose another --output.")

@@ -80,7 +80,7 @@ class AdapterInfo:
         return [f"python -c {shlex.quote(program)}"]
 
     def __str__(self) -> str:
-        kinds = Counter(module.rsplit(".", 1)[-1] for module in self.ranks)
+        kinds = Counter(module.removesuffix(".base_layer").rsplit(".", 1)[-1] for module in self.ranks)
         smallest, largest = min(self.ranks.values(), default=0), max(self.ranks.values(), default=0)
         ranks = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
         what = "experts" if self.routed else "rank"
@@ -152,6 +152,7 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
         method = ", ".join([kind, *(f"{name} {value}" for name, value in chosen.items() if value is not None)])
     also = [f"{name} in full" for name in config.get("modules_to_save") or ()]
     also += ["embeddings of some tokens"] if config.get("trainable_token_indices") else []
+    also += ["fused experts of a mixture"] if config.get("target_parameters") else []
     lora = "no" if also else lora  # which LoRA files have no place for that all readers know
     also += ["input statistics, for merging"] if (folder / "input_statistics.safetensors").is_file() else []
     also += ["a memory of protected directions (subspace)"] if (folder / "subspace").is_dir() else []
