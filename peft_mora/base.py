@@ -739,7 +739,15 @@ def own_fields(config: AdapterConfig) -> dict[str, Any]:
 def set_config(model: Any, adapter_name: str, config: AdapterConfig) -> None:
     """Give an adapter the config that its layers are made by, with a note of what it says: it may be changed later."""
     vars(config)["_made"] = own_fields(config)
-    model.peft_config[adapter_name] = config
+    adapters_of(model)[adapter_name] = config
+
+
+def adapters_of(model: nn.Module) -> dict[str, Any]:
+    """Adapter name -> its config; also where a module of `model` has the adapters, as in sentence-transformers."""
+    for module in model.modules():
+        if isinstance(configs := getattr(module, "peft_config", None), dict):
+            return configs
+    return {}
 
 
 def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLinear]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ def fit_mask(mask: Tensor, shape: Sequence[int], name: str, cached: bool = False
 
     Args:
         mask: the model's attention mask, 0 where a token is padding.
-        shape: (B, S) or (B·S,).
+        shape: (B, S) or (B·S,); or (B,), a row for each sequence, as a pooler has: all of them are real.
         name: of the module, for the error.
         cached: a shape (B, S'), S' < S, is of the last tokens, whose predecessors are in a KV cache.
 
@@ -29,13 +30,16 @@ def fit_mask(mask: Tensor, shape: Sequence[int], name: str, cached: bool = False
         ValueError: the tokens are not those of the mask.
     """
     batch, length = mask.shape
+    if tuple(shape) == (batch,) and length > 1:
+        return torch.ones(batch, dtype=torch.bool, device=mask.device)
     if cached and len(shape) == 2 and shape[0] == batch and shape[1] <= length:
         mask = mask[:, length - shape[1] :]
     elif tuple(shape) not in ((batch, length), (batch * length,)):
         raise ValueError(
             f"Cannot tell which tokens are padding in {name}, whose inputs have shape {tuple(shape)} before the last "
-            f"axis while the attention mask has {tuple(mask.shape)}. Leave such modules (experts of a mixture, vision "
-            "towers) out of `target_modules`, and call one adapter at a time instead of passing adapter_names."
+            f"axis while the attention mask has {tuple(mask.shape)}. Leave such modules (experts of a mixture, what "
+            "reads images inside of a language model) out of `target_modules`, and call one adapter at a time instead "
+            "of passing adapter_names."
         )
     return mask.bool().reshape(*shape)
 
@@ -49,6 +53,56 @@ def real_rows(x: Tensor, mask: Tensor | None, name: str) -> Tensor:
     if mask is None:
         return x.reshape(-1, x.shape[-1])
     return x[fit_mask(mask, x.shape[:-1], repr(name)).to(x.device)]
+
+
+def towers(model: Any) -> set[nn.Module]:
+    """What a model has beside the stack that reads its tokens, with all that is in it: vision and audio towers, and
+    what carries their outputs over. Empty for a model of text, and for an encoder-decoder.
+
+    Patches and frames go in there, of which the attention mask of the text says nothing.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "get_decoder") or getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return set()
+    tokens = base.get_decoder()
+    stack = getattr(base, getattr(base, "base_model_prefix", "") or "", base)
+    parts = set(stack.modules()) if isinstance(stack, nn.Module) else set()
+    return parts - set(tokens.modules()) - {stack} if tokens in parts else set()
+
+
+def check_patches(batch: Mapping[str, Any]) -> None:
+    """Refuse a batch with padding in its images or sounds, for layers of a tower.
+
+    Raises:
+        ValueError: a mask beside the text's has zeros.
+    """
+    known = ("attention_mask", "decoder_attention_mask")
+    for name, mask in batch.items():
+        if name.endswith("mask") and name not in known and isinstance(mask, Tensor) and not bool(mask.all()):
+            raise ValueError(
+                f"The batch's `{name}` has zeros: images (or sounds) are padded, and which patches in a tower are "
+                "padding is known to the tower alone. Adapt the language model only "
+                "(exclude_modules=r'(?!.*language_model).*'), or give images of one size."
+            )
+
+
+def placeholders(model: Any) -> list[int]:
+    """The tokens in whose place images, videos and sounds go; [] for a model of text."""
+    config = getattr(model, "config", None)
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    found = [getattr(config, name, None) for name in names]
+    return sorted({token for token in found if isinstance(token, int)})
+
+
+def text_tokenizer(processor: Any) -> Any:
+    """The tokenizer of a model's processor, which takes images first, with the processor's chat template where it has
+    none of its own; a tokenizer is its own."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    template = getattr(processor, "chat_template", None)
+    if tokenizer is not processor and template is not None and tokenizer.chat_template is None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 class LatestMask:
@@ -115,8 +169,8 @@ def rows_of(
 ) -> Tensor | None:
     """(T, 1) bool, which rows of a layer's input are real tokens, by a `LatestMask.by_device`.
 
-    None if all are, or if they are no sequence of the model's: those that a mixture sends to an expert, a vision
-    tower's. Of two sequences of one shape it is the decoder's.
+    None if all are, or if they are no sequence of the model's: those that a mixture sends to an expert. Of two
+    sequences of one shape it is the decoder's.
 
     Args:
         device: the input's.
@@ -178,7 +232,7 @@ def visit(
 
     x is the module's first argument, y its (first) output, mask the batch's `attention_mask` or None. In the decoder
     of an encoder-decoder it is `decoder_attention_mask`, else where there is a label, but for modules that read what
-    the encoder gave.
+    the encoder gave. In the towers of a vision-language model it is None: all patches are real.
 
     Args:
         model: any model; it is in eval mode during the call, and as before after it.
@@ -187,6 +241,9 @@ def visit(
             labels, but where a decoder has its inputs from them. No logits but the last token's are computed where
             the model can do so and `modules` does not ask for them.
         look: called without gradients.
+
+    Raises:
+        ValueError: as `check_patches`, where modules of a tower are among them.
     """
     base: Any = getattr(model, "get_base_model", lambda: model)()
     accepted = inspect.signature(base.forward).parameters
@@ -197,6 +254,7 @@ def visit(
         del options["logits_to_keep"]
     options = {name: value for name, value in options.items() if name in accepted}
     decoder = base.get_decoder() if getattr(getattr(base, "config", None), "is_encoder_decoder", False) else None
+    beside = towers(base).intersection(modules.values())
     mask: Tensor | None = None
     decoder_mask: Tensor | None = None
     encoded: Tensor | None = None  # what the decoder reads of the encoder, from the decoder's call on
@@ -208,7 +266,8 @@ def visit(
     def hook(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         decoding = encoded is not None and x.data_ptr() != encoded.data_ptr()
-        look(name, x, output[0] if isinstance(output, tuple) else output, decoder_mask if decoding else mask)
+        real = None if module in beside else decoder_mask if decoding else mask
+        look(name, x, output[0] if isinstance(output, tuple) else output, real)
 
     hooks = [module.register_forward_hook(partial(hook, n), with_kwargs=True) for n, module in modules.items()]
     if decoder is not None:
@@ -228,6 +287,8 @@ def visit(
                 # Sequence lengths of padding-free batches go through **kwargs to the attention.
                 if (name in accepted and name not in left_out) or name.startswith(("cu_seq_lens", "max_length"))
             }
+            if beside:
+                check_patches(inputs)
             model(**inputs, **options)
 
 
@@ -311,8 +372,9 @@ def shared_inputs(
     missing = [name for name in modules if name not in group_of]
     if missing:
         raise ValueError(
-            f"{len(missing)} adapted modules saw no input in a forward of the training data, e.g. {missing[0]!r}, so "
-            "what they must keep cannot be known. Leave them out of `target_modules`."
+            f"{len(missing)} adapted modules saw no input in a forward of the data, e.g. {missing[0]!r}, so what they "
+            "must keep cannot be known. Leave them out of `target_modules`; a vision tower never sees text, and "
+            "images only where the first batch has some."
         )
     return {name: tuple(members) for name, members in groups.items()}, sizes
 

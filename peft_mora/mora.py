@@ -23,7 +23,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
-from .base import REFERENCE, Trained, adapter_layers, set_config
+from .base import REFERENCE, Trained, adapter_layers, adapters_of, set_config
 from .checks import check_field, is_int, is_names, is_number
 from .experts import ExpertModel, ExpertWeights
 from .inputs import unmoved
@@ -470,7 +470,7 @@ def start_task(model: Any, name: str, adapter_name: str = "default") -> TaskSumm
         ValueError: no such MORA adapter, a name that the adapter already has, or an adapter that is merged.
     """
     layers = adapter_layers(model, adapter_name, MoraLinear)
-    config = model.peft_config[adapter_name]
+    config = adapters_of(model)[adapter_name]
     check_field(isinstance(name, str) and bool(name), "name", name, "a non-empty string")
     if name in config.tasks:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from . import registry
-from .base import AdapterConfig, AdapterLinear, matching_key, set_config
+from .base import AdapterConfig, AdapterLinear, adapters_of, matching_key, set_config
 from .checks import check_field, is_int, is_names, listed
 
 
@@ -140,7 +140,7 @@ def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         if isinstance(m, RoutedLinear) and adapter_name in m.r and m.is_routed(adapter_name)
     }
     if not layers:
-        configs = getattr(model, "peft_config", {})
+        configs = adapters_of(model)
         if adapter_name in configs:
             config = configs[adapter_name]
             kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -175,7 +175,7 @@ def set_top_k(model: nn.Module, top_k: dict[str, int], adapter_name: str = "defa
 
 def record_routing(model: Any, adapter_name: str) -> None:
     """Write what the layers hold into the adapter's config, into a copy of it: a twin may share the object."""
-    config = copy.deepcopy(model.peft_config[adapter_name])
+    config = copy.deepcopy(adapters_of(model)[adapter_name])
     layers = [m for m in model.modules() if isinstance(m, RoutedLinear) and adapter_name in m.r]
     top_k = {layer.module_names[adapter_name]: layer.top_k(adapter_name) for layer in layers}
     most = {layer.module_names[adapter_name]: layer.largest_top_k(adapter_name) for layer in layers}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .inputs import fit_mask
+from .inputs import check_patches, fit_mask, towers
 from .routed import routed_layers
 
 
@@ -29,10 +29,11 @@ class RealTokens(NamedTuple):
 
 
 class Usage:
-    """Counters of one adapter on one layer; views into its meter's tensors."""
+    """Counters of one adapter on one layer; views into its meter's tensors. `masked`: the model's mask is of its
+    tokens, which are no patches of an image."""
 
-    def __init__(self, meter: UsageMeter, place: slice, index: int) -> None:
-        self.meter, self.place = meter, place
+    def __init__(self, meter: UsageMeter, place: slice, index: int, masked: bool) -> None:
+        self.meter, self.place, self.masked = meter, place, masked
         self.hits = meter.fresh[place.start : place.stop - 1]
         self.tokens = meter.fresh[place.stop - 1]
         self.entropy = meter.pending_entropy[index]
@@ -52,7 +53,7 @@ class Usage:
         Args:
             weights: (..., R) float, >= 0; an expert acts for a token where it is not 0.
         """
-        tokens = self.meter.real_tokens(weights.shape[:-1], weights.device)
+        tokens = self._real_tokens(weights)
         active = weights.detach().sign().flatten(0, -2).to(self.hits.device, self.hits.dtype)
         if tokens.row is None:
             self.hits.add_(active.sum(0))
@@ -68,10 +69,14 @@ class Usage:
             weights: (..., R) float, >= 0, summing to 1 over the experts that `top_k` chooses among, before the choice.
         """
         entropy = torch.special.entr(weights.float()).sum(-1, keepdim=True)
-        real, _, tokens = self.meter.real_tokens(weights.shape[:-1], weights.device)
+        real, _, tokens = self._real_tokens(weights)
         entropy = entropy.sum() if real is None else (entropy * real).sum()
         self.entropy[0].add_(entropy.to(self.entropy.device))
         self.entropy[1].add_(tokens)
+
+    def _real_tokens(self, weights: Tensor) -> RealTokens:
+        shape = weights.shape[:-1]
+        return self.meter.real_tokens(shape, weights.device) if self.masked else RealTokens(None, None, shape.numel())
 
 
 class UsageMeter:
@@ -91,7 +96,7 @@ class UsageMeter:
     Attributes:
         hits: (Σ(R + 1),) int64; for each layer the hits of its R experts and then the tokens seen, over all
             processes, as of the last `sync`.
-        last_inputs: what the model was last called with while counting, less the labels.
+        last_inputs: what the model was last called with while counting, less the labels; None where it had images.
         entropy: (layers, 2) float32; nats summed over tokens, and those tokens. The reader sets it back to 0.
 
     Raises:
@@ -113,6 +118,8 @@ class UsageMeter:
         self.last_inputs: dict[str, Any] | None = None
         self._real: dict[Any, RealTokens] = {}
         self._depth = 0
+        beside = towers(model)
+        self._counts_patches = not beside.isdisjoint(layers.values())
         device = next(p.device for layer in layers.values() for p in layer.parameters() if not p.is_meta)
         self.layers = layers
         self.places: dict[str, slice] = {}
@@ -128,7 +135,7 @@ class UsageMeter:
         for index, (name, layer) in enumerate(layers.items()):
             if adapter_name in layer.usage:
                 layer.usage[adapter_name].meter.close()
-            layer.usage[adapter_name] = Usage(self, self.places[name], index)
+            layer.usage[adapter_name] = Usage(self, self.places[name], index, layer not in beside)
         self._handles: list[Any] = []
         for module in _entrances(model):
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -178,6 +185,8 @@ class UsageMeter:
         return self._real[key]
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._depth == 0 and self._counts_patches and not self.paused:
+            check_patches(kwargs)
         self._depth += 1
         if self._depth > 1:
             return
@@ -185,6 +194,8 @@ class UsageMeter:
         mask = kwargs.get("attention_mask")
         if mask is None and self._mask_place is not None and self._mask_place < len(args):
             mask = args[self._mask_place]
+        if mask is None and args and isinstance(args[0], Mapping):  # sentence-transformers' way to call a model
+            mask = args[0].get("attention_mask")
         if mask is not None and self.is_open and mask.dim() != 2:
             self._depth, self.is_open = 0, False
             raise ValueError(
@@ -195,6 +206,8 @@ class UsageMeter:
         if self.is_open:
             kept = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
             self.last_inputs = {name: kwargs[name] for name in kept if kwargs.get(name) is not None} or None
+            if any(name.startswith(("pixel_values", "input_features")) for name in kwargs):
+                self.last_inputs = None  # tokens without their images are another input
         self._real.clear()
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:

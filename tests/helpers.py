@@ -228,9 +228,9 @@ def texts(n: int = 24):
     return Dataset.from_dict({"text": [" ".join(WORDS[i] for i in row) for row in picks]})
 
 
-def sft(model: nn.Module, folder: str, output, peft_config=None, callbacks=None, **arguments):
-    """TRL's trainer, not yet run: six steps of 2 x 2 sentences. `folder` has the tokenizer, `output` gets what is
-    written, `arguments` are SFTConfig's, and other data sets."""
+def sft(model: nn.Module, folder: str, output, peft_config=None, callbacks=None, processing_class=None, **arguments):
+    """TRL's trainer, not yet run: six steps of 2 x 2 sentences. `folder` has the tokenizer, if none is given, `output`
+    gets what is written, `arguments` are SFTConfig's, and other data sets."""
     from trl import SFTConfig, SFTTrainer
 
     data = {name: arguments.pop(f"{name}_dataset", texts(n)) for name, n in (("train", 24), ("eval", 4))}
@@ -252,7 +252,7 @@ def sft(model: nn.Module, folder: str, output, peft_config=None, callbacks=None,
         args=SFTConfig(output_dir=str(output), **{**tiny, **arguments}),
         train_dataset=data["train"],
         eval_dataset=data["eval"],
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=processing_class or AutoTokenizer.from_pretrained(folder),
         peft_config=peft_config,
         callbacks=callbacks,
     )

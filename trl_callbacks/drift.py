@@ -114,7 +114,8 @@ class DriftCallback(HostCallback):
         if not hasattr(model, "disable_adapter"):
             raise ValueError(
                 "DriftCallback compares a PEFT model with its base, by switching the adapter off, and this model has "
-                "none. Give the trainer a peft_config, or a model from get_peft_model."
+                "none, or inside of it (sentence-transformers). Give the trainer a peft_config, or a model from "
+                "get_peft_model."
             )
         use_exact_4bit_kernels(model)
         tokenizer = self.tokenizer if self.tokenizer is not None else kwargs.get("processing_class")
@@ -122,7 +123,7 @@ class DriftCallback(HostCallback):
             with model.disable_adapter():
                 self._batches = sample(model, tokenizer, self.tokens, seed=1)
         else:
-            self._batches = read(self.source, tokenizer, self.tokens)
+            self._batches = read(self.source, tokenizer, self.tokens, model)
         self._found = self._unlogged = {}
         if self.max_kl is not None:
             self._within = [p.detach().clone() for p in _trainable(model)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_mora import registry
-from peft_mora.base import AdapterLinear, Trained
+from peft_mora.base import AdapterLinear, Trained, adapters_of
 from peft_mora.checks import listed
 from peft_mora.experts import ExpertWeights
 
@@ -40,6 +40,12 @@ def trainable_factors(model: Any, adapter_name: str | None) -> tuple[str, dict[s
         ValueError: none or several adapters are in training, or one whose new update cannot be kept from old inputs.
     """
     configs = getattr(model, "peft_config", {})
+    if not configs and adapters_of(model):
+        raise ValueError(
+            f"The adapter is of a model inside of this {type(model).__name__}, whose batches are no batches of that "
+            "model's: what goes into it cannot be seen in advance. Train without OrthogonalProjectionCallback, or "
+            "give a trainer the model inside."
+        )
     found = _in_training(model, "old inputs cannot be kept from it")
     if adapter_name is None and len(found) > 1:
         raise ValueError(

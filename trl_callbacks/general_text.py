@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.fingerprint import fingerprint
-from peft_mora.inputs import eval_mode, input_statistics, seeded, visit
+from peft_mora.inputs import eval_mode, input_statistics, placeholders, seeded, text_tokenizer, visit
 
 from .subspace import Subspace
 
@@ -55,7 +55,7 @@ def protect(
             itself, half of it through the chat template where there is one. Records have "text" (or "page"),
             "messages", or "prompt" and "completion".
         folder: where the memory goes; what was there is replaced as a whole.
-        tokenizer: of the model; None loads it from where the model came from.
+        tokenizer: of the model, or its processor; None loads it from where the model came from.
         energy: share of the inputs' squared norm that the bases hold, in (0, 1].
         tokens: how many tokens to look at; texts are cut to 256 each and taken in their order.
         adapter_name: protect the inputs of the modules that this adapter adapts; None is every linear layer but the
@@ -66,7 +66,8 @@ def protect(
         What was written.
 
     Raises:
-        ValueError: a wrong argument, a record without text, no text at all, a module whose inputs are not seen.
+        ValueError: a wrong argument, a record without text or with images, no text at all, a module whose inputs are
+            not seen.
         FileNotFoundError: `source` is a path, and nothing is there.
 
     Example:
@@ -102,7 +103,7 @@ def add_text(
     """Add what `source` needs of `layers` to a subspace, once: a text that is in there already is not added again."""
     if source == "self" and any(task.get("text") == "self" for task in subspace.tasks):
         return
-    batches = sample(model, tokenizer, tokens) if source == "self" else read(source, tokenizer, tokens)
+    batches = sample(model, tokenizer, tokens) if source == "self" else read(source, tokenizer, tokens, model)
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(batch["input_ids"].cpu().numpy().tobytes())
@@ -114,12 +115,18 @@ def add_text(
     subspace.tasks.append({"name": "general text", "text": text, "tokens": seen, "energy": energy, "max_rank": None})
 
 
-def read(source: Any, tokenizer: Any, tokens: int) -> list[Batch]:
-    """The first `tokens` tokens of a source, as batches of one sequence each."""
+def read(source: Any, tokenizer: Any, tokens: int, model: Any = None) -> list[Batch]:
+    """The first `tokens` tokens of a source, as batches of one sequence each, for `model` to read.
+
+    Raises:
+        ValueError: there is no text, a record has none, or images that the model would have to see.
+    """
     batches: list[Batch] = []
-    left = tokens
-    for ids in _encoded(source, tokenizer):
+    left, images = tokens, placeholders(model)
+    for ids in _encoded(source, text_tokenizer(tokenizer)):
         ids = ids[: min(LENGTH, left)]
+        if not set(images).isdisjoint(ids):
+            raise ValueError(_images("the text stands for images"))
         if len(ids) > 1:  # a beginning-of-text token alone is no text
             batches.append(batch_of([ids]))
             left -= len(ids)
@@ -130,8 +137,18 @@ def read(source: Any, tokenizer: Any, tokens: int) -> list[Batch]:
     return batches
 
 
+def _images(what: str) -> str:
+    return (
+        f"`protect` is for text, and {what}, which it does not show to the model: give records without images. What a "
+        "task with images needs, OrthogonalProjectionCallback sees in its own training data."
+    )
+
+
 def _encoded(source: Any, tokenizer: Any) -> Iterator[list[int]]:
     for number, record in enumerate(_records(source)):
+        pictures = [record.get(key) for key in ("image", "images")] if isinstance(record, Mapping) else []
+        if any(found is not None and found != [] for found in pictures):
+            raise ValueError(_images(f"record {number} has images"))
         if isinstance(record, Mapping) and isinstance(record.get("messages"), Sequence):
             record = record["messages"]
         if isinstance(record, Mapping):
@@ -183,6 +200,7 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
     With a chat template, every second sequence is a conversation: the user's turn is the model's own too, sampled
     behind what the template puts before it (Magpie, arXiv 2406.08464), and then the answer.
     """
+    tokenizer = text_tokenizer(tokenizer)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     check_field(start is not None, "protect", "self", "text: the tokenizer has no token that begins or ends one")
     turns = _turns(tokenizer)
@@ -227,7 +245,7 @@ def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, st
     new = length - min(map(len, prompts))
     out = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=end,
-        max_new_tokens=new, min_new_tokens=None if stop else new,
+        max_new_tokens=new, min_new_tokens=None if stop else new, suppress_tokens=placeholders(model) or None,
     )  # fmt: skip
     rows = []
     for row, prompt in zip(out.tolist(), prompts, strict=True):

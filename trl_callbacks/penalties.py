@@ -368,7 +368,10 @@ def fisher_directions(run: Run, source: Any, tokens: int, count: int) -> dict[st
         Module -> V (I, k) orthonormal and the shares (k,) of tr F in each, strongest first; float32.
     """
     use_exact_4bit_kernels(run.model)
-    batches = sample(run.model, run.tokenizer, tokens) if source == "self" else read(source, run.tokenizer, tokens)
+    if source == "self":
+        batches = sample(run.model, run.tokenizer, tokens)
+    else:
+        batches = read(source, run.tokenizer, tokens, run.model)
     sketches: dict[str, Tensor] = {}
     mask: Tensor | None = None
 

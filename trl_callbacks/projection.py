@@ -474,7 +474,8 @@ def _check_protectable(
     if others:
         raise ValueError(
             f"{len(others)} more parameters are trainable, e.g. {others[0]!r}, and change the model for old inputs. "
-            "Leave out modules_to_save and trainable_token_indices, and freeze earlier adapters."
+            "Leave out modules_to_save and trainable_token_indices, and freeze earlier adapters; a classifier's head, "
+            "which PEFT saves with the adapter, by model.base_model.model.classifier.requires_grad_(False)."
         )
     for name, pair in factors.items():
         if pair.A.dtype != torch.float32:

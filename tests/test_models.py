@@ -1,0 +1,282 @@
+"""Models beside those of text: pictures and text, a class for a sequence or for each token."""
+
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import METHODS, WORDS, adapted, inputs_of, reopened, sft
+from peft import get_peft_model
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from peft_mora import MoraConfig, expert_usage, record_usage, start_task
+from peft_mora.inputs import input_statistics
+from trl_callbacks import ActivationBudgetCallback, DriftCallback, OrthogonalProjectionCallback, protect
+from trl_callbacks.general_text import read, sample
+
+
+IMAGE = len(WORDS) + 4  # the token behind those of the fixture's tokenizer
+LANGUAGE = {"target_modules": "all-linear", "exclude_modules": r"(?!.*language_model).*"}  # as docs/models.md has it
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{{ '<image>' if p.type == 'image' else p.text }} {% endfor %}{% endif %} </s> {% endfor %}"
+)
+
+
+def llava() -> nn.Module:
+    """A tower of one layer with a class token, whose patches go through two linear layers into the text."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, vision_feature_layer=-1
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def qwen2_vl() -> nn.Module:
+    """A tower that reads the patches of all pictures as one sequence, and makes one token of four."""
+    torch.manual_seed(0)
+    vision = {"depth": 1, "embed_dim": 24, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    ).eval()
+
+
+BASES = {"llava": llava, "qwen2_vl": qwen2_vl}
+BOTH = pytest.mark.parametrize("kind", BASES)
+
+
+def pictures(kind: str) -> dict[str, torch.Tensor]:
+    """Two rows of a picture and text, the second padded, with as many patches as tokens: what goes into the tower has
+    the shape of the attention mask."""
+    torch.manual_seed(1)
+    if kind == "llava":
+        ids = torch.tensor([[IMAGE] * 4 + [5], [IMAGE] * 4 + [0]])
+        batch = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    else:
+        ids = torch.tensor([[IMAGE, 5, 6, 7], [IMAGE, 5, 0, 0]])
+        batch = {"pixel_values": torch.randn(8, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 2, 2]] * 2)}
+        batch["mm_token_type_ids"] = (ids == IMAGE).int()
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), **batch}
+
+
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    named = ((name.removeprefix("base_model.model."), m) for name, m in model.named_modules())
+    return {name: module for name, module in named if hasattr(module, "base_layer")}
+
+
+def is_text(name: str) -> bool:
+    return "language_model" in name
+
+
+@BOTH
+def test_one_line_adapts_the_language_models_linear_layers_and_no_others(kind):
+    linear = {name for name, module in BASES[kind]().named_modules() if isinstance(module, nn.Linear)}
+    language = {name for name in linear if is_text(name)}
+    assert set(get_peft_model(BASES[kind](), MoraConfig(**LANGUAGE)).targeted_module_names) == language
+    every = get_peft_model(BASES[kind](), MoraConfig(target_modules="all-linear")).targeted_module_names
+    assert set(every) == linear - {"lm_head"} and len(language) == 7 and len(every) > 10
+
+
+@pytest.mark.parametrize(("kind", "method"), [*((kind, name) for kind in BASES for name in ("mora", "lori"))])
+def test_an_adapter_of_pictures_and_text_trains_answers_and_opens_again(kind, method, tmp_path):
+    base, batch = BASES[kind], pictures(kind)
+    model = adapted(method, base())
+    assert not torch.allclose(model(**batch).logits, base()(**batch).logits)
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    again = reopened(model.eval(), tmp_path, base())
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    rows = {"pixel_values": 4} if kind == "qwen2_vl" else {}
+    first = {name: value[: rows.get(name, 1)] for name, value in batch.items()}
+    want = model.generate(**first, max_new_tokens=3, do_sample=False)
+    assert torch.equal(again.generate(**first, max_new_tokens=3, do_sample=False), want)
+
+
+@BOTH
+def test_image_tokens_count_as_inputs_and_patches_do_whatever_the_texts_mask_says(kind):
+    model, batch = adapted("mora", BASES[kind]()), pictures(kind)
+    layers, real = adapter_layers(model), batch["attention_mask"].flatten().bool()
+    found = input_statistics(model, layers, [batch])
+    with inputs_of(layers) as seen, record_usage(model):
+        model(**batch)
+    meter = next(iter(layers.values())).usage["default"].meter
+    counted = {name: int(meter.pending[place.stop - 1]) for name, place in meter.places.items()}
+    for group, modules in found.groups.items():
+        for name in modules:
+            x = seen[name][0].flatten(0, -2).double()
+            x = x[real] if is_text(name) else x
+            assert counted["base_model.model." + name] == len(x)
+            torch.testing.assert_close(found.covariance[group].double(), x.T @ x, rtol=1e-5, atol=1e-5)
+    assert sum(not is_text(name) for name in layers) > 4
+    with pytest.raises(ValueError, match="`pixel_attention_mask` has zeros.*exclude_modules"), record_usage(model):
+        model(**batch, pixel_attention_mask=torch.zeros(2, 8, 8))
+
+
+@BOTH
+def test_a_towers_balance_is_that_of_all_patches(kind):
+    batch = pictures(kind)
+    whole = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    offsets = []
+    for given in (batch, whole):
+        model = adapted("flylora", BASES[kind](), r=8).train()
+        model(**given, labels=given["input_ids"]).loss.backward()
+        offsets.append({n: m.offset["default"].clone() for n, m in adapter_layers(model).items() if not is_text(n)})
+    assert all(torch.equal(value, offsets[1][name]) and value.any() for name, value in offsets[0].items())
+
+
+def processor(folder: str) -> LlavaProcessor:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = LlavaImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return LlavaProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def test_trl_trains_on_pictures_a_second_task_leaves_the_first_alone_and_text_is_protected(llama_folder, tmp_path):
+    colours, words = ["red", "blue", "green", "black"], ["red", "blue", "yes", "no"]
+    data = Dataset.from_dict(
+        {
+            "messages": [
+                [
+                    {"role": "user", "content": "the cat sat"[: 3 + 4 * (i % 3)]},
+                    {"role": "assistant", "content": words[i % 4]},
+                ]
+                for i in range(8)
+            ],
+            "images": [[Image.new("RGB", (8, 8), colours[i % 4])] for i in range(8)],
+        }
+    )
+    reader = processor(llama_folder)
+
+    def train(model, name, *callbacks, **kwargs):
+        trainer = sft(
+            model, llama_folder, tmp_path / name, callbacks=list(callbacks), train_dataset=data, max_steps=2,
+            eval_dataset=None, processing_class=reader, save_strategy="no", **kwargs,
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    text = ["the cat sat on the mat", "a dog ran"]
+    config = MoraConfig(r=4, target_modules=["q_proj", "fc1", "linear_1"])  # of tower, projector and language model
+    first = train(llava(), "one", OrthogonalProjectionCallback(), ActivationBudgetCallback(2, schedule="constant"),
+                  peft_config=config)  # fmt: skip
+    model = first.model
+    assert all(share.sum() == pytest.approx(2, abs=1e-4) for share in expert_usage(model).values())
+    start_task(model, "two")
+    second = train(model, "two", OrthogonalProjectionCallback(tmp_path / "one" / "subspace"), DriftCallback(text))
+    logs = second.state.log_history
+    leakage = [entry["leakage"] for entry in logs if "leakage" in entry]
+    assert len(leakage) == 2 and 0 < max(leakage) <= 1e-5
+    assert [entry for entry in logs if "drift_kl" in entry]
+
+
+def test_text_is_protected_on_a_model_of_pictures_and_pictures_are_no_text(llama_folder, tmp_path):
+    model, reader = llava(), processor(llama_folder)
+    model.lm_head.weight.data[IMAGE] = 0.0
+    tokenizer = reader.tokenizer
+    memory = protect(model, ["the cat sat on the mat"], tmp_path / "memory", tokenizer=reader)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_text(name)}
+    assert {name for group in memory.groups.values() for name in group} == linear
+    assert not any((batch["input_ids"] == IMAGE).any() for batch in sample(model, reader, 2048))
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the cat"}]}]
+    for source in ([talk], [{"messages": talk, "images": [1]}], ["the <image> cat"]):
+        with pytest.raises(ValueError, match="`protect` is for text, and .* images, which it does not show"):
+            read(source, reader, 100, model)
+    (batch,) = read([[{"role": "user", "content": "the cat"}]], reader, 100, model)
+    assert batch["input_ids"].tolist() == [tokenizer("the cat  </s>").input_ids]
+    towers = get_peft_model(model, MoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="saw no input.*a vision tower never sees text"):
+        protect(towers, ["the cat"], tmp_path / "towers", tokenizer=reader, adapter_name="default")
+
+
+def tiny_bert(head: type) -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=40, num_labels=3
+    )
+    return head(config).eval()
+
+
+def classified(tokens: bool) -> list[dict]:
+    """Eight rows of six words, of which some are padding, with a label for each row or for each word."""
+    ids = torch.randint(4, 24, (8, 6), generator=torch.Generator().manual_seed(0))
+    lengths = [6 - i % 3 for i in range(8)]
+    rows = []
+    for row, length in zip(ids, lengths, strict=True):
+        real = torch.arange(6) < length
+        labels = (row % 3).where(real, -100) if tokens else row[0] % 3
+        rows.append({"input_ids": row * real, "attention_mask": real.long(), "labels": labels})
+    return rows
+
+
+HEADS = {"SEQ_CLS": BertForSequenceClassification, "TOKEN_CLS": BertForTokenClassification}
+
+
+def classify(model: nn.Module, task_type: str, output, callback=None) -> Trainer:
+    arguments = {"max_steps": 3, "report_to": "none", "use_cpu": True, "save_strategy": "no", "learning_rate": 1e-2}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(output), logging_steps=1, **arguments),
+        train_dataset=classified(task_type == "TOKEN_CLS"),
+        callbacks=[callback] if callback else None,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("task_type", HEADS)
+@pytest.mark.parametrize("method", ["mora", "lori", "lori-sparse"])
+def test_a_classifier_is_trained_with_its_head_and_opens_again_with_it(method, task_type, tmp_path):
+    base = partial(tiny_bert, HEADS[task_type])
+    config = METHODS[method](target_modules="all-linear", exclude_modules=["classifier"], task_type=task_type)
+    model = get_peft_model(base(), config)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    classify(model, task_type, tmp_path / "run")
+    assert any("classifier" in name for name in before)
+    assert all("classifier" in name or METHODS[method].prefix in name for name in before)
+    assert not [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])]
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    again = reopened(model.eval(), tmp_path / "adapter", base())
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("task_type", HEADS)
+def test_a_second_task_of_a_classifier_needs_its_head_left_alone(task_type, tmp_path):
+    config = MoraConfig(r=4, target_modules=["query", "value", "pooler.dense"], task_type=task_type)
+    model = get_peft_model(tiny_bert(HEADS[task_type]), config)
+    classify(model, task_type, tmp_path / "one", OrthogonalProjectionCallback())
+    start_task(model, "two")
+    memory = tmp_path / "one" / "subspace"
+    with pytest.raises(ValueError, match="more parameters are trainable, e.g. .*classifier.*requires_grad_"):
+        classify(model, task_type, tmp_path / "refused", OrthogonalProjectionCallback(memory))
+    model.base_model.model.classifier.requires_grad_(False)
+    trainer = classify(model, task_type, tmp_path / "two", OrthogonalProjectionCallback(memory))
+    leakage = [entry["leakage"] for entry in trainer.state.log_history if "leakage" in entry]
+    assert len(leakage) == 3 and 0 < max(leakage) <= 1e-5
