@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import METHODS, RECIPES, load_recipe, quantized
+from markdown.extensions.toc import slugify
 from peft import PeftModel, get_peft_model
 from test_trl import texts
 from transformers import AutoTokenizer
@@ -75,6 +76,26 @@ def test_every_program_that_a_page_names_is_there():
     text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "Makefile", ROOT / "CHANGELOG.md"])
     named = set(re.findall(r"recipes/[\w/]+\.py", text))
     assert len(named) > 10 and not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_every_link_between_the_pages_leads_somewhere():
+    """`make docs` checks the site's; this one needs a tenth of a second, and knows the README and its like too."""
+    pages = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
+    headings = {
+        page: {
+            slugify(re.sub("[`*]", "", line), "-") for line in re.findall(r"(?m)^#+ (.+)$", page.read_text("utf-8"))
+        }
+        for page in pages
+    }
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text("utf-8"))
+    ]
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in headings[target], f"{page.name}: {link}"
+    assert len(links) > 100
 
 
 def test_the_picture_of_forgetting_shows_runs_that_the_tables_have(run_recipe, tmp_path):
