@@ -25,6 +25,7 @@ from .experts import ExpertWeights
 from .inputs import eval_mode, parts, real_rows, removed_after, visit
 from .linalg import reduced_rank_regression
 from .lora_file import Lora, write_lora
+from .quantization import dequantized, save_plain
 
 
 def exact_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Lora]:
@@ -151,8 +152,18 @@ def effect_error(
     return Effect((error / size) ** 0.5 if size else 0.0, same_lora / tokens, same_base / tokens)
 
 
-def save_lora(model: Any, loras: dict[str, Lora], folder: str | Path, adapter_name: str = "default") -> LoraConfig:
+def save_lora(
+    model: Any,
+    loras: dict[str, Lora],
+    folder: str | Path,
+    adapter_name: str = "default",
+    *,
+    base: str | Path | None = None,
+) -> LoraConfig:
     """Write LoRAs as PEFT writes a LoRA, at one rank and lora_alpha = r (see `write_lora`).
+
+    Args:
+        base: the model that it says it is for, a folder or a name; None: the one that the adapter names.
 
     Raises:
         FileExistsError: the folder exists.
@@ -169,10 +180,32 @@ def save_lora(model: Any, loras: dict[str, Lora], folder: str | Path, adapter_na
         target_modules=_short_names(model, loras.keys() - keys.keys()),
         target_parameters=sorted(keys) or None,
         fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
-        base_model_name_or_path=source.base_model_name_or_path,
-        revision=source.revision,
+        base_model_name_or_path=source.base_model_name_or_path if base is None else str(base),
+        revision=source.revision if base is None else None,
         task_type=source.task_type,
     )
+
+
+def save_base(
+    model: Any, output: str | Path, adapter: str | Path | None = None, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write the weights that a quantised base computes with, in 16 bits: what servers of LoRA files are to load for an
+    adapter that was trained over it. The model that was quantised has other weights, and gives other answers.
+
+    Args:
+        model: the base without an adapter, quantised as in training; it is dequantised here.
+        output: folder of the model, with the adapter's tokenizer, or the base's.
+        adapter: folder of the adapter, for its tokenizer.
+
+    Raises:
+        ValueError: the model is not quantised. FileExistsError: `output` exists.
+    """
+    name = model.config.name_or_path
+    if getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(f"{name} is not quantised, so a server loads it as it is: leave out the copy of the base.")
+    if Path(output).exists():  # before the model is changed
+        raise FileExistsError(f"{output} exists: delete it or write to another folder.")
+    save_plain(dequantized(model, dtype), output, name, adapter)
 
 
 def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, AdapterLinear]:

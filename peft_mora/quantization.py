@@ -7,8 +7,10 @@ differ by 2 % from the training path. Clearing one flag on the layer keeps it un
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
+from .files import whole_folder
 from .lean import Base, compute_dtype
 
 
@@ -64,6 +67,42 @@ def nf4_config() -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def dequantized(model: Any, dtype: torch.dtype) -> Any:
+    """The same model with plain weights: those of quantised layers as they compute with them, in `dtype`; one that is
+    not quantised is left as it is.
+
+    Args:
+        model: of transformers. dtype: float32, bfloat16 or float16.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    model = model.dequantize(dtype)
+    for parameter in model.parameters():  # what was not quantised has its file's dtype, whatever was asked for
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def save_plain(model: Any, output: str | Path, base: str | Path, adapter: str | Path | None = None) -> None:
+    """Write a model that is not quantised, or no longer, for `from_pretrained`; whole or not at all. Beside it goes
+    the tokenizer of the adapter's folder where it has one, else that of the base, if that has one.
+
+    Raises:
+        FileExistsError: `output` exists.
+    """
+    # transformers 5 would write the keys of the checkpoint that it loaded, and refuses where that was quantised.
+    known = inspect.signature(model.save_pretrained).parameters
+    options: dict[str, Any] = {"save_original_format": False} if "save_original_format" in known else {}
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    with whole_folder(output) as folder:
+        model.save_pretrained(folder, **options)
+        try:
+            AutoTokenizer.from_pretrained(str(adapter if own else base)).save_pretrained(folder)
+        except (OSError, ValueError):  # a base without a tokenizer is one without
+            if own:
+                raise
 
 
 class FourBit(NamedTuple):

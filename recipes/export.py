@@ -2,11 +2,13 @@
 
 python recipes/export.py out/demo/lori-helpdesk --output out/lora                  # LORI, MORA "dense": exact
 python recipes/export.py out/demo/mora-helpdesk --task helpdesk --output out/lora  # routed: the closest LoRA, if close
+python recipes/export.py out/demo/lori-helpdesk --output out/lora --base-to out/base16  # and the base for a server
 
 An update that is one ΔW leaves as it is, at its own rank. MORA "task" and "bank", FLYLORA and SMORA choose experts for
 every token, so no LoRA equals them: each module gets the one that comes closest on a task's training texts. On its
 test texts the error is measured by module and overall: |LoRA's logits - adapter's| / |base's logits - adapter's|.
-Above --max-error nothing is written, unless --force.
+Above --max-error nothing is written, unless --force. --base-to writes, too, the 4-bit base that the adapter was trained
+on, in 16 bits.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from shared.base_model import find_base
 from shared.tasks import find_task
 
 from peft_mora import METHODS
-from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
+from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_base, save_lora
 from peft_mora.info import VLLM_RANKS, vllm_rank
 from peft_mora.lora_file import Lora
 
@@ -39,10 +41,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-error", type=float, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
     )
+    parser.add_argument("--bits", type=int, default=4, choices=(4, 16), help="4: an NF4 copy of it (%(default)s)")
+    parser.add_argument(
+        "--base-to", type=Path, metavar="DIR", help="the quantised base in 16 bits, for servers; must not exist yet"
+    )
     parser.add_argument("--force", action="store_true", help="write it whatever the error")
     args = parser.parse_args()
-    if args.output.exists():
-        parser.error(f"{args.output} exists: delete it or choose another --output")
+    for option, folder in (("--output", args.output), ("--base-to", args.base_to)):
+        if folder is not None and folder.exists():
+            parser.error(f"{folder} exists: delete it or choose another {option}")
     return args
 
 
@@ -77,7 +84,9 @@ def main() -> None:
     base = args.model or config.base_model_name_or_path
     if not base:
         raise SystemExit(f"{args.adapter} does not say which base it is for: give it as --model NAME_OR_DIR")
-    model, tokenizer = scores.load(find_base(base, args.device), args.adapter, args.device)
+    model, tokenizer = scores.load(find_base(base, args.device, args.bits), args.adapter, args.device)
+    if args.base_to and getattr(model.get_base_model(), "hf_quantizer", None) is None:
+        raise SystemExit(f"{base} is not quantised: a server loads it as it is. Leave out --base-to")
     seen, unseen = (batches(tokenizer, task[split], args.batch_size, args.device) for split in ("train", "test"))
 
     exact = all(layer.is_static("default") for layer in exportable_layers(model).values())
@@ -85,7 +94,7 @@ def main() -> None:
     how = "exact, but for rounding in 16 bits" if exact else f"fitted on {len(task['train'])} texts"
     if config.target_parameters:
         print(f"{how}; not measured, as experts' inputs are seen inside of their module alone")
-        return write(model, loras, args.output)
+        return write(model, loras, args, exact)
     Console(width=120).print(error_table(lora_errors(model, loras, unseen)))
     effect = effect_error(model, loras, unseen)
     print(f"{how}; error of the adapter's effect on logits, {len(task['test'])} other texts: {effect.error:.2g}")
@@ -96,16 +105,21 @@ def main() -> None:
             "adapter itself with transformers and PEFT; or train one that exports exactly (LoriConfig, "
             'MoraConfig(routing="dense")); or write it all the same with --force, and evaluate it.'
         )
-    write(model, loras, args.output)
+    write(model, loras, args, exact)
 
 
-def write(model: Any, loras: dict[str, Lora], folder: Path) -> None:
-    config = save_lora(model, loras, folder)
-    rank = vllm_rank(config.r)
-    options = (
-        f"--enable-lora --max-lora-rank {rank}" if rank else f"no: it takes ranks up to {VLLM_RANKS[-1]}, see --rank"
+def write(model: Any, loras: dict[str, Lora], args: argparse.Namespace, exact: bool) -> None:
+    to = args.base_to and args.base_to.resolve()
+    config = save_lora(model, loras, args.output, base=to)
+    rank, less = (
+        vllm_rank(config.r),
+        "merge it into its base (merge_into_base)" if exact else "fit it at a lower --rank",
     )
-    print(f"LoRA of rank {config.r} in {folder}; vLLM: {options}")
+    options = f"--enable-lora --max-lora-rank {rank}" if rank else f"no: it takes ranks up to {VLLM_RANKS[-1]}, {less}"
+    print(f"LoRA of rank {config.r} in {args.output}; vLLM: {options}")
+    if to:
+        save_base(model.unload(), to, args.adapter)
+        print(f"its base in 16 bits in {args.base_to}; llama.cpp: convert_lora_to_gguf.py --base {args.base_to}")
 
 
 if __name__ == "__main__":

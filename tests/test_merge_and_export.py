@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from helpers import METHODS, STATIC, adapted, csv_rows, inputs_of, jsonl, load_recipe, quantized, tiny_gpt2, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 from shared.tasks import find_task
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 from peft_mora.lora_file import read_lora
@@ -199,6 +201,31 @@ def test_the_export_recipe_writes_what_peft_opens(method, llama_folder, tasks, t
     with pytest.raises(SystemExit):
         run_recipe("export", *command)
     assert "exists: delete it" in capsys.readouterr().err
+
+
+def test_the_base_that_a_server_loads_has_the_weights_that_the_adapter_was_trained_over(
+    llama_folder, tasks, tmp_path, inputs, run_recipe
+):
+    adapter, to = saved("lori", llama_folder, tmp_path / "adapter"), tmp_path / "base16"
+    common = (adapter, "--output", tmp_path / "lora", "--data", tasks, "--task", "sky", "--device", "cpu")
+    with pytest.raises(SystemExit, match="is not quantised: a server loads it as it is"):
+        run_recipe("export", *common, "--bits", 16, "--base-to", to)
+    assert not (tmp_path / "lora").exists()
+    assert f"--base {to}\n" in run_recipe("export", *common, "--base-to", to)
+    assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["base_model_name_or_path"] == str(to)
+    plain, four_bit = AutoModelForCausalLM.from_pretrained(to), quantized(llama_folder)
+    original = AutoModelForCausalLM.from_pretrained(llama_folder)
+    assert getattr(plain.config, "quantization_config", None) is None and plain.dtype == torch.bfloat16
+    for name, module in plain.named_modules():
+        if isinstance(own := four_bit.get_submodule(name), Linear4bit):
+            weight = dequantize_4bit(own.weight.data, own.weight.quant_state)
+            assert torch.equal(module.weight, weight)
+            assert not torch.equal(module.weight, original.get_submodule(name).weight)
+    assert AutoTokenizer.from_pretrained(to).get_vocab() == AutoTokenizer.from_pretrained(llama_folder).get_vocab()
+    served = PeftModel.from_pretrained(plain, tmp_path / "lora")(inputs).logits.float()
+    trained = PeftModel.from_pretrained(four_bit, adapter)(inputs).logits.float()
+    elsewhere = PeftModel.from_pretrained(original, tmp_path / "lora")(inputs).logits.float()
+    assert (served - trained).norm() < 0.3 * (elsewhere - trained).norm()  # the rest is rounding in bfloat16
 
 
 @pytest.mark.parametrize("method", ["mora", "flylora"])

@@ -6,19 +6,18 @@ code, and ΔW is smaller than a step: `requantize=True` measures ‖requant(W + 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..checks import check_field
-from ..files import whole_folder
-from ..lora_file import PREFIX, Lora, LoraFile, read_lora
+from ..lora_file import PREFIX, Lora, read_lora
+from ..quantization import dequantized, save_plain
 from .report import bar
 
 
@@ -95,11 +94,7 @@ def merge_into_base(
     model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, device_map=device, **revision)
     settings = _four_bit_settings(model)
     quantized = getattr(model, "hf_quantizer", None) is not None
-    if quantized:
-        model = model.dequantize(dtype)
-        for parameter in model.parameters():  # what was not quantised has its file's dtype, whatever was asked for
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.to(dtype)
+    model = dequantized(model, dtype)
     losses: dict[str, float] = {}
     off = whole = 0.0
     for module in bar(file.loras, "into the base", progress):
@@ -118,12 +113,7 @@ def merge_into_base(
                 "(resize_token_embeddings) and give that folder as `base`."
             )
         own.copy_(tensor)
-    # transformers 5 would write the keys of the checkpoint that it loaded, and refuses where that was quantised.
-    known = inspect.signature(model.save_pretrained).parameters
-    options: dict[str, Any] = {"save_original_format": False} if "save_original_format" in known else {}
-    with whole_folder(output) as folder:
-        model.save_pretrained(folder, **options)
-        _save_tokenizer(file, name, folder)
+    save_plain(model, output, name, file.folder)
     total = (off / whole) ** 0.5 if whole else None
     return IntoBase(Path(output), dtype, quantized, len(file.loras), losses, total)
 
@@ -182,13 +172,3 @@ def _requantized(weight: Tensor, settings: dict[str, Any]) -> Tensor:
 
     codes, state = quantize_4bit(weight.contiguous(), **settings)
     return dequantize_4bit(codes, state).float()
-
-
-def _save_tokenizer(file: LoraFile, base: Any, folder: Path) -> None:
-    """The adapter's where it has one, else the base's, if that has one."""
-    own = (file.folder / "tokenizer_config.json").is_file()
-    try:
-        AutoTokenizer.from_pretrained(str(file.folder if own else base)).save_pretrained(folder)
-    except (OSError, ValueError):  # a base without a tokenizer is one without
-        if own:
-            raise
