@@ -33,7 +33,7 @@ from .base import BASE_ADAPTER
 from .checks import check_field, is_indices, is_int, is_number
 from .files import whole_folder
 from .fingerprint import fingerprint
-from .inputs import eval_mode
+from .inputs import eval_mode, text_tokenizer
 from .task_driver import Driver, Rows
 from .task_features import HiddenStates, adapters_off, decoder_layers, pooled
 from .task_scores import NONE, Scores
@@ -94,7 +94,7 @@ class TaskRouter:
         self.rows: dict[str, Tensor] = {}  # class -> (n, D) float32 features of its prompts
         self.base: Any = None
         self.fingerprint: dict[str, Any] | None = None
-        self.tokenizer = tokenizer
+        self.tokenizer = text_tokenizer(tokenizer)
         self.last: list[str] = []  # tasks of the rows of the batch that was routed last
         self._model: Any = None
         self._states: HiddenStates | None = None
@@ -403,7 +403,7 @@ class TaskRouter:
             router = cls._from_text(text, load_file(folder / TENSORS))
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"{folder} does not hold a router: {type(error).__name__}: {error}.") from error
-        router.tokenizer = tokenizer
+        router.tokenizer = text_tokenizer(tokenizer)
         if model is not None:
             router._open(model)
         return router

@@ -1,5 +1,6 @@
 """Models beside those of text: pictures and text, a class for a sequence or for each token."""
 
+import json
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from datasets import Dataset
 from helpers import METHODS, WORDS, adapted, inputs_of, reopened, sft
 from peft import get_peft_model
 from PIL import Image
+from test_autoload import answers
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -30,6 +32,7 @@ from peft_mora import MoraConfig, expert_usage, record_usage, start_task
 from peft_mora.inputs import input_statistics
 from trl_callbacks import ActivationBudgetCallback, DriftCallback, OrthogonalProjectionCallback, protect
 from trl_callbacks.general_text import read, sample
+from trl_callbacks.prompts import embedding_covariance
 
 
 IMAGE = len(WORDS) + 4  # the token behind those of the fixture's tokenizer
@@ -211,9 +214,15 @@ def test_text_is_protected_on_a_model_of_pictures_and_pictures_are_no_text(llama
             read(source, reader, 100, model)
     (batch,) = read([[{"role": "user", "content": "the cat"}]], reader, 100, model)
     assert batch["input_ids"].tolist() == [tokenizer("the cat  </s>").input_ids]
-    towers = get_peft_model(model, MoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="have images or sounds \\(`pixel_values`\\).*OrthogonalProjectionCallback"):
+        embedding_covariance(model.get_input_embeddings(), [pictures("llava")])
+    towers = get_peft_model(model, MoraConfig(r=2, target_modules=["fc1", "q_proj"]))
     with pytest.raises(ValueError, match="saw no input.*a vision tower never sees text"):
         protect(towers, ["the cat"], tmp_path / "towers", tokenizer=reader, adapter_name="default")
+    callback = ActivationBudgetCallback(2, schedule="constant")
+    with pytest.raises(ValueError, match="No token came through .*vision_tower.*kept as it is in .*stopped-1"):
+        sft(towers, llama_folder, tmp_path / "run", callbacks=[callback], max_steps=1, save_strategy="no").train()
+    assert (tmp_path / "run" / "stopped-1" / "adapter_model.safetensors").is_file()
 
 
 def tiny_bert(head: type) -> nn.Module:
@@ -280,3 +289,75 @@ def test_a_second_task_of_a_classifier_needs_its_head_left_alone(task_type, tmp_
     trainer = classify(model, task_type, tmp_path / "two", OrthogonalProjectionCallback(memory))
     leakage = [entry["leakage"] for entry in trainer.state.log_history if "leakage" in entry]
     assert len(leakage) == 3 and 0 < max(leakage) <= 1e-5
+
+
+SENTENCES = ["the cat sat on the mat", "dog"]
+ENCODE = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+sentences, *folders = sys.argv[1:]
+print(json.dumps([SentenceTransformer(f, device="cpu").encode(json.loads(sentences)).tolist() for f in folders]))
+"""
+
+
+@pytest.fixture
+def embedder(llama_folder, tmp_path):
+    """Makes a SentenceTransformer of a tiny BERT, and its trainer, not yet run."""
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    tiny_bert(BertForSequenceClassification).bert.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path / "base")
+    pairs = {
+        "anchor": ["the cat", "a big dog ran", "red log"] * 2,
+        "positive": ["cat sat", "dog", "blue log on mat"] * 2,
+    }
+
+    def make(config, callback=None):
+        model = library.SentenceTransformer(str(tmp_path / "base"), device="cpu")
+        model.add_adapter(config)
+        args = library.SentenceTransformerTrainingArguments(
+            str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=3, learning_rate=1e-2, report_to="none",
+            use_cpu=True, save_strategy="no",
+        )  # fmt: skip
+        return library.SentenceTransformerTrainer(
+            model, args=args, train_dataset=Dataset.from_dict(pairs), loss=MultipleNegativesRankingLoss(model),
+            callbacks=[callback] if callback else None,
+        )  # fmt: skip
+
+    return make
+
+
+def test_embedding_models_train_are_saved_and_open_in_a_process_that_names_only_them(embedder, tmp_path):
+    folders, wanted = [], []
+    for method in ("mora", "lori-sparse", "flylora"):
+        trainer = embedder(METHODS[method](target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"))
+        model = trainer.model
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        trainer.train()
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+        folders.append(str(tmp_path / method))
+        model.save_pretrained(folders[-1])
+        wanted.append(model.encode(SENTENCES).tolist())
+        assert not (tmp_path / method / "model.safetensors").exists()
+    assert answers("-c", ENCODE, json.dumps(SENTENCES), *folders) == wanted
+
+
+def test_embedding_models_count_no_padding_and_have_budgets_and_tasks(embedder):
+    config = MoraConfig(r=4, target_modules=["query", "pooler.dense"])
+    trainer = embedder(config)
+    with record_usage(trainer.model):
+        trainer.model.encode(SENTENCES)
+    layers = {name: layer for name, layer in trainer.model.named_modules() if hasattr(layer, "mora_A")}
+    meter = next(iter(layers.values())).usage["default"].meter
+    counted = {name: int(meter.pending[place.stop - 1]) for name, place in meter.places.items()}
+    assert {name.rsplit(".", 1)[-1]: n for name, n in counted.items()} == {"query": 7, "dense": 2}
+    start_task(trainer.model, "two")
+    budgeted = embedder(config, ActivationBudgetCallback(2, schedule="constant"))
+    budgeted.train()
+    assert set(budgeted.model[0].model.peft_config["default"].top_k_pattern.values()) == {2}
+    with pytest.raises(ValueError, match="inside of this SentenceTransformer"):
+        embedder(config, OrthogonalProjectionCallback())
+    with pytest.raises(ValueError, match="none, or inside of it"):
+        embedder(config, DriftCallback(SENTENCES)).train()

@@ -252,6 +252,14 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
                 f"K is still on its way from {self._begin_mean:g} to {self.target:g}. The adapter is kept as it is in "
                 f"{kept}. Resume from a checkpoint, or train with a smaller `until`."
             )
+        shares = meter.shares(meter.hits - meter.begin)
+        if idle := [name for name, share in shares.items() if share.isnan().any()]:
+            kept = keep_stopped(model, args, state)
+            raise ValueError(
+                f"No token came through {len(idle)} of {len(shares)} modules, e.g. {idle[0]!r} (a vision tower, where "
+                f"no batch has images), so how their experts are used is not known. The adapter is kept as it is in "
+                f"{kept}. Leave such modules out of `target_modules`."
+            )
         usage = expert_usage(model, self.adapter_name)
         top_k = {name: layer.top_k(self.adapter_name) for name, layer in meter.layers.items()}
         if state.is_world_process_zero:

@@ -302,6 +302,12 @@ def embedding_covariance(embeddings: nn.Module, batches: Iterable[Mapping[str, A
     total: Tensor | None = None
     with torch.no_grad():
         for batch in batches:
+            if images := next((name for name in batch if name.startswith(("pixel_values", "input_features"))), None):
+                raise ValueError(
+                    f"The batches have images or sounds (`{images}`), which go into the model as embeddings that are "
+                    "no token's, so the prompt cannot be kept out of their span. Use LoRA or MORA with "
+                    "OrthogonalProjectionCallback."
+                )
             rows = embeddings(batch["input_ids"].to(device))
             rows = real_rows(rows, batch.get("attention_mask"), "the input embeddings").float()
             total = rows.T @ rows if total is None else total.addmm_(rows.T, rows)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number
 from ..files import whole_file
-from ..inputs import parts, real_rows, seeded, shared_inputs, visit
+from ..inputs import parts, real_rows, seeded, shared_inputs, text_tokenizer, visit
 from ..lora_file import Lora, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
 
@@ -163,7 +163,7 @@ def collect_inputs(
         ValueError: as `read_lora`; no texts; a module that saw no input.
     """
     modules = list(read_lora(folder).loras)
-    tokenizer = tokenizer or saved_tokenizer(model, folder)
+    tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, folder))
     with adapted(model, folder) as with_adapter:
         batches = tokenized(texts, tokenizer, batch_size, max_length)
         statistics = input_spreads(with_adapter, modules, batches, directions=directions, last=last)
