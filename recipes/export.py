@@ -7,8 +7,8 @@ python recipes/export.py out/demo/lori-helpdesk --output out/lora --base-to out/
 An update that is one ΔW leaves as it is, at its own rank. MORA "task" and "bank", FLYLORA and SMORA choose experts for
 every token, so no LoRA equals them: each module gets the one that comes closest on a task's training texts. On its
 test texts the error is measured by module and overall: |LoRA's logits - adapter's| / |base's logits - adapter's|.
-Above --max-error nothing is written, unless --force. --base-to writes, too, the 4-bit base that the adapter was trained
-on, in 16 bits.
+Above --max-error nothing is written, unless --force. --base-to writes the 4-bit base that the adapter was trained
+over, in 16 bits, for a server (docs/serving.md).
 """
 
 from __future__ import annotations

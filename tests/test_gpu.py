@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
-from helpers import LORA, METHODS, adapted, gradients, quantized, randomize, sft, tiny_llama
+from helpers import LORA, METHODS, adapted, gradients, losses, quantized, randomize, sft, tiny_llama
 from peft import PeftModel, get_peft_model
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from peft_mora import FlyLoraConfig, MoraConfig, TaskRouter, expert_usage, record_usage, start_task
@@ -112,11 +114,48 @@ def test_compiled_layers_give_the_same(form, inputs):
             torch.testing.assert_close(parameter.grad, want[name], rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("form", ["mora", "lori", "flylora"])
+def test_a_static_cache_which_runs_in_cuda_graphs_gives_the_same(form, inputs):
+    torch.compiler.reset()
+    model = adapted(METHODS[form], tiny_llama().to(CARD)).to(CARD)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    static, plain = (model.generate(inputs.to(CARD), cache_implementation=c, **options) for c in ("static", None))
+    assert torch.equal(static, plain)
+
+
 def test_generating_with_a_cache_is_generating_without(make_config, llama_folder, inputs):
     model = adapted(make_config, tiny_llama().to(CARD)).to(CARD)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with_cache, without = (model.generate(inputs.to(CARD), use_cache=cache, **options) for cache in (True, False))
     assert with_cache.shape == (3, 19) and torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+def test_half_precisions_train_with_checkpointing(make_config, half, llama_folder, tmp_path):
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[half]
+    base, config = quantized(llama_folder, device=CARD, dtype=dtype), make_config(target_modules="all-linear")
+    options = {**ON_CARD, "fp16": False, "bf16": False, half: True, "gradient_checkpointing": True}
+    trainer = sft(base, llama_folder, tmp_path, config, **options)
+    weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad and "_B." in name}
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in losses(trainer)) and len(losses(trainer)) == 6 and weights
+    assert all(p.isfinite().all() and not torch.equal(p, before[name]) for name, p in weights.items())
+
+
+def test_ddp_on_one_card_has_the_gradients_without(make_config, inputs):
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = adapted(make_config).to(CARD).train()
+        want = gradients(model, inputs.to(CARD))
+        model.zero_grad()
+        DistributedDataParallel(model, device_ids=[0])(inputs.to(CARD), labels=inputs.to(CARD)).loss.backward()
+        got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert got.keys() == want.keys() != set()
+        for name, grad in got.items():
+            torch.testing.assert_close(grad, want[name])
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_8bit"])
