@@ -15,7 +15,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from .base import REFERENCE, AdapterModel
-from .inputs import LatestMask, rows_of, towers, watched
+from .inputs import LatestMask, rows_of, watched
 from .lean import Gate
 from .routed import Counter, RoutedLinear
 from .routing import balance_step
@@ -278,9 +278,8 @@ class MaskedModel(AdapterModel):
         super().inject_adapter(model, *args, **kwargs)
         layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
         latest = next((layer.latest_mask for layer in layers if layer.latest_mask.handles), None) or watched(model)
-        beside = towers(model)
         for layer in layers:
-            if layer not in beside:  # a tower's patches are all real
+            if not layer.in_tower:  # a tower's patches are all real
                 layer.latest_mask = latest
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:

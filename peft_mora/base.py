@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import registry
 from .checks import check_field, is_indices, is_int, is_names, is_number, listed
-from .inputs import removed_after
+from .inputs import removed_after, towers
 from .lean import Parts, add_update, can_run, plain_add_update
 from .model_card import complete_card
 from .quantization import frozen_base, is_bare, use_exact_4bit_kernels
@@ -226,6 +226,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.module_names: dict[str, str] = {}  # this module's name as the adapter's config knows it
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.in_tower = False  # of a vision-language model: it sees patches, and no rows of the batch
         self.shares_weight = False  # another module has the very same weight (tied embeddings); known when merging
         self._before_merge: list[Any] = []  # what `unmerge` puts back; in a list so that it is no submodule
 
@@ -391,6 +392,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch goes through adapter `adapter_names[i]`."""
+        self.check_rows("adapter_names")
         if len(adapter_names) != len(x):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
@@ -411,6 +413,19 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             updated = self._add(result.index_select(0, rows), own, x.index_select(0, rows), add, parts=parts)
             result = result.index_copy(0, rows, updated)
         return result
+
+    def check_rows(self, argument: str) -> None:
+        """Refuse an argument that says something of each row of the batch where this layer sees no such rows.
+
+        Raises:
+            ValueError: the layer is in a tower.
+        """
+        if self.in_tower:
+            raise ValueError(
+                f"`{argument}` is for rows of the batch, and an adapted layer of a vision tower sees images or "
+                "patches, of which a row may have none or several. Adapt the language model only "
+                "(exclude_modules=r'(?!.*language_model).*'), or answer rows of one adapter or task at a time."
+            )
 
     # Merging
 
@@ -546,6 +561,9 @@ class AdapterModel(BaseTuner):
             vars(before).update(made)
             self.peft_config.update(dict.fromkeys(others, before))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for module in towers(model):
+            if isinstance(module, AdapterLinear):
+                module.in_tower = True
         set_config(self, adapter_name, config)
 
     def _create_and_replace(

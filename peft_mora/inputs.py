@@ -94,6 +94,20 @@ def placeholders(model: Any) -> list[int]:
     return sorted({token for token in found if isinstance(token, int)})
 
 
+def check_text(model: Any, batches: Iterable[Mapping[str, Any]], what: str) -> None:
+    """Refuse tokens in whose place images go, for a forward without the images.
+
+    Args:
+        what: whose text it is, and what to do instead, for the error.
+
+    Raises:
+        ValueError: a batch's `input_ids` have such a token.
+    """
+    stand_ins = placeholders(model)
+    if stand_ins and any(bool(torch.isin(b["input_ids"].cpu(), torch.tensor(stand_ins)).any()) for b in batches):
+        raise ValueError(f"The text has tokens that stand for images, which are not shown to the model here: {what}")
+
+
 def text_tokenizer(processor: Any) -> Any:
     """The tokenizer of a model's processor, which takes images first, with the processor's chat template where it has
     none of its own; a tokenizer is its own."""

@@ -207,6 +207,8 @@ class MtlLoraLinear(AdapterLinear):
                 "column, and trl_callbacks.TaskColumnCallback()); or choose one for all: peft_mora.set_task(model, "
                 "NAME)."
             )
+        if not isinstance(tasks, int):
+            self.check_rows("task")
         checked = None if isinstance(tasks, int) else rows
         gate = TaskGate(turn, self._weight("w", adapter_name), rule.temperature, tasks, checked)
         return Parts([Weight(self._weight("A", adapter_name))], [Weight(self._weight("B", adapter_name))], gate)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .inputs import check_patches, fit_mask, towers
+from .inputs import check_patches, fit_mask
 from .routed import routed_layers
 
 
@@ -118,8 +118,7 @@ class UsageMeter:
         self.last_inputs: dict[str, Any] | None = None
         self._real: dict[Any, RealTokens] = {}
         self._depth = 0
-        beside = towers(model)
-        self._counts_patches = not beside.isdisjoint(layers.values())
+        self._counts_patches = any(layer.in_tower for layer in layers.values())
         device = next(p.device for layer in layers.values() for p in layer.parameters() if not p.is_meta)
         self.layers = layers
         self.places: dict[str, slice] = {}
@@ -135,7 +134,7 @@ class UsageMeter:
         for index, (name, layer) in enumerate(layers.items()):
             if adapter_name in layer.usage:
                 layer.usage[adapter_name].meter.close()
-            layer.usage[adapter_name] = Usage(self, self.places[name], index, layer not in beside)
+            layer.usage[adapter_name] = Usage(self, self.places[name], index, not layer.in_tower)
         self._handles: list[Any] = []
         for module in _entrances(model):
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))

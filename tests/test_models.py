@@ -30,6 +30,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from peft_mora import MoraConfig, expert_usage, record_usage, start_task
 from peft_mora.inputs import input_statistics
+from peft_mora.merging.inputs import input_spreads
 from trl_callbacks import ActivationBudgetCallback, DriftCallback, OrthogonalProjectionCallback, protect
 from trl_callbacks.general_text import read, sample
 from trl_callbacks.prompts import embedding_covariance
@@ -116,6 +117,13 @@ def test_an_adapter_of_pictures_and_text_trains_answers_and_opens_again(kind, me
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     rows = {"pixel_values": 4} if kind == "qwen2_vl" else {}
     first = {name: value[: rows.get(name, 1)] for name, value in batch.items()}
+    if kind == "llava":  # as many pictures as rows, whose they are nobody knows
+        with pytest.raises(ValueError, match="`adapter_names` is for rows of the batch"):
+            model(**batch, adapter_names=["default", "__base__"])
+        language = adapted(method, base(), **LANGUAGE)
+        mixed = language(**batch, adapter_names=["default", "__base__"]).logits
+        torch.testing.assert_close(mixed[0], language(**batch).logits[0])
+        torch.testing.assert_close(mixed[1], base()(**batch).logits[1])
     want = model.generate(**first, max_new_tokens=3, do_sample=False)
     assert torch.equal(again.generate(**first, max_new_tokens=3, do_sample=False), want)
 
@@ -135,7 +143,7 @@ def test_image_tokens_count_as_inputs_and_patches_do_whatever_the_texts_mask_say
             x = x[real] if is_text(name) else x
             assert counted["base_model.model." + name] == len(x)
             torch.testing.assert_close(found.covariance[group].double(), x.T @ x, rtol=1e-5, atol=1e-5)
-    assert sum(not is_text(name) for name in layers) > 4
+    assert sum(not is_text(name) for name in layers) > 4 and meter.last_inputs is None
     with pytest.raises(ValueError, match="`pixel_attention_mask` has zeros.*exclude_modules"), record_usage(model):
         model(**batch, pixel_attention_mask=torch.zeros(2, 8, 8))
 
@@ -217,6 +225,8 @@ def test_text_is_protected_on_a_model_of_pictures_and_pictures_are_no_text(llama
     with pytest.raises(ValueError, match="have images or sounds \\(`pixel_values`\\).*OrthogonalProjectionCallback"):
         embedding_covariance(model.get_input_embeddings(), [pictures("llava")])
     towers = get_peft_model(model, MoraConfig(r=2, target_modules=["fc1", "q_proj"]))
+    with pytest.raises(ValueError, match="tokens that stand for images.*merge by a rule that needs no inputs"):
+        input_spreads(towers, [], [pictures("llava")])
     with pytest.raises(ValueError, match="saw no input.*a vision tower never sees text"):
         protect(towers, ["the cat"], tmp_path / "towers", tokenizer=reader, adapter_name="default")
     callback = ActivationBudgetCallback(2, schedule="constant")

@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
-from peft_mora.inputs import shared_inputs
+from peft_mora.inputs import check_text, shared_inputs
 from peft_mora.lora_file import TENSORS, digest, read_lora
 from peft_mora.merging.inputs import input_spreads, submodules
 
@@ -97,7 +97,8 @@ class InputStatisticsCallback(HostCallback):
         use_exact_4bit_kernels(model)
         with saved(model, self._name) as folder:
             modules = list(read_lora(folder).loras)
-        # Now, not when all is learnt: a module that sees no input.
+        # Now, not when all is learnt: prompts with images, and a module that sees no input.
+        check_text(model, self._batches, "train without InputStatisticsCallback, and merge by a rule without inputs.")
         shared_inputs(model, submodules(model, modules), self._batches[0])
 
     def on_train_end(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number
 from ..files import whole_file
-from ..inputs import parts, real_rows, seeded, shared_inputs, text_tokenizer, visit
+from ..inputs import check_text, parts, real_rows, seeded, shared_inputs, text_tokenizer, visit
 from ..lora_file import Lora, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
 
@@ -218,13 +218,14 @@ def input_spreads(
         batches: input_ids and attention_mask (B, S), int64.
 
     Raises:
-        ValueError: a module saw no input, or one that is not finite.
+        ValueError: a module saw no input, or one that is not finite; tokens stand for images.
     """
     check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
     check_field(is_number(last) and 0 <= last <= 1, "last", last, "a share in [0, 1]")
     tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
     prompts = sum(len(batch["input_ids"]) for batch in batches)
     found = submodules(model, modules)
+    check_text(model, batches, "give prompts without images, or merge by a rule that needs no inputs.")
     groups, sizes = shared_inputs(model, found, batches[0])
     sums: dict[str, Tensor] = {}
 
@@ -232,6 +233,9 @@ def input_spreads(
         rows = real_rows(x, mask, name).float()
         if name not in sums:
             sums[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        if mask is not None and x.shape[:-1] == mask.shape[:1]:  # a pooler, whose rows are prompts
+            sums[name].addmm_(rows.T, rows, alpha=1 / prompts)
+            return
         sums[name].addmm_(rows.T, rows, alpha=(1 - last) / tokens)
         if last and mask is not None:
             ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1).to(x.device)
