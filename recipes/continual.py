@@ -104,8 +104,6 @@ def train(
         callbacks.insert(0, OrthogonalProjectionCallback(memory, protect=text, **args.callback))
     trainer = make_trainer(
         model, tokenizer, task["train"], folder, args.steps, args.batch_size, args.lr, seed, callbacks=callbacks,
-        lr_scheduler_type="warmup_stable_decay",  # a constant rate ends wherever the last batches have pushed it
-        lr_scheduler_kwargs={"num_decay_steps": args.steps // 3},
         save_strategy="steps", save_steps=args.save_steps, save_total_limit=2,
     )  # fmt: skip
     complete = sorted(folder.glob("checkpoint-*/complete"), key=lambda path: int(path.parent.name.split("-")[1]))
