@@ -79,11 +79,7 @@ def train_and_score(
 ) -> dict[str, float]:
     set_seed(seed)
     model, tokenizer = load_base(base, args.device)
-    trainer = make_trainer(
-        model, tokenizer, task["train"], folder, args.steps, args.batch_size, rate, seed, config,
-        lr_scheduler_type="warmup_stable_decay",  # a constant rate ends wherever the last batches have pushed it
-        lr_scheduler_kwargs={"num_decay_steps": args.steps // 3},
-    )  # fmt: skip
+    trainer = make_trainer(model, tokenizer, task["train"], folder, args.steps, args.batch_size, rate, seed, config)
     seconds = trainer.train().metrics["train_runtime"]
     found = scores.answers(
         trainer.model.eval(), tokenizer, task["test"][: args.limit], args.batch_size, task["labels"]

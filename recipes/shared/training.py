@@ -76,8 +76,8 @@ def make_trainer(
 ) -> SFTTrainer:  # fmt: skip
     """TRL's trainer over records of prompt and answer, the loss on the answers; `options` are SFTConfig's."""
     settings = {
-        # A constant rate ends wherever the last batches have pushed it; a linear decay learns less (LoRA, 40 steps: .74
-        # where a constant rate has .91).
+        # A constant rate ends wherever the last batches have pushed it; a linear decay learns less (LoRA, 40 steps:
+        # .74 where a constant rate has .91).
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {"num_decay_steps": steps // 3},
         "warmup_steps": steps // 10,
