@@ -284,6 +284,7 @@ class MaskedModel(AdapterModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         layers: list[Any] = [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+        base = super()._unload_and_optionally_merge(*args, **kwargs)  # may refuse
         for layer in layers:
             layer.latest_mask.remove()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        return base

@@ -288,6 +288,16 @@ def test_compiled_forwards_before_their_backwards_each_take_their_step():
     assert torch.equal(moved(True), want) and want.abs().max() == pytest.approx(0.2)
 
 
+def test_padding_does_not_count_after_a_merge_that_was_refused():
+    model = adapted("flylora")
+    watching = [layer.latest_mask for layer in model.modules() if isinstance(layer, FlyLoraLinear)]
+    with pytest.raises(ValueError, match="Cannot merge"):
+        model.merge_and_unload()
+    assert watching and all(mask.handles for mask in watching)
+    model.unload()
+    assert not any(mask.handles for mask in watching)
+
+
 def test_an_encoder_s_padding_does_not_count_in_either_half(inputs):
     """The decoder's keys and values of its attention to the encoder are made of the encoder's tokens."""
 
