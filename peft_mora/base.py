@@ -348,6 +348,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
             if isinstance(entries, (nn.ModuleDict, BufferDict)) and adapter_name in entries:
                 entries[adapter_name] = entries[adapter_name].to(device)
 
+    def weights(self, adapter_name: str) -> tuple[Any, ...]:
+        """The adapter's trainable weights, in the order of `adapter_layer_names`."""
+        return tuple(getattr(self, name)[adapter_name].weight for name in self.adapter_layer_names)
+
     def is_empty(self, adapter_name: str) -> bool:
         """Whether the adapter's weights are still on the meta device, to be filled from a file."""
         weights = [getattr(self, name) for name in self.adapter_layer_names]

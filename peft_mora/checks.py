@@ -33,6 +33,19 @@ def is_indices(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(is_int(index) and index >= 0 for index in value)
 
 
+def task_names(value: Any) -> Any:
+    """The field `tasks`: a list of names, each once; a tuple becomes one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    tasks = list(value) if isinstance(value, tuple) else value
+    ok = isinstance(tasks, list) and bool(tasks) and is_names(tasks) and all(tasks)
+    check_field(ok, "tasks", tasks, "a list of at least one name")
+    check_field(len(set(tasks)) == len(tasks), "tasks", tasks, "a list without repeats")
+    return tasks
+
+
 def listed(names: Iterable[str], last: str = "or") -> str:
     """For a sentence: "a", "a or b", "a, b or c"."""
     *most, end = names

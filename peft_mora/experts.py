@@ -26,7 +26,8 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from .base import AdapterLinear, AdapterModel, Trained, warn_of_rounding
-from .lean import Weight
+from .lean import matrix_of
+from .routing import without_autocast
 
 
 class FourBit(NamedTuple):
@@ -45,7 +46,7 @@ class _Added(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         left, right = (factor.to(weight.dtype) for factor in self.factors)
-        with torch.autocast(weight.device.type, enabled=False):  # a parameter keeps its dtype
+        with without_autocast(weight):  # a parameter keeps its dtype
             return torch.baddbmm(weight, left, right) if weight.dim() == 3 else torch.addmm(weight, left[0], right[0])
 
 
@@ -86,8 +87,8 @@ class ExpertWeights(AdapterLinear):
         """A (E, R, I) and B (E, O, R), float32 or wider, differentiable; R: the ranks of all the adapter's tasks."""
         downs, ups, _ = self.parts(adapter_name)
         dtype = torch.promote_types(downs[-1].values.dtype, torch.float32)
-        As = [_matrix(down, dtype).view(self.experts, -1, self.in_features) for down in downs]
-        Bs = [_matrix(up, dtype).view(self.out_features, self.experts, -1).transpose(0, 1) for up in ups]
+        As = [matrix_of(*down, dtype).view(self.experts, -1, self.in_features) for down in downs]
+        Bs = [matrix_of(*up, dtype).view(self.out_features, self.experts, -1).transpose(0, 1) for up in ups]
         return torch.cat(As, dim=1), torch.cat(Bs, dim=2)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -120,9 +121,8 @@ class ExpertWeights(AdapterLinear):
     @contextmanager
     def _added(self, added: _Added) -> Iterator[None]:
         """The module has W + ΔW under the parameter's name for the length of the block."""
-        module, name = self.get_base_layer(), self.parameter_name
-        if parametrize.is_parametrized(module, name):  # a property of its class, which nothing can stand in front of
-            chain: Any = module.parametrizations[name]  # type: ignore[index]
+        module, name, chain = self.get_base_layer(), self.parameter_name, self._chain()
+        if chain is not None:  # a property of its class, which nothing can stand in front of
             chain.append(added)
             parametrize._cache.pop((id(module), name), None)
             try:
@@ -169,27 +169,29 @@ class ExpertWeights(AdapterLinear):
         )
         self._put(FourBit(codes, new))
 
+    def _chain(self) -> Any:
+        """What the parameter is computed by, its `ParametrizationList`; None where it is not computed."""
+        module: Any = self.get_base_layer()
+        computed = parametrize.is_parametrized(module, self.parameter_name)
+        return module.parametrizations[self.parameter_name] if computed else None
+
     def _four_bit(self) -> FourBit | None:
-        module = self.get_base_layer()
-        if not parametrize.is_parametrized(module, self.parameter_name):
-            return None
-        chain: Any = module.parametrizations[self.parameter_name]  # type: ignore[index]
-        return FourBit(chain.original.data, chain[0].quant_state)
+        chain = self._chain()
+        return None if chain is None else FourBit(chain.original.data, chain[0].quant_state)
 
     def _put(self, held: FourBit) -> None:
-        chain: Any = self.get_base_layer().parametrizations[self.parameter_name]  # type: ignore[index]
+        chain = self._chain()
         chain.original.data, chain[0].quant_state = held
 
     def check_merge(self, adapter_names: list[str]) -> None:
         super().check_merge(adapter_names)
-        module, name = self.get_base_layer(), self.parameter_name
-        if parametrize.is_parametrized(module, name):
-            chain: Any = module.parametrizations[name]  # type: ignore[index]
-            if len(chain) != 1 or not hasattr(chain[0], "quant_state"):
-                raise ValueError(
-                    f"Cannot merge into {name!r}: it is computed by {', '.join(type(p).__name__ for p in chain)}, and "
-                    "not by bitsandbytes' 4-bit parameter alone. Keep the adapter unmerged."
-                )
+        chain = self._chain()
+        if chain is not None and (len(chain) != 1 or not hasattr(chain[0], "quant_state")):
+            by = ", ".join(type(part).__name__ for part in chain)
+            raise ValueError(
+                f"Cannot merge into {self.parameter_name!r}: it is computed by {by}, and not by bitsandbytes' 4-bit "
+                "parameter alone. Keep the adapter unmerged."
+            )
 
     def _keep_weight(self, weight: Tensor) -> Any:
         held = self._four_bit()
@@ -224,11 +226,6 @@ class ExpertWeights(AdapterLinear):
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}"
-
-
-def _matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
-    values, form = weight
-    return values.to(dtype) if form is None else form.matrix(values, dtype)
 
 
 class ExpertModel(AdapterModel):

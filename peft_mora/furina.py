@@ -237,11 +237,8 @@ class FurinaLinear(AdapterLinear):
         if config.init_weights:
             self.furina_B[adapter_name].weight.data[:, :r] = 0
 
-    def _weights(self, adapter_name: str) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name)[adapter_name].weight for name in self.adapter_layer_names)
-
     def parts(self, adapter_name: str, dtype: torch.dtype | None = None) -> Parts:
-        A, B, v = self._weights(adapter_name)
+        A, B, v = self.weights(adapter_name)
         fast = self.lean and can_run(A) and torch.is_grad_enabled()
         made = (_Directions.apply if fast else directions)(A, B, v, self.furina_experts[adapter_name], dtype)
         return Parts([Weight(A)], [Weight(made[0])], self._gate(adapter_name, made[1]))
@@ -255,7 +252,7 @@ class FurinaLinear(AdapterLinear):
 
     def _gate(self, adapter_name: str, G: Tensor) -> Gate:
         losses = self.furina_losses[adapter_name]
-        trains = any(weight.requires_grad for weight in self._weights(adapter_name))
+        trains = any(weight.requires_grad for weight in self.weights(adapter_name))
         if not (self.training and trains and (losses.selection or losses.balance)):
             return NO_GATE
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -265,7 +262,7 @@ class FurinaLinear(AdapterLinear):
         return LossGate(G, losses, self.furina_scale[adapter_name], self.latest_mask.by_device)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        A, B, v = (weight.detach() for weight in self._weights(adapter_name))
+        A, B, v = (weight.detach() for weight in self.weights(adapter_name))
         return at_least_float32(A), directions(A, B, v, self.furina_experts[adapter_name])[0]
 
 

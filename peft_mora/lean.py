@@ -165,9 +165,9 @@ def plain_add_update(
     comes with its own gradient. The mask of a dropout comes from the same generator, but is another one.
     """
     x = F.dropout(x, dropout)
-    us = gate.plain([F.linear(x, _matrix(*down, x.dtype)) for down in downs])
+    us = gate.plain([F.linear(x, matrix_of(*down, x.dtype)) for down in downs])
     # Up by up, and the newest last: with B = 0 it adds exact zeros, so growing changes no output.
-    outputs = [F.linear(u, _matrix(*up, u.dtype)) for u, up in zip(us, ups, strict=True)]
+    outputs = [F.linear(u, matrix_of(*up, u.dtype)) for u, up in zip(us, ups, strict=True)]
     update = gate.done(sum(outputs[1:], start=outputs[0]))
     return y0 + (update * scale).to(y0.dtype)
 
@@ -211,7 +211,7 @@ def add_update(
     return core.forward(y0, x, tensors)[0]
 
 
-def _matrix(values: Any, form: Form | None, dtype: torch.dtype) -> Tensor:
+def matrix_of(values: Any, form: Form | None, dtype: torch.dtype) -> Tensor:
     # Contiguous, so that a block computes bit for bit what it did before it became a part of the bank.
     return _cast(values, dtype).contiguous() if form is None else form.matrix(values, dtype)
 
@@ -307,12 +307,12 @@ class _Core:
         """y, and what the gate saves."""
         rows, dtype = self.rows(x), self.dtype
         As, Bs, own = self.split(tensors)
-        hs = [torch.mm(rows, _matrix(A, form, dtype).t()) for A, form in zip(As, self.downs, strict=True)]
+        hs = [torch.mm(rows, matrix_of(A, form, dtype).t()) for A, form in zip(As, self.downs, strict=True)]
         us, saved = self.gate.forward(hs, own, self.shape[:-1], self.wanted)
         y = y0 if self.in_place else None
         # Up by up, and the newest last: with B = 0 it adds exact zeros, so growing changes no output.
         for u, B, form in zip(us, Bs, self.ups, strict=True):
-            u, B_t = u * self.scale, _matrix(B, form, dtype).t()
+            u, B_t = u * self.scale, matrix_of(B, form, dtype).t()
             if y0.dtype != dtype:
                 y = y0.clone(memory_format=torch.contiguous_format) if y is None else y
                 y.view(-1, y.shape[-1]).add_(torch.mm(u, B_t))
@@ -337,7 +337,7 @@ class _Core:
         g = _cast(g.reshape(-1, g.shape[-1]), dtype)
         grads: list[Tensor | None] = [None] * len(self.ups)
         if wanted.any_dh or any(wanted.gate):  # then all, as the gate may couple them
-            grads = [torch.mm(g, _matrix(B, form, dtype)).mul_(scale) for B, form in zip(Bs, self.ups, strict=True)]
+            grads = [torch.mm(g, matrix_of(B, form, dtype)).mul_(scale) for B, form in zip(Bs, self.ups, strict=True)]
         us, dhs, d_own = self.gate.backward(saved, own, grads, wanted)
         rows = None if x is None else self.rows(x)
         dx: Tensor | None = None
@@ -357,12 +357,12 @@ class _Core:
                 dAs[i] = dA
             if wanted.x:
                 assert dh is not None
-                matrix = _matrix(A, form, dtype)
+                matrix = matrix_of(A, form, dtype)
                 dx = torch.mm(dh, matrix) if dx is None else dx.addmm_(dh, matrix)
         if dx is not None and self.dropout:
             dx.mul_(dropout_mask(dx, self.dropout, self.seed))
         if dx is not None and self.base is not None:
-            dx.addmm_(g, _matrix(W, self.base.form, dtype))
+            dx.addmm_(g, matrix_of(W, self.base.form, dtype))
         return None if dx is None else dx.view(self.shape), [*dAs, *dBs, *d_own]
 
 

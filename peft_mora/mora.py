@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
 from .base import REFERENCE, Trained, adapter_layers, adapters_of, set_config
-from .checks import check_field, is_int, is_names, is_number
+from .checks import check_field, is_int, is_number, task_names
 from .experts import ExpertModel, ExpertWeights
 from .inputs import unmoved
 from .lean import NO_GATE, Gate, Parts, Wanted, Weight, index_dtype
@@ -90,14 +90,7 @@ class MoraConfig(RoutedConfig):
         check_field(
             is_number(self.threshold) and 0 <= self.threshold <= 1, "threshold", self.threshold, "a number in [0, 1]"
         )
-        self.tasks = list(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
-        check_field(
-            isinstance(self.tasks, list) and bool(self.tasks) and is_names(self.tasks) and all(self.tasks),
-            "tasks",
-            self.tasks,
-            "a list of at least one name",
-        )
-        check_field(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "a list without repeats")
+        self.tasks = task_names(self.tasks)
         for name, least, tasks in (("block_sizes", 0, len(self.tasks)), ("frozen_top_k", 1, len(self.tasks) - 1)):
             check_field(isinstance(getattr(self, name), dict), name, getattr(self, name), "a dict by module name")
             for key, values in getattr(self, name).items():

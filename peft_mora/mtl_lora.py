@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import AdapterConfig, AdapterLinear, AdapterModel, adapter_layers, set_config
-from .checks import check_field, is_int, is_names, is_number, listed
+from .checks import check_field, is_int, is_number, listed, task_names
 from .lean import Gate, Parts, Wanted, Weight
+from .routing import at_least_float32
 from .row_tasks import Rows, RowTasks, place
 
 
@@ -50,10 +51,7 @@ class MtlLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.tasks = list(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
-        ok = isinstance(self.tasks, list) and bool(self.tasks) and is_names(self.tasks) and all(self.tasks)
-        check_field(ok, "tasks", self.tasks, "a list of at least one name")
-        check_field(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "a list without repeats")
+        self.tasks = task_names(self.tasks)
         ok = self.default_task is None or self.default_task in self.tasks
         check_field(ok, "default_task", self.default_task, f"one of the tasks {self.tasks}, or None")
         check_field(is_int(self.ups) and self.ups >= 1, "ups", self.ups, "an integer >= 1")
@@ -106,7 +104,7 @@ class TaskGate(Gate):
         turn, w = tensors
         r = h.shape[-1]
         at = slice(self.tasks, self.tasks + 1) if isinstance(self.tasks, int) else self.tasks
-        logits = w[at].to(h.dtype).to(torch.promote_types(h.dtype, torch.float32))
+        logits = at_least_float32(w[at].to(h.dtype))
         return turn.reshape(-1, r, r)[at].to(h.dtype), (logits / self.temperature).softmax(-1)
 
     def _turned(self, h: Tensor, turn: Tensor) -> Tensor:
@@ -269,14 +267,10 @@ class MtlLoraLinear(AdapterLinear):
         rule = self.mtllora_rule[adapter_name]
         if rule.default is None:
             raise ValueError(self.merge_refusal)
-        A, B, turn, w = (_wide(self._weight(name, adapter_name)) for name in ("A", "B", "turn", "w"))
+        A, B, turn, w = map(at_least_float32, self.weights(adapter_name))
         r, p = len(A), (w[rule.default] / rule.temperature).softmax(-1)
         up = torch.einsum("onr,n->or", B.reshape(len(B), -1, r), p)
         return A, up + up @ turn.reshape(-1, r, r)[rule.default]
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _default(config: MtlLoraConfig) -> int | None:

@@ -229,7 +229,7 @@ class SMoraLinear(BalancedLinear):
         return {"kept_experts": experts if experts != self.largest_top_k(adapter_name) else None}
 
     def parts(self, adapter_name: str) -> Parts:
-        A, B, W = (getattr(self, name)[adapter_name].weight for name in self.adapter_layer_names)
+        A, B, W = self.weights(adapter_name)
         offset, rule = self.current_offset(adapter_name), self.smora_rule[adapter_name]
         step, usage = self.step(adapter_name, offset, B), self.counting(adapter_name)
         # The layer scales by alpha / r, the rule by alpha.
@@ -237,11 +237,11 @@ class SMoraLinear(BalancedLinear):
         return Parts([Weight(A), Weight(W)], [Weight(B)], gate)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        A, B = self.smora_A[adapter_name].weight, self.smora_B[adapter_name].weight
+        A, B, _ = self.weights(adapter_name)
         return A.detach().float(), B.detach().float()
 
     def trained(self, adapter_name: str) -> Trained | None:
-        A, B, W = (getattr(self, name)[adapter_name].weight for name in self.adapter_layer_names)
+        A, B, W = self.weights(adapter_name)
         return Trained(A, B, through=(W,)) if A.requires_grad or B.requires_grad else None
 
     def without(self, adapter_name: str, stays: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -253,7 +253,7 @@ class SMoraLinear(BalancedLinear):
         Returns:
             `stays`; A, B and W of the experts that do.
         """
-        A, B, W = (getattr(self, name)[adapter_name].weight.detach() for name in self.adapter_layer_names)
+        A, B, W = (weight.detach() for weight in self.weights(adapter_name))
         experts = stays.to(A.device)
         ranks = experts.repeat_interleave(self.smora_rule[adapter_name].partition)
         return stays, [A[ranks], B[:, ranks].contiguous(), W[experts]]

@@ -32,7 +32,7 @@ def net(**kwargs) -> PeftModel:
 
 def experts(layer: FurinaLinear) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """W of the shared expert and Ŵ (O, I) of the others, whole, with their rows' norms taken one by one."""
-    A, B, _ = (weight.to(layer.furina_A["default"].weight) for weight in layer._weights("default"))
+    A, B, _ = (weight.to(layer.furina_A["default"].weight) for weight in layer.weights("default"))
     r = layer.r["default"]
     shared, *Ws = (B[:, i : i + r] @ A[i : i + r] for i in range(0, len(A), r))
     return shared, [torch.stack([row / (row.norm() + EPS) for row in W]) for W in Ws]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
@@ -16,6 +16,7 @@ from peft_mora import registry
 from peft_mora.base import AdapterLinear, Trained, adapters_of
 from peft_mora.checks import listed
 from peft_mora.experts import ExpertWeights
+from peft_mora.routing import at_least_float32
 
 
 class Factors(NamedTuple):
@@ -133,7 +134,12 @@ def base_weight(layer: Any) -> Tensor:
             f"and not {(layer.out_features, layer.in_features)}. Quantise the base with bitsandbytes, or load it in "
             "16 bits."
         )
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return at_least_float32(weight)
+
+
+def are_those(factors: Mapping[str, Factors], before: Mapping[str, Factors]) -> bool:
+    """Whether they are the very parameters that there were before, of which there may have been none."""
+    return factors.keys() == before.keys() and all(before[name].A is pair.A for name, pair in factors.items())
 
 
 def trained_factors(layer: nn.Module, adapter_name: str) -> Trained | None:

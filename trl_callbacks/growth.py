@@ -25,7 +25,7 @@ from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.mora import MoraLinear
 from peft_mora.routed import record_routing
 
-from .factors import Factors, static_factors
+from .factors import Factors, are_those, static_factors
 from .host import HostCallback, running_trainer
 
 
@@ -149,16 +149,11 @@ class RankGrowthCallback(HostCallback):
             )
         before, self._factors = self._factors, factors
         # The trainer begins anew, with a smaller batch, where memory has run out: ranks may have grown already.
-        again = before.keys() == factors.keys() and all(before[n].A is pair.A for n, pair in factors.items())
+        again = are_those(factors, before)
         ranks = [len(pair.A) for pair in factors.values()]
         self._limits = [min(self.limit, pair.A.shape[1], len(pair.B)) for pair in factors.values()]
         if state.global_step > 0:
-            kept = self.saved(args, state)
-            if kept is None:
-                raise ValueError(
-                    f"The run resumes at step {state.global_step}, but the checkpoint has no {self.sidecar}: it was "
-                    "trained without this callback. Resume with the callbacks that the run began with."
-                )
+            kept = self.saved_here(args, state)
             self._begin, self._needs = kept["begin"].tolist(), kept["needs"]
         elif not again:
             self._begin, self._needs = ranks, None

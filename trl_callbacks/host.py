@@ -78,6 +78,20 @@ class HostCallback(TrainerCallback):
         path = self.sidecar_path(args, state)
         return load_file(path) if path.is_file() else None
 
+    def saved_here(self, args: TrainingArguments, state: TrainerState) -> dict[str, Tensor]:
+        """`saved`, of a run that must have had this callback from its begin.
+
+        Raises:
+            ValueError: it has not.
+        """
+        kept = self.saved(args, state)
+        if kept is None:
+            raise ValueError(
+                f"The run resumes at step {state.global_step}, but the checkpoint has no {self.sidecar}: it was "
+                "trained without this callback. Resume with the callbacks that the run began with."
+            )
+        return kept
+
     def sidecar_path(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Of the checkpoint that the run resumes from."""
         folder = caller_local("resume_from_checkpoint")

@@ -26,9 +26,10 @@ from peft_mora.base import AdapterLinear
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.inputs import eval_mode, real_rows, removed_after
 from peft_mora.linalg import shrink_sketch, spectrum
+from peft_mora.routing import at_least_float32
 
 from .constraint import averages
-from .factors import Factors, base_weight, static_factors
+from .factors import Factors, are_those, base_weight, static_factors
 from .general_text import Batch, read, sample
 from .host import HostCallback, keep_stopped
 
@@ -471,16 +472,12 @@ class AdapterPenaltyCallback(HostCallback):
     ) -> None:
         super().on_train_begin(args, state, control)
         name, factors = static_factors(model, self.adapter_name, "AdapterPenaltyCallback")
-        before = self._run.factors if self._run is not None else {}
-        again = bool(before) and all(n in before and before[n].A is pair.A for n, pair in factors.items())
+        again = self._run is not None and are_those(factors, self._run.factors)
         tokenizer = kwargs.get("processing_class")
         run = Run(model, name, factors, tokenizer, state.max_steps, args.seed, again and state.global_step == 0)
-        kept = self.saved(args, state) if state.global_step > 0 else None
-        if state.global_step > 0 and kept is None and self.rule.keeps(state.global_step):
-            raise ValueError(
-                f"The run resumes at step {state.global_step}, but the checkpoint has no {self.sidecar}: it was "
-                "trained without this callback. Resume with the callbacks that the run began with."
-            )
+        kept = None
+        if state.global_step > 0:
+            kept = (self.saved_here if self.rule.keeps(state.global_step) else self.saved)(args, state)
         self.rule.begin(run, kept)
         self._run, self._sum, self._count = run, None, 0
 
@@ -553,7 +550,7 @@ def add_gradients(run: Run, rule: Rule, scale: float = 1.0) -> Tensor | None:
     for name, pair in run.factors.items():
         weights = [p for p in (pair.A, pair.B) if p.requires_grad]
         with torch.enable_grad():
-            A, B = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (pair.A, pair.B))
+            A, B = (at_least_float32(p) for p in (pair.A, pair.B))
             value = rule.penalty(name, A, B, pair, pair.layer.scaling[run.adapter_name])
         if value is None:
             continue

@@ -33,7 +33,7 @@ from peft_mora.linalg import (
 )
 
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
-from .factors import Factors, trainable_factors
+from .factors import Factors, are_those, trainable_factors
 from .general_text import TOKENS, add_text
 from .host import HostCallback, ahead_of_reporters, calibration_batches, output_folder
 from .sources import SOURCES, Run
@@ -204,9 +204,8 @@ class OrthogonalProjectionCallback(HostCallback):
             train_dataloader, args, self.calibration_batches, "Use source='gradients' or 'past_adapters'.", needs
         )
         run = Run(model, adapter_name, factors, batches)
-        before = self._run.factors if self._run is not None else {}
         # The trainer begins anew, with a smaller batch, where memory has run out: the weights are this run's already.
-        again = bool(before) and all(name in before and before[name].A is pair.A for name, pair in factors.items())
+        again = self._run is not None and are_those(factors, self._run.factors)
         resumed = again or state.global_step > 0
         subspace = self._remembered(args, run, resumed, kwargs.get("processing_class"))
         if state.global_step > 0:
