@@ -178,11 +178,13 @@ def export(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
     parser.description = """Write an adapter of this package as a plain LoRA, for tools that know nothing else.
 
   peft-mora export out/lori --output out/lora
+  peft-mora export out/lori --output out/lora --model BASE --load-in-4bit --base-to out/base16
   peft-mora export out/mora --output out/lora --texts train.jsonl --test-texts test.jsonl
 
 Of an update that is one matrix a module (what merges) the LoRA is exact, and the base's weights are not read,
 only its config. Where experts are chosen for every token, the closest LoRA on --texts is fitted, its error on
---test-texts measured, and nothing written where that is above --max-error."""
+--test-texts measured, and nothing written where that is above --max-error. A server is to load the weights that the
+adapter was trained over: of a base in 4 bits, those that --base-to writes (docs/serving.md)."""
     parser.add_argument("folder", help="of a saved adapter")
     parser.add_argument("--output", required=True, metavar="DIR", help="the LoRA; must not exist yet")
     parser.add_argument("--texts", metavar="FILE", help="to fit on: JSON lines (prompt and answer, or text), or lines")
@@ -193,27 +195,47 @@ only its config. Where experts are chosen for every token, the closest LoRA on -
     parser.add_argument(
         "--max-error", type=float, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
     )
+    parser.add_argument(
+        "--base-to", metavar="DIR", help="the quantised base in 16 bits, for servers; must not exist yet"
+    )
     _add_model(parser, "the base model (the one that the adapter names)")
 
     def call(args: Any) -> None:
         from peft import PeftModel
 
-        from peft_mora.export import effect_error, exact_lora, fit_lora, save_lora
+        from peft_mora.export import effect_error, exact_lora, fit_lora, save_base, save_lora
         from peft_mora.info import adapter_info
         from peft_mora.merging.inputs import tokenized
+
+        def load() -> Any:
+            base = load_model(args)
+            if args.base_to and getattr(base, "hf_quantizer", None) is None:
+                raise ValueError(
+                    f"{args.model} is not quantised: a server loads it as it is. Leave out --base-to, or give "
+                    "--load-in-4bit where the adapter was trained over it in NF4."
+                )
+            return base
+
+        def write(model: Any, loras: Any, said: str) -> None:
+            to = args.base_to and Path(args.base_to).resolve()
+            config = save_lora(model, loras, args.output, base=to)
+            print(f"{said}LoRA of rank {config.r} in {args.output}")
+            if to:
+                save_base(model.unload(), to, args.folder)
+                print(f"its base in 16 bits in {args.base_to}")
 
         found = adapter_info(args.folder)
         if found.method == "LORA":
             raise ValueError(f"{args.folder} is a plain LoRA already: serve it as it is.")
-        if Path(args.output).exists():
-            raise ValueError(f"{args.output} exists: delete it or choose another --output.")
+        for option, folder in (("--output", args.output), ("--base-to", args.base_to)):
+            if folder and Path(folder).exists():
+                raise ValueError(f"{folder} exists: delete it or choose another {option}.")
         args.model = args.model or found.base
         if args.model is None:
             raise ValueError(f"{args.folder} does not say which base it is for: give it as --model NAME_OR_DIR.")
         if found.merges:
-            model = PeftModel.from_pretrained(_without_weights(args.model, args.folder), args.folder)
-            config = save_lora(model, exact_lora(model), args.output)
-            print(f"exact; LoRA of rank {config.r} in {args.output}")
+            there = load() if args.base_to else _without_weights(args.model, args.folder)
+            write(model := PeftModel.from_pretrained(there, args.folder), exact_lora(model), "exact; ")
             return
         if not found.routed:
             raise ValueError(found.refusal)
@@ -227,10 +249,10 @@ only its config. Where experts are chosen for every token, the closest LoRA on -
         texts = texts if args.test_texts else [text for i, text in enumerate(texts) if i % 4]
         if not texts:
             raise ValueError(f"{args.texts} has one text: give at least two, to fit on and to measure.")
-        model = load_model(args)
-        tokenizer = load_tokenizer(args.folder, model)
+        base = load()
+        tokenizer = load_tokenizer(args.folder, base)
         tokenizer.padding_side = "right"
-        model = PeftModel.from_pretrained(model, args.folder).eval()
+        model = PeftModel.from_pretrained(base, args.folder).eval()
         seen, unseen = (
             [{name: x.to(model.device) for name, x in batch.items()} for batch in tokenized(part, tokenizer)]
             for part in (texts, test)
@@ -243,8 +265,7 @@ only its config. Where experts are chosen for every token, the closest LoRA on -
         )
         if effect.error > args.max_error:
             raise ValueError(f"Nothing written: {said}. Above --max-error {args.max_error:g}.")
-        config = save_lora(model, loras, args.output)
-        print(f"{said}\nLoRA of rank {config.r} in {args.output}")
+        write(model, loras, f"{said}\n")
 
     return call
 

@@ -94,6 +94,16 @@ def test_export_writes_what_the_library_writes_and_reads_no_weight_of_the_base(
     assert "plain LoRA already" in command("export", "lora", "--output", "again")
 
 
+def test_export_writes_the_base_in_4_bits_as_a_server_is_to_load_it(llama_folder, here, command):
+    trained("lori", llama_folder, here / "one")
+    how = ("export", "one", "--output", "lora", "--device", "cpu", "--base-to", "base16")
+    assert "is not quantised: a server loads it as it is" in command(*how) and not (here / "lora").exists()
+    assert "its base in 16 bits in base16" in command(*how, "--load-in-4bit")
+    assert adapter_info("lora").base == str(here / "base16")
+    assert "quantization_config" not in json.loads((here / "base16/config.json").read_text())
+    assert "base16 exists" in command("export", "one", "--output", "other", "--base-to", "base16")
+
+
 def test_export_of_a_routed_adapter_is_fitted_measured_and_refused_where_it_is_far(llama_folder, here, command):
     trained("mora", llama_folder, here / "one")
     assert "give --texts FILE" in command("export", "one", "--output", "lora")
