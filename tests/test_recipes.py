@@ -19,6 +19,7 @@ from shared.embedded_tasks import make_task
 from shared.lm_eval_tasks import write_lm_eval_tasks
 from shared.scores import load
 from shared.tasks import find_task, read_task
+from shared.training import equal_rank, trainable
 from transformers import AutoTokenizer
 
 import peft_mora
@@ -311,21 +312,20 @@ def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, 
 
 
 def test_methods_are_compared_at_equal_parameters_and_a_stopped_run_goes_on(run_recipe, llama_folder, task, tmp_path):
-    recipe = load_recipe("measure/methods")
     common = ["--model", llama_folder, "--device", "cpu", "--data", task, "--tasks", "colours", "--steps", 2]
     common += ["--output", tmp_path, "--limit", 6, "--batch-size", 2]
-    told = run_recipe(recipe, *common, "--methods", "lora", "--rates", 1e-3)
+    told = run_recipe("measure/methods", *common, "--methods", "lora", "--rates", 1e-3)
     assert "lora: {'r': 8, 'alpha': 16}" in told and told.count("->") == 1
-    told = run_recipe(recipe, *common, "--methods", "lora", "smora", "--rates", 1e-3, 1e-2)
+    told = run_recipe("measure/methods", *common, "--methods", "lora", "smora", "--rates", 1e-3, 1e-2)
     assert told.count("->") == 3  # what was there is not trained again
     rows = {(row["method"], row["rate"]): row for row in csv_rows(tmp_path / "methods.csv")}
     assert len(rows) == 4
     shapes = Counter({(64, 64): 4, (64, 32): 4, (64, 128): 4, (128, 64): 2})  # of the tiny Llama
     for method in ("lora", "smora", "mora", "mtllora"):
-        r, parameters = recipe.equal_rank(method, 8, shapes)
+        r, parameters = equal_rank(method, 8, shapes)
         if row := rows.get((method, "0.01")):
             assert (int(row["r"]), int(row["parameters"])) == (r, parameters)
-        assert abs(parameters / recipe.trainable("lora", 8, shapes) - 1) < 0.15
+        assert abs(parameters / trainable("lora", 8, shapes) - 1) < 0.15
     table = (tmp_path / "methods.md").read_text().splitlines()
     assert table[0].endswith("| greedy, label at 0.001 | greedy, label at 0.01 |") and len(table) == 4
     best = max(("0.001", "0.01"), key=lambda rate: float(rows["lora", rate]["greedy"]))
@@ -418,3 +418,27 @@ def test_plain_lm_eval_over_a_4_bit_folder_scores_as_we_do(adapter, llama_folder
     plain = HFLM(pretrained=folder, peft=str(adapter), dtype="bfloat16", softmax_dtype="float32", device="cpu")
     requests = [Instance("loglikelihood", {}, ("the cat", f" {word}"), 0) for word in ("sat", "ran", "red")]
     assert ours.loglikelihood(requests) == plain.loglikelihood(requests)
+
+
+def test_callbacks_are_compared_with_the_same_training_without_them(run_recipe, llama_folder, tmp_path):
+    recipe = load_recipe("measure/callbacks")
+    for name, labels in (("colours", ("red", "blue")), ("sizes", ("big", "small"))):
+        write_task(tmp_path / name, labels)
+    common = ["--model", llama_folder, "--device", "cpu", "--data", tmp_path, "--tasks", "colours,sizes", "--steps", 2]
+    common += ["--prompt-steps", 1, "--r", 2, "--output", tmp_path / "out", "--rates", 1e-2, "--prompt-rates", 0.1]
+    told = run_recipe(recipe, *common, "--scenes", "apart", "--ways", "growth")
+    assert told.count("->") == 6
+    told = run_recipe(recipe, *common, "--ways", "growth", "mtllora", "projected")
+    assert told.count("->") == 2 + 3  # what was there is not trained again
+    rows = {(row["way"], row["scored"]): row for row in csv_rows(tmp_path / "out" / "callbacks.csv")}
+    assert len(rows) == 11
+    shapes = Counter({(64, 64): 4, (64, 32): 4, (64, 128): 4, (128, 64): 2})  # of the tiny Llama
+    assert int(rows["growth", "sizes"]["parameters"]) == trainable("lora", 2, shapes)
+    assert float(rows["growth", "sizes, sum"]["perplexity ratio"]) != 1
+    memory = json.loads((tmp_path / "out" / "prompt-projected" / "subspace" / "subspace.json").read_text())
+    assert len(memory["tasks"]) == 2
+    tables = (tmp_path / "out" / "callbacks.md").read_text().split("\n\n")
+    assert tables[::2] == ["apart", "mixed", "prompts"]
+    assert "| colours | sizes | colours, sum | sizes, sum | colours, mean | sizes, mean |" in tables[1]
+    for make in recipe.APART.values():
+        make(60, 8, [tmp_path])  # with arguments that the callback takes

@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
-from torch import nn
 from transformers import set_seed
 
 
@@ -29,7 +26,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
 from shared import runs, scores
 from shared.base_model import find_base, load_base
 from shared.tasks import find_task
-from shared.training import NAMES, adapter_config, comparable, make_trainer
+from shared.training import NAMES, adapter_config, comparable, equal_rank, linear_shapes, make_trainer, trainable
 
 
 KEY = ("task", "method", "rate", "seed")
@@ -44,34 +41,6 @@ def parse() -> argparse.Namespace:
     add("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3], help="peak learning rates (%(default)s)")
     add("--seeds", nargs="+", type=int, default=[0], help="of the adapter and the order (%(default)s)")
     return parser.parse_args()
-
-
-def trainable(method: str, r: int, shapes: Counter[tuple[int, int]]) -> int:
-    """Parameters that a method trains at `comparable(method, r)`.
-
-    Args:
-        shapes: (inputs, outputs) of each adapted module.
-    """
-    names = {f"m{i}": shape for i, shape in enumerate(shapes)}
-    base = nn.ModuleDict({name: nn.Linear(*shape, device="meta") for name, shape in names.items()})
-    model = get_peft_model(
-        base, adapter_config(method, target_modules=[*names], task_type=None, **comparable(method, r))
-    )
-    of_module = {
-        name: sum(p.numel() for p in model.base_model.model[name].parameters() if p.requires_grad) for name in names
-    }
-    return sum(of_module[name] * shapes[shape] for name, shape in names.items())
-
-
-def equal_rank(method: str, r: int, shapes: Counter[tuple[int, int]]) -> tuple[int, int]:
-    """The r of `comparable` at which a method trains as many parameters as a LoRA of rank r, as nearly as it can; and
-    how many that are."""
-    wanted, found = trainable("lora", r, shapes), []
-    for rank in range(1, 8 * r + 1):
-        found.append((rank, trainable(method, rank, shapes)))
-        if found[-1][1] >= wanted:
-            break
-    return min(found, key=lambda pair: abs(pair[1] - wanted))
 
 
 def train_and_score(
@@ -93,7 +62,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
     rates = sorted({row["rate"] for row in rows}, key=float)
     head = ["task", "method", "r", "parameters", "best rate", "greedy", "label", "s a step"]
     head += [f"greedy, label at {float(rate):g}" for rate in rates]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for task, method in dict.fromkeys((row["task"], row["method"]) for row in rows):
         own = [row for row in rows if (row["task"], row["method"]) == (task, method)]
         means = {
@@ -107,7 +76,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
             task, method, own[0]["r"], f"{int(own[0]['parameters']):,}", f"{float(best):g}", f"{greedy:.2f}",
             f"{label:.2f}", f"{seconds:.2f}", *shown,
         ])  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return runs.markdown(head, lines)
 
 
 def main() -> None:
@@ -116,11 +85,7 @@ def main() -> None:
     base = find_base(args.model, args.device)
     tasks = {name: find_task(name, args.data) for name in args.tasks}
     runs.claim(output, args, "device", "output", "methods", "tasks", "rates", "seeds", base=Path(base).name)
-    model, _ = load_base(base, args.device)
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    shapes = Counter(
-        (m.in_features, m.out_features) for m in linear.values() if m is not model.get_output_embeddings()
-    )
+    shapes = linear_shapes(load_base(base, args.device)[0])
     ranks = {method: equal_rank(method, args.r, shapes) for method in args.methods}
     for method, (r, parameters) in ranks.items():
         of_lora = parameters / trainable("lora", args.r, shapes)

@@ -82,6 +82,11 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     part.replace(path)
 
 
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+
+
 class Rows:
     """A CSV file of a run's results: a row is there once it is complete, and is not made again.
 

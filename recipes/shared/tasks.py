@@ -91,7 +91,16 @@ def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 4
 
 
 def to_dataset(records: list[dict[str, str]]) -> Any:
-    """A datasets.Dataset with TRL's prompt and completion columns: SFTTrainer then puts the loss on the completion."""
+    """A datasets.Dataset with TRL's prompt and completion columns: SFTTrainer then puts the loss on the completion.
+
+    A record's `task` is a column, too.
+    """
     from datasets import Dataset
 
-    return Dataset.from_list([{"prompt": r["prompt"], "completion": " " + r["answer"]} for r in records])
+    beside = [{"task": r["task"]} if "task" in r else {} for r in records]
+    return Dataset.from_list(
+        [
+            {"prompt": r["prompt"], "completion": " " + r["answer"], **more}
+            for r, more in zip(records, beside, strict=True)
+        ]
+    )

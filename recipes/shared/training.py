@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from peft_mora import METHODS
@@ -48,6 +50,42 @@ def adapter_config(method: str, **given: Any) -> Any:
     if "seed" not in {field.name for field in fields(config)}:
         given.pop("seed", None)
     return config(**given)
+
+
+def linear_shapes(model: nn.Module) -> Counter[tuple[int, int]]:
+    """(inputs, outputs) of the modules that "all-linear" adapts: all but the output head."""
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return Counter((m.in_features, m.out_features) for m in linear)
+
+
+def trainable(method: str, r: int, shapes: Counter[tuple[int, int]], **given: Any) -> int:
+    """Parameters that a method trains at `comparable(method, r)`.
+
+    Args:
+        shapes: of the adapted modules, as `linear_shapes`.
+        given: further fields of its config.
+    """
+    names = {f"m{i}": shape for i, shape in enumerate(shapes)}
+    base = nn.ModuleDict({name: nn.Linear(*shape, device="meta") for name, shape in names.items()})
+    model = get_peft_model(
+        base, adapter_config(method, target_modules=[*names], task_type=None, **comparable(method, r), **given)
+    )
+    of_module = {
+        name: sum(p.numel() for p in model.base_model.model[name].parameters() if p.requires_grad) for name in names
+    }
+    return sum(of_module[name] * shapes[shape] for name, shape in names.items())
+
+
+def equal_rank(method: str, r: int, shapes: Counter[tuple[int, int]], **given: Any) -> tuple[int, int]:
+    """The r of `comparable` at which a method trains as many parameters as a LoRA of rank r, as nearly as it can; and
+    how many that are."""
+    wanted, found = trainable("lora", r, shapes), []
+    for rank in range(1, 8 * r + 1):
+        found.append((rank, trainable(method, rank, shapes, **given)))
+        if found[-1][1] >= wanted:
+            break
+    return min(found, key=lambda pair: abs(pair[1] - wanted))
 
 
 def protectable(method: str) -> bool:
