@@ -5,8 +5,9 @@ python recipes/measure/callbacks.py --scenes apart --ways lora coto osrm --rates
 python recipes/measure/callbacks.py --scenes mixed --tasks mood,helpdesk --seeds 0 1 2
 
 mixed    all tasks in every batch: LoRA, the same with GradientSurgeryCallback, and MTLLORA
-apart    an adapter for each of the first two tasks, alone and the two merged by rule "sum" and "mean": LoRA, the same
-         with each rule of AdapterPenaltyCallback, with start="osrm", and with RankGrowthCallback from half the rank
+apart    an adapter for each of the first two tasks: LoRA, the same with each rule of AdapterPenaltyCallback, with
+         start="osrm", and with RankGrowthCallback from half the rank; LoRA's, "coto"'s and "osrm"'s also merged, by
+         rule "sum" and "mean"
 prompts  one prompt through the first two tasks, with PromptProjectionCallback from the second on and without
 
 Ways of a scene train as many parameters as a LoRA of rank --r, as nearly as they can. All test prompts are scored, by
@@ -62,6 +63,7 @@ APART: dict[str, Callable[[int, int, list[Path]], list[Any]]] = {
     "osrm": lambda steps, r, others: [OrthogonalProjectionCallback(others, start="osrm")],
     "growth": lambda steps, r, others: [RankGrowthCallback(r, interval=max(1, steps // 12))],
 }
+MERGED = ("lora", "coto", "osrm")
 WAYS = {"mixed": ("lora", "surgery", "mtllora"), "apart": (*APART,), "prompts": ("prompt", "projected")}
 
 
@@ -73,7 +75,7 @@ def parse() -> argparse.Namespace:
     add("--scenes", nargs="+", default=[*WAYS], choices=WAYS, help="(all)")
     add("--ways", nargs="+", default=every, choices=every, help="of each scene (all)")
     add("--rates", nargs="+", type=float, default=[1e-3, 2e-3], help="peak learning rates (%(default)s)")
-    add("--prompt-rates", nargs="+", type=float, default=[0.03, 0.1], help="of prompts (%(default)s)")
+    add("--prompt-rates", nargs="+", type=float, default=[0.01, 0.03], help="of prompts (%(default)s)")
     add("--prompt-steps", type=int, default=200, help="of each task (%(default)s)")
     add("--virtual-tokens", type=int, default=20, help="of the prompt (%(default)s)")
     add("--seeds", nargs="+", type=int, default=[0], help="of the adapter and the order (%(default)s)")
@@ -105,13 +107,17 @@ class Bench:
         return train(self.base, config, records, folder, given, more)
 
     def score(
-        self, key: dict[str, Any], name: str, opened: tuple[Any, Any], task: dict[str, Any], **more: Any
+        self, keys: list[dict[str, Any]], name: str, opened: tuple[Any, Any], task: dict[str, Any], **more: Any
     ) -> None:
-        if self.missing(key, name):
+        """Add rows of one score, where they are missing."""
+        keys = [key for key in keys if self.missing(key, name)]
+        if keys:
             records = task["test"][: self.args.limit]
             # A gap of padding behind a prompt's virtual tokens is none that it has learnt with.
-            size = 1 if key["scene"] == "prompts" else self.args.batch_size
-            self.rows.add({**key, "scored": name}, scores.answers(*opened, records, size, task["labels"]) | more)
+            size = 1 if keys[0]["scene"] == "prompts" else self.args.batch_size
+            found = scores.answers(*opened, records, size, task["labels"])
+            for key in keys:
+                self.rows.add({**key, "scored": name}, found | more)
 
     def mixed(self, way: str, rate: float, seed: int) -> None:
         key = {"scene": "mixed", "way": way, "rate": rate, "seed": seed}
@@ -130,7 +136,7 @@ class Bench:
             if way == "mtllora":
                 set_task(trainer.model, task["name"])
             opened = (trainer.model.eval(), trainer.processing_class)
-            self.score(key, task["name"], opened, task, **cost(trainer))
+            self.score([key], task["name"], opened, task, **cost(trainer))
 
     def apart(self, way: str, rate: float, seed: int) -> None:
         pair = self.tasks[:2]
@@ -145,8 +151,8 @@ class Bench:
                 # Adapters of two tasks begin with two A.
                 trainer = self.train(config, task["train"], folder, rate, seed + i, self.args.steps, callbacks)
                 opened = scores.load(self.base, folder, self.args.device)
-                self.score(key, task["name"], opened, task, **kept(*opened), **cost(trainer))
-        for rule in ("sum", "mean"):
+                self.score([key], task["name"], opened, task, **kept(*opened), **cost(trainer))
+        for rule in ("sum", "mean") if way in MERGED else ():
             merged = [f"{task['name']}, {rule}" for task in pair]
             if self.missing(key, *merged):
                 folder = self.output / f"{way}-{rule}-{rate:g}-{seed}"
@@ -155,7 +161,7 @@ class Bench:
                 opened = scores.load(self.base, folder, self.args.device)
                 found = kept(*opened)
                 for name, task in zip(merged, pair, strict=True):
-                    self.score(key, name, opened, task, **found)
+                    self.score([key], name, opened, task, **found)
 
     def inputs(self, task: dict[str, Any]) -> Path:
         """The memory of what goes into the base's modules on a task's training records."""
@@ -174,7 +180,9 @@ class Bench:
             return
         set_seed(seed)
         model, tokenizer = load_base(self.base, self.args.device)
-        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.args.virtual_tokens)
+        config = PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=self.args.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
+        )
         options = (self.args.prompt_steps, self.args.batch_size, rate, seed)
 
         def learn(task: dict[str, Any], folder: Path, memory: Path | None, config: Any = None) -> Any:
@@ -187,14 +195,13 @@ class Bench:
         model = first.model
         prompt = model.prompt_encoder["default"].embedding.weight
         learnt = prompt.detach().clone()
-        for key in keys.values():
-            self.score(key, scored[0], (model.eval(), tokenizer), one, **cost(first))
+        self.score([*keys.values()], scored[0], (model.eval(), tokenizer), one, **cost(first))
         for way, key in keys.items():
             prompt.data = learnt.clone()
             memory = self.output / "prompt" / "subspace" if way == "projected" else None
             trainer = learn(two, self.output / f"prompt-{way}", memory)
             for name, task in zip(scored[1:], (one, two), strict=True):
-                self.score(key, name, (model.eval(), tokenizer), task, **cost(trainer))
+                self.score([key], name, (model.eval(), tokenizer), task, **cost(trainer))
 
 
 def kept(model: Any, tokenizer: Any) -> dict[str, float]:
