@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from transformers import (
     LlavaProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
     Trainer,
     TrainingArguments,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from peft_mora import MoraConfig, expert_usage, record_usage, start_task
 from peft_mora.inputs import input_statistics
@@ -160,9 +163,17 @@ def test_a_towers_balance_is_that_of_all_patches(kind):
     assert all(torch.equal(value, offsets[1][name]) and value.any() for name, value in offsets[0].items())
 
 
-def processor(folder: str) -> LlavaProcessor:
+def processor(folder: str, kind: str = "llava") -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    if kind == "qwen2_vl":
+        pytest.importorskip("torchvision", reason="of videos, which no Qwen2VLProcessor is without")
+        from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+        tokenizer.image_token, tokenizer.image_token_id = "<image>", IMAGE
+        options = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 1024}}
+        images, videos = Qwen2VLImageProcessorPil(**options), Qwen2VLVideoProcessor(**options)
+        return Qwen2VLProcessor(images, tokenizer, videos, chat_template=TEMPLATE)
     images = LlavaImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     return LlavaProcessor(
         images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,
@@ -170,7 +181,15 @@ def processor(folder: str) -> LlavaProcessor:
     )  # fmt: skip
 
 
-def test_trl_trains_on_pictures_a_second_task_leaves_the_first_alone_and_text_is_protected(llama_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [  # of tower, projector and language model
+        ("llava", {"target_modules": ["q_proj", "fc1", "linear_1"]}),
+        ("qwen2_vl", LANGUAGE),
+    ],
+)
+def test_trl_trains_on_pictures_and_a_second_task_leaves_the_first_alone(kind, target, llama_folder, tmp_path):
+    """The second with text to measure its drift on."""
     colours, words = ["red", "blue", "green", "black"], ["red", "blue", "yes", "no"]
     data = Dataset.from_dict(
         {
@@ -184,7 +203,7 @@ def test_trl_trains_on_pictures_a_second_task_leaves_the_first_alone_and_text_is
             "images": [[Image.new("RGB", (8, 8), colours[i % 4])] for i in range(8)],
         }
     )
-    reader = processor(llama_folder)
+    reader = processor(llama_folder, kind)
 
     def train(model, name, *callbacks, **kwargs):
         trainer = sft(
@@ -195,10 +214,10 @@ def test_trl_trains_on_pictures_a_second_task_leaves_the_first_alone_and_text_is
         return trainer
 
     text = ["the cat sat on the mat", "a dog ran"]
-    config = MoraConfig(r=4, target_modules=["q_proj", "fc1", "linear_1"])  # of tower, projector and language model
-    first = train(llava(), "one", OrthogonalProjectionCallback(), ActivationBudgetCallback(2, schedule="constant"),
-                  peft_config=config)  # fmt: skip
-    model = first.model
+    model = train(
+        BASES[kind](), "one", OrthogonalProjectionCallback(), ActivationBudgetCallback(2, schedule="constant"),
+        peft_config=MoraConfig(r=4, **target),
+    ).model  # fmt: skip
     assert all(share.sum() == pytest.approx(2, abs=1e-4) for share in expert_usage(model).values())
     start_task(model, "two")
     second = train(model, "two", OrthogonalProjectionCallback(tmp_path / "one" / "subspace"), DriftCallback(text))
