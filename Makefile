@@ -33,7 +33,7 @@ test: .venv/installed
 gpu:
 	@$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
 	  { echo "make gpu: $(GPU_PYTHON) has no torch that sees a CUDA device; install one, or give PYTHON=..." >&2; exit 1; }
-	HF_HUB_OFFLINE=1 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	HF_HUB_OFFLINE=1 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_gpu.py tests/test_kernels.py
 	HF_HUB_OFFLINE=1 $(GPU_PYTHON) recipes/gpu_report.py $(ARGS)
 
 .venv/with: .venv/installed

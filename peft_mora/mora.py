@@ -124,13 +124,15 @@ class SoftmaxGate(Gate):
         top_k: K of each group of experts.
         sizes: experts of each block, which are one group then; None: each block is a group.
         usage: what counts this forward, if anything does.
+        fused: whether a group is one kernel.
     """
 
     def __init__(
-        self, top_k: list[int], temperature: float, threshold: float, sizes: list[int] | None, usage: Counter | None
-    ) -> None:
+        self, top_k: list[int], temperature: float, threshold: float, sizes: list[int] | None, usage: Counter | None,
+        fused: bool = False,
+    ) -> None:  # fmt: skip
         self.top_k, self.temperature, self.threshold = top_k, temperature, threshold
-        self.sizes, self.usage = sizes, usage
+        self.sizes, self.usage, self.fused = sizes, usage, fused
 
     def plain(self, hs: list[Tensor]) -> list[Tensor]:
         groups = self._groups(hs)
@@ -145,7 +147,8 @@ class SoftmaxGate(Gate):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         groups = self._groups(hs)
         found = [
-            gated_softmax(h, k, self.temperature, self.threshold) for h, k in zip(groups, self.top_k, strict=True)
+            gated_softmax(h, k, self.temperature, self.threshold, self.fused)
+            for h, k in zip(groups, self.top_k, strict=True)
         ]
         if self.usage is not None:
             self._count([h.view(*shape, -1) for h in groups], [w.view(*shape, -1) for _, w, _ in found])
@@ -170,7 +173,7 @@ class SoftmaxGate(Gate):
                 dhs.append(None)
                 continue
             grad = torch.zeros_like(h) if grad is None else grad
-            w_h, dh = gated_softmax_backward(h, index, grad, self.temperature, self.threshold)
+            w_h, dh = gated_softmax_backward(h, index, grad, self.temperature, self.threshold, self.fused)
             gated.append(w_h)
             dhs.append(dh)
         return self._blocks(gated), self._blocks(dhs), ()
@@ -203,6 +206,8 @@ class MoraLinear(RoutedLinear):
 
     mora_A: Any
     mora_B: Any
+    # The gate as one Triton kernel each way, where kernels.py can; of a layer, or of the class. Off: not timed yet.
+    fused_gate: ClassVar[bool] = False
     prefix = "mora_"
     adapter_layer_names = ("mora_A", "mora_B")
     other_param_names = (
@@ -289,7 +294,7 @@ class MoraLinear(RoutedLinear):
         threshold = 0.0 if self.training else rule.threshold
         sizes = self.mora_sizes[adapter_name][:blocks] if joint else None
         usage = self.counting(adapter_name) if blocks is None else None  # whose counts are of all experts
-        return SoftmaxGate(top_k, rule.temperature, threshold, sizes, usage)
+        return SoftmaxGate(top_k, rule.temperature, threshold, sizes, usage, self.fused_gate)
 
     def is_routed(self, adapter_name: str) -> bool:
         return self.mora_rule[adapter_name].routing != "dense"

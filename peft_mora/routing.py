@@ -69,17 +69,24 @@ def softmax_gate(h: Tensor, top_k: int, temperature: float, threshold: float = 0
 
 
 def gated_softmax(
-    h: Tensor, top_k: int, temperature: float, threshold: float = 0.0
+    h: Tensor, top_k: int, temperature: float, threshold: float = 0.0, fused: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """w·h with w = softmax_gate(h, ...), without autograd and in half as many operations.
 
     Args:
         h: (..., R) projections; the rest as in `softmax_gate`.
+        fused: as one Triton kernel (kernels.py) where that takes h, which is on a card, of at most 32 bits and 256
+            experts; elsewhere, and under torch.compile, as without.
 
     Returns:
-        (..., R) w·h in the dtype of h; (..., R) w, float32 or wider; (..., K) int64 which experts the top-k kept, None
-        where it kept them all.
+        (..., R) w·h in the dtype of h; (..., R) w, float32 or wider; (..., K) which experts the top-k kept (int64, the
+        kernel's uint8), None where it kept them all. Of experts that are level any are kept, by the kernel the first.
+
+    Raises:
+        ImportError: `fused`, and there is no Triton.
     """
+    if fused and (kernels := _kernels(h)):
+        return kernels.gated_softmax(h, top_k, temperature, threshold)
     norm = _norm(h)
     logits = h / (norm * temperature)
     index = None
@@ -94,7 +101,7 @@ def gated_softmax(
 
 
 def gated_softmax_backward(
-    h: Tensor, index: Tensor | None, grad: Tensor, temperature: float, threshold: float = 0.0
+    h: Tensor, index: Tensor | None, grad: Tensor, temperature: float, threshold: float = 0.0, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The result of `gated_softmax` again, and the gradient of h from its gradient, written out by hand.
 
@@ -107,10 +114,13 @@ def gated_softmax_backward(
         index: which experts were kept, in any integer dtype, or None.
         grad: (..., R) gradient of w·h.
         temperature, threshold: as they were there.
+        fused: as there; either may be without when the other is with.
 
     Returns:
         (..., R) w·h and (..., R) dh, both in the dtype of h.
     """
+    if fused and (kernels := _kernels(h)):
+        return kernels.gated_softmax_backward(h, index, grad, temperature, threshold)
     norm = _norm(h)
     scores = h / norm
     if index is None:
@@ -129,6 +139,15 @@ def gated_softmax_backward(
     ds.addcmul_(scores, along, value=-1)
     gated = torch.mul(w, h, out=torch.empty_like(h))
     return gated, w.mul_(grad).addcdiv_(ds, norm.mul_(temperature)).to(h.dtype)
+
+
+def _kernels(h: Tensor) -> Any:
+    """The module of them if it takes h."""
+    if torch.compiler.is_compiling():  # which makes kernels of the operations themselves
+        return None
+    from . import kernels
+
+    return kernels if kernels.can_run(h) else None
 
 
 def _norm(h: Tensor) -> Tensor:

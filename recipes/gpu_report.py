@@ -1,4 +1,4 @@
-"""What each method costs on this card: a training step beside PEFT's LoRA, one layer, MORA's gate kernel by kernel.
+"""What each method costs on this card: a training step beside PEFT's LoRA, one layer, MORA's gate with its kernels.
 
 python recipes/gpu_report.py                                      # minutes on a card, nothing is downloaded
 python recipes/gpu_report.py --shapes tiny --device cpu --steps 2 # the same code, as a test runs it
@@ -7,17 +7,20 @@ Models are made from configs, with random weights: 0.6b is Qwen3-0.6B's shape, 7
 both with 32,000 words, so their numbers compare methods and are no model's. Their linear layers are in NF4 where
 bitsandbytes can do that on the device. A step is forward, backward and AdamW; its peak is all that tensors take, the
 base too (on a CPU: what comes on top). The methods come one after the other on the same base, LoRA again at the end:
-how far its two rows differ is how far others may by chance.
+how far its two rows differ is how far others may by chance. "fused" is MORA with its gate as one Triton kernel each
+way (`MoraLinear.fused_gate`), where Triton is installed; on a CPU it is torch's operations too.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from shared.training import BENCH, bench_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peft_mora.mora import MoraLinear
 from peft_mora.routing import gated_softmax, gated_softmax_backward
 
 
@@ -41,6 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
            "num_key_value_heads": 8, "num_hidden_layers": 4, "vocab_size": 32000},
 }  # fmt: skip
+FUSED = ", fused"  # behind the name of an arm
+GATES = (8, 16, 32, 64, 128, 256)  # experts: a task's block, and banks
 COLUMNS = {"step, ms": "step_ms", "tokens/s": "tokens_per_s", "time by LoRA's": "ratio", "peak MiB": "peak_mib"}
 
 
@@ -108,7 +114,10 @@ def timed(step: Callable[[], Any], steps: int, device: str) -> list[float]:
 def measure(base: Any, method: str, ids: torch.Tensor, args: argparse.Namespace) -> Row:
     """One method's training step over the shared base, which is given back bare."""
     torch.manual_seed(0)
-    model = get_peft_model(base, bench_config(method, args.r))
+    model = get_peft_model(base, bench_config(method.removesuffix(FUSED), args.r))
+    for layer in model.modules():
+        if isinstance(layer, MoraLinear):
+            layer.fused_gate = method.endswith(FUSED)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
 
@@ -157,8 +166,11 @@ def layer_rows(args: argparse.Namespace, shape: str) -> list[Row]:
     base = nn.Linear(size, size, bias=False, device=args.device, dtype=torch.bfloat16)
     x = torch.randn(args.batch_size, args.tokens, size, device=args.device, dtype=torch.bfloat16, requires_grad=True)
     g = torch.randn_like(x)
-    rows = []
-    for arm, layer in bench_layers.arms(base, args.r, compiled=False).items():
+    rows, layers = [], bench_layers.arms(base, args.r, compiled=False)
+    if find_spec("triton"):
+        fused = layers[f"mora lean{FUSED}"] = copy.copy(layers["mora lean"])
+        fused.fused_gate = True
+    for arm, layer in layers.items():
         step = lambda layer=layer: layer(x).backward(g)  # noqa: E731
         launches, micros = profile(step, args.device)
         wall = statistics.median(timed(step, args.steps, args.device))
@@ -166,17 +178,40 @@ def layer_rows(args: argparse.Namespace, shape: str) -> list[Row]:
     return rows
 
 
-def gate_rows(args: argparse.Namespace, top_k: int) -> list[Row]:
-    """MORA's gate, forward and its backward, as its layers call it: a row a kernel, the longest first."""
-    h = torch.randn(args.batch_size * args.tokens, args.r, device=args.device, dtype=torch.bfloat16)
+def gate(
+    args: argparse.Namespace, experts: int, top_k: int, fused: bool = False, calls: int = 1
+) -> Callable[[], None]:
+    """MORA's gate on a step's tokens, forward and its backward, as its layers call it."""
+    h = torch.randn(args.batch_size * args.tokens, experts, device=args.device, dtype=torch.bfloat16)
     grad = torch.randn_like(h)
 
     def step() -> None:
-        index = gated_softmax(h, top_k, 0.1)[2]
-        gated_softmax_backward(h, index, grad, 0.1)
+        for _ in range(calls):
+            index = gated_softmax(h, top_k, 0.1, fused=fused)[2]
+            gated_softmax_backward(h, index, grad, 0.1, fused=fused)
 
-    launches, micros = profile(step, args.device)
+    return step
+
+
+def gate_rows(args: argparse.Namespace, top_k: int) -> list[Row]:
+    """A row a kernel, the longest first."""
+    launches, micros = profile(gate(args, args.r, top_k), args.device)
     return [{"kernel": name, "launches": launches[name], "us": us} for name, us in micros.most_common()]
+
+
+def fused_rows(args: argparse.Namespace) -> list[Row]:
+    """Torch's operations and the Triton kernels at each size: the device's time, and the clock's of 20 in a row."""
+    rows = []
+    for experts in GATES:
+        for top_k in (experts, experts // 4):
+            row: Row = {"gate": f"{top_k} of {experts}"}
+            for name, fused in (("torch", False), ("triton", True)):
+                _, micros = profile(gate(args, experts, top_k, fused), args.device)
+                seconds = timed(gate(args, experts, top_k, fused, calls=20), args.steps, args.device)
+                row |= {f"{name}_us": micros.total(), f"{name}_wall": 1e6 * statistics.median(seconds) / 20}
+            row["ratio"] = row["triton_wall"] / row["torch_wall"]
+            rows.append(row | {"wins": "triton" if row["ratio"] < 1 and args.device.startswith("cuda") else "torch"})
+    return rows
 
 
 def table(rows: list[Row], columns: dict[str, str]) -> str:
@@ -196,6 +231,8 @@ def main() -> None:
     parts = [f"# {card}", f"torch {torch.__version__}, CUDA {torch.version.cuda}; r = {args.r}, a step of "
              f"{args.batch_size} x {args.tokens} tokens, bfloat16, no gradient checkpointing"]  # fmt: skip
     methods = ["lora", *(name for name in args.methods if name != "lora"), "lora"]
+    if "mora" in methods and find_spec("triton"):
+        methods.insert(methods.index("mora") + 1, f"mora{FUSED}")
     for shape in args.shapes:
         base, kind = make_base(shape, args.device)
         vocabulary, layers = SHAPES[shape]["vocab_size"], SHAPES[shape]["num_hidden_layers"]
@@ -219,10 +256,15 @@ def main() -> None:
     for top_k in (args.r, max(1, args.r // 4)):
         parts += [f"## MORA's gate alone, K = {top_k} of {args.r}, forward and backward",
                   table(gate_rows(args, top_k), {"kernel": "kernel", "launches": "launches", "µs": "us"})]  # fmt: skip
+    if find_spec("triton"):
+        columns = {"K of R": "gate", "torch, µs in kernels": "torch_us", "torch, µs by the clock": "torch_wall",
+                   "Triton, µs in kernels": "triton_us", "Triton, µs by the clock": "triton_wall",
+                   "by torch's": "ratio", "wins": "wins"}  # fmt: skip
+        parts += ["## MORA's gate by torch's operations and as Triton kernels", table(fused_rows(args), columns)]
     file = Path(args.output) / "report.md"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(*parts[-6:], f"{file} written", sep="\n\n")
+    print(*parts[-8:], f"{file} written", sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from peft_mora.base import AdapterLinear
 from peft_mora.merging import collect_inputs, merge_adapters
 from peft_mora.merging.inputs import spread
 from peft_mora.merging.rules import dare
+from peft_mora.mora import MoraLinear
 from trl_callbacks import ActivationBudgetCallback, DriftCallback, OrthogonalProjectionCallback
 from trl_callbacks.factors import trainable_factors
 from trl_callbacks.subspace import Subspace
@@ -68,8 +69,10 @@ def test_the_fast_path_over_a_4_bit_base_is_the_plain_one(make_config, llama_fol
         assert (grad - want[name]).norm() <= 1e-3 * want[name].norm() + 1e-6, name
 
 
-def test_a_layer_never_waits_for_the_card(make_config):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_layer_never_waits_for_the_card(make_config, fused, monkeypatch):
     """A layer that asks the card for a number makes it idle, 210 times a step of a small model."""
+    monkeypatch.setattr(MoraLinear, "fused_gate", fused)
     base = nn.Sequential(nn.Linear(64, 48, bias=False)).bfloat16()
     model = get_peft_model(base, make_config(target_modules=["0"])).to(CARD).train()
     x = torch.randn(8, 64, device=CARD, dtype=torch.bfloat16, requires_grad=True)
@@ -102,7 +105,9 @@ def test_a_step_takes_no_more_memory_than_lora_s(make_config, llama_folder):
 
 
 @pytest.mark.parametrize("form", ["mora", "lori", "flylora"])
-def test_compiled_layers_give_the_same(form, inputs):
+def test_compiled_layers_give_the_same(form, inputs, monkeypatch):
+    """With the fused gate in eager mode; compiled layers do not take it."""
+    monkeypatch.setattr(MoraLinear, "fused_gate", True)
     torch.compiler.reset()
     model = adapted(METHODS[form]).to(CARD)
     want = gradients(model, inputs.to(CARD))
