@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
+LOUDEST = 16.0  # median squared norms that one token may count as in a sum over tokens
+
+
 def fit_mask(mask: Tensor, shape: Sequence[int], name: str, cached: bool = False) -> Tensor:
     """Which tokens of a module's input are real: `mask` (B, S) as bool in the input's shape without its last axis.
 
@@ -306,6 +309,16 @@ def visit(
             model(**inputs, **options)
 
 
+def quietened(rows: Tensor) -> Tensor:
+    """Rows (T, I), the longest cut to `LOUDEST` times the median ‖x‖² of those that are not 0; NaN where ‖x‖² is not
+    finite."""
+    squares = rows.square().sum(dim=1, keepdim=True)
+    some = squares[squares > 0]
+    most = LOUDEST * some.median() if len(some) else 1.0
+    share = (most / squares.clamp_min(torch.finfo(rows.dtype).tiny)).sqrt().clamp_max(1)
+    return rows * share.where(squares.isfinite(), torch.nan)
+
+
 @dataclass(frozen=True)
 class InputStatistics:
     """Σ x xᵀ of each distinct input, float32 on the model's device, and the modules that share it."""
@@ -322,6 +335,9 @@ def input_statistics(
 ) -> InputStatistics:
     """Stream batches through the model and add up Σ x xᵀ of what goes into each module, over real tokens.
 
+    A token counts as `LOUDEST` typical ones at most. Where a first token has hundreds of times the norm of the others
+    (an attention sink: two modules of SmolLM2), it is one direction, and without a limit it would be all of the sum.
+
     Modules that are called with the very same tensor (q/k/v; gate/up) share one matrix. Each matrix takes 4·I² bytes
     and all of them at once would not fit beside a large model, so the batches go through the model as often as
     `budget_gib` asks for. Nothing but the matrices is kept. Where there are several processes, all must call this.
@@ -337,7 +353,7 @@ def input_statistics(
     covariance: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        rows = real_rows(x, mask, name).float()
+        rows = quietened(real_rows(x, mask, name).float())
         if name not in covariance:
             covariance[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
         covariance[name].addmm_(rows.T, rows)

@@ -7,7 +7,8 @@ from peft import get_peft_model
 
 from peft_mora import MoraConfig
 from peft_mora.export import fit_lora
-from peft_mora.inputs import input_statistics, layer_similarity, real_rows, shared_inputs, visit
+from peft_mora.inputs import LOUDEST, input_statistics, layer_similarity, quietened, real_rows, shared_inputs, visit
+from peft_mora.linalg import leading_directions
 
 
 def adapted(model, **kwargs):
@@ -45,6 +46,35 @@ def test_statistics_are_of_real_tokens_and_shared_inputs_share_them(budget_gib):
     sharing = {tuple(name.rsplit(".", 1)[-1] for name in modules) for modules in found.groups.values()}
     assert sharing == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
     assert len(found.groups) == 8
+
+
+def test_a_token_counts_as_so_many_typical_ones_at_most(monkeypatch):
+    model, layers = adapted(tiny_llama())
+    monkeypatch.setattr("peft_mora.inputs.LOUDEST", 0.9)  # the longer half is cut
+    found = input_statistics(model, layers, [padded_batch(), padded_batch()])
+    for name, x in seen_inputs(model, layers, [padded_batch()]).items():
+        if name in found.groups:
+            squares = x.square().sum(dim=1, keepdim=True)
+            x = x * (0.9 * squares.median() / squares).sqrt().clamp_max(1)
+            torch.testing.assert_close(found.covariance[name].double(), 2 * x.T @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_an_attention_sink_is_one_direction_of_many():
+    rows = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    sink = torch.zeros(16).index_fill(0, torch.tensor([3]), 2000.0)
+    rows[::32] = sink
+    cut = quietened(rows)
+    others = torch.arange(256) % 32 > 0
+    assert torch.equal(cut[others], rows[others])
+    length = LOUDEST**0.5 * rows[others].norm(dim=1).median()
+    torch.testing.assert_close(cut[::32], (sink / 2000 * length).expand(8, -1), rtol=0.05, atol=0)
+    held = {}
+    for name, x in (("cut", cut), ("as they are", rows)):
+        V = leading_directions(x.T @ x, 0.95)
+        held[name] = (rows[others] @ V).square().sum() / rows[others].square().sum()
+        torch.testing.assert_close((sink @ V).norm(), sink.norm(), rtol=1e-3, atol=0)  # the sink is held either way
+    assert held["cut"] > 0.9 and held["as they are"] < 0.1
+    assert torch.equal(quietened(torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize("given", ["labels", "labels and inputs", "inputs", "mask"])
