@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,11 @@ class Bench:
         self.tasks = [find_task(name, args.data) for name in args.tasks]
         self.rows = runs.Rows(self.output / "callbacks.csv", KEY, SHOWN)
 
+    @cached_property
+    def shapes(self) -> Counter[tuple[int, int]]:
+        """Of the base's modules, for `equal_rank`."""
+        return linear_shapes(load_base(self.base, self.args.device)[0])
+
     def missing(self, key: dict[str, Any], *scored: str) -> bool:
         return any(self.rows.find({**key, "scored": name}) is None for name in scored)
 
@@ -125,8 +132,7 @@ class Bench:
         if not self.missing(key, *names):
             return
         method, given = ("mtllora", {"tasks": names, "seed": seed}) if way == "mtllora" else ("lora", {})
-        shapes = linear_shapes(load_base(self.base, self.args.device)[0])
-        r, _ = equal_rank(method, self.args.r, shapes, **given)
+        r, _ = equal_rank(method, self.args.r, self.shapes, **given)
         callbacks = {"surgery": [GradientSurgeryCallback()], "mtllora": [TaskColumnCallback()]}.get(way, [])
         records = [{**record, "task": task["name"]} for task in self.tasks for record in task["train"]]
         config = adapter_config(method, **comparable(method, r), **given)

@@ -97,10 +97,5 @@ def to_dataset(records: list[dict[str, str]]) -> Any:
     """
     from datasets import Dataset
 
-    beside = [{"task": r["task"]} if "task" in r else {} for r in records]
-    return Dataset.from_list(
-        [
-            {"prompt": r["prompt"], "completion": " " + r["answer"], **more}
-            for r, more in zip(records, beside, strict=True)
-        ]
-    )
+    task = lambda r: {"task": r["task"]} if "task" in r else {}  # noqa: E731
+    return Dataset.from_list([{"prompt": r["prompt"], "completion": " " + r["answer"], **task(r)} for r in records])
