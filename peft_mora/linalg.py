@@ -132,15 +132,33 @@ def shrink_sketch(rows: Tensor, size: int) -> Tensor:
     return (S[:size].square() - cut.square()).clamp_min(0).sqrt()[:, None] * Vh[:size]
 
 
+def upper_bound(one: Tensor, other: Tensor) -> Tensor:
+    """The symmetric matrix of least trace that is nowhere below either of two: (A + B + |A - B|) / 2.
+
+    vᵀ·bound·v is at least vᵀ A v and vᵀ B v for every v, and equals A where A is above B everywhere.
+
+    Args:
+        one, other: (I, I) symmetric, in one float32 or float64 dtype.
+
+    Returns:
+        (I, I) symmetric, in that dtype.
+    """
+    values, vectors = torch.linalg.eigh(other - one)
+    more = vectors * values.clamp_min(0).sqrt()
+    return one + more @ more.T
+
+
 def contrast_directions(new: Tensor, old: Tensor, V: Tensor, count: int, ridge: float = 0.1) -> Tensor:
     """Directions outside of V in which new inputs are strong and old ones weak.
 
-    Maximises `vᵀ C_new v / vᵀ (C_old + ridge/I) v`, one generalised eigenvector after the other, both traces being 1.
+    Maximises `vᵀ C_new v / vᵀ (C_old + ridge/I) v`, one generalised eigenvector after the other, with tr C_new = 1.
     What is learnt along them reaches the new inputs, and old inputs hardly have a part there to be changed. The ridge
     is a share of the mean energy of a direction; without it, directions that neither task uses would win.
 
     Args:
-        new, old: (I, I) Σ x xᵀ of the new and of all old tasks' inputs, float32 or float64. V: (I, k), same dtype.
+        new: (I, I) Σ x xᵀ of the new task's inputs, of any scale, float32 or float64.
+        old: (I, I) a bound on every old task's Σ x xᵀ at trace 1, same dtype.
+        V: (I, k) orthonormal, same dtype.
         count: directions wanted.
 
     Returns:
@@ -149,7 +167,7 @@ def contrast_directions(new: Tensor, old: Tensor, V: Tensor, count: int, ridge: 
     size, held = V.shape
     eye = torch.eye(size, dtype=V.dtype, device=V.device)
     N = torch.linalg.qr(V, mode="complete")[0][:, held:] if held else eye  # (I, I - k) the complement
-    old = N.T @ (old / old.trace() + ridge / size * eye) @ N
+    old = N.T @ (old + ridge / size * eye) @ N
     L = torch.linalg.cholesky(old)
     half = torch.linalg.solve_triangular(L, N.T @ (new / new.trace()) @ N, upper=False)
     ratio = torch.linalg.solve_triangular(L, half.T, upper=False)

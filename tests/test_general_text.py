@@ -138,8 +138,8 @@ def test_joined_memories_hold_what_each_of_them_does(llama_folder, tmp_path):
             assert (single.right[group] - V @ (V.T @ single.right[group])).norm() < 1e-3
             seen = single.old_covariance(group)
             assert (V.T @ seen @ V).trace() > 0.79 * seen.trace()
-        assert both.weights[group] == 2
-        torch.testing.assert_close(both.old_covariance(group).trace(), torch.tensor(2.0), rtol=1e-4, atol=0)
+        assert 1 < both.weights[group] < 2
+        assert float(both.old_covariance(group).trace()) == pytest.approx(both.weights[group], rel=1e-4)
     small = protect(
         get_peft_model(model, LoraConfig(target_modules=["q_proj"])), TEXT, tmp_path / "q", adapter_name="default"
     )

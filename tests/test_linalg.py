@@ -111,16 +111,28 @@ def test_weakest_directions_are_those_of_the_smallest_eigenvalues_and_near_the_r
     torch.testing.assert_close(linalg.project_out(rows, V), torch.zeros_like(rows), rtol=0, atol=1e-9)
 
 
+def test_the_bound_is_above_both_and_no_larger_than_it_must_be():
+    one, other = covariance(9, 5, seed=1), 2 * covariance(9, 7, seed=2)
+    bound = linalg.upper_bound(one, other)
+    for below in (one, other):
+        assert torch.linalg.eigvalsh(bound - below).min() > -1e-12
+    assert ((bound - one) @ (bound - other)).norm() < 1e-12  # what it has over one it has not over the other: least
+    torch.testing.assert_close(bound, linalg.upper_bound(other, one))
+    assert bound.trace() < (one + other).trace() - 0.5
+    torch.testing.assert_close(linalg.upper_bound(one + other, other), one + other)
+
+
 def test_contrast_maximises_the_ratio_of_new_to_old():
     X, Y = (torch.randn(60, 14, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (1, 2))
-    new, old = X.T @ X, (Y * torch.linspace(3, 0.2, 14, dtype=torch.float64)).T @ (Y * torch.linspace(3, 0.2, 14))
+    Y = Y * torch.linspace(3, 0.2, 14, dtype=torch.float64)
+    new, old = X.T @ X, 2 * Y.T @ Y / Y.square().sum()  # a bound on old tasks, at trace 2
     V = linalg.leading_directions(old, None, max_rank=4)
     U = linalg.contrast_directions(new, old, V, 3)
     assert is_orthonormal(torch.cat([V, U], dim=1))
 
     def ratio(u):
         ridge = 0.1 / 14 * u @ u
-        return (u @ new @ u / new.trace()) / (u @ old @ u / old.trace() + ridge)
+        return (u @ new @ u / new.trace()) / (u @ old @ u + ridge)
 
     best = ratio(U[:, 0])
     generator = torch.Generator().manual_seed(3)

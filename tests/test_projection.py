@@ -566,7 +566,7 @@ def test_a_task_that_adapts_fewer_modules_is_remembered_in_all(llama_folder, tmp
     trainer = sft(model, llama_folder, tmp_path / "two", callback)
     trainer.train()
     one, two = (Subspace.load(tmp_path / name / "subspace") for name in ("one", "two"))
-    assert one.groups == two.groups and set(two.weights.values()) == {2}
+    assert one.groups == two.groups and all(two.weights[group] > weight for group, weight in one.weights.items())
     batches = list(trainer.get_train_dataloader())
     with inputs_of({"down": model.get_base_model().model.layers[1].mlp.down_proj}) as inputs, torch.no_grad():
         for batch in batches:

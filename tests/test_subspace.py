@@ -11,24 +11,41 @@ from test_linalg import covariance, is_orthonormal
 from peft_mora import MoraConfig
 from peft_mora.fingerprint import fingerprint
 from peft_mora.inputs import InputStatistics
+from peft_mora.linalg import upper_bound
 from trl_callbacks import subspace as S
 
 
-def test_old_inputs_are_remembered_to_their_energy_and_their_trace_in_full():
+def test_old_inputs_are_remembered_to_their_energy_and_the_bounds_trace_in_full():
     subspace = make_subspace()
-    one, two = covariance(8, 8, seed=1), covariance(8, 8, seed=2)
+    one, two = (C / C.trace() for C in (covariance(8, 8, seed=1), covariance(8, 8, seed=2)))
     subspace.remember("q", one)
     subspace.remember("q", 7 * two)  # every task has the same weight, however many tokens it had
-    both = one / one.trace() + two / two.trace()
+    bound = upper_bound(one, two)
     kept = subspace.old_covariance("q").double()
-    torch.testing.assert_close(kept.trace(), torch.tensor(2.0, dtype=torch.float64), rtol=1e-5, atol=0)
-    assert torch.linalg.eigvalsh(both - kept).abs().max() < 0.05 * 2
+    assert subspace.weights["q"] == pytest.approx(float(bound.trace()), rel=1e-2) and 1 < subspace.weights["q"] < 1.9
+    torch.testing.assert_close(kept.trace(), bound.trace(), rtol=1e-2, atol=0)
+    assert torch.linalg.eigvalsh(bound - kept).abs().max() < 0.05
     A = torch.randn(3, 8)
-    assert subspace.reach("q", A) == pytest.approx(float((A.double() @ kept @ A.double().T).trace()) / 2, rel=1e-4)
+    want = float((A.double() @ kept @ A.double().T).trace() / kept.trace())
+    assert subspace.reach("q", A) == pytest.approx(want, rel=1e-4)
     whole = S.Subspace("inputs", {}, seen_energy=1.0)
-    for C in (one, two):
+    for C in (one, 7 * two):
         whole.remember("q", C)
-    torch.testing.assert_close(whole.old_covariance("q", torch.float64), both, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(whole.old_covariance("q", torch.float64), one + two, rtol=1e-6, atol=1e-7)
+
+
+def test_a_task_is_not_hidden_by_the_number_of_others():
+    """One task has its inputs where many have none: the contrast sees it at its own strength, in any order."""
+    size = 8
+    often, once = torch.zeros(size, size), torch.zeros(size, size)
+    often[:4, :4], once[4:, 4:] = torch.eye(4), torch.eye(4)
+    for order in ((once, *[often] * 9), (*[often] * 5, once, *[often] * 4), (*[often] * 9, once)):
+        subspace = make_subspace()
+        for C in order:
+            subspace.remember("q", C)
+        assert subspace.weights["q"] == pytest.approx(2, rel=0.1)
+        for C in (often, once):
+            assert torch.linalg.eigvalsh(subspace.old_covariance("q") - C / 4).min() > -0.02
 
 
 def make_subspace(model=None) -> S.Subspace:
@@ -64,13 +81,15 @@ def test_each_group_learns_of_the_inputs_of_its_modules_and_counts_the_task_once
         for part in parts:
             subspace.add_inputs(part, 0.99, None)
         assert subspace.groups == groups
-        assert subspace.weights == {group: 1 if group == "new" else 2 for group in groups}
+        assert all(1 < weight < 2 for group, weight in subspace.weights.items() if group != "new")
+        assert subspace.weights.get("new", 1) == 1
         for group in groups:
             V = subspace.right[group]
             for C in (two,) if group == "new" else (one, two):
                 assert (V.T @ C @ V).trace() >= 0.99 * C.trace() - 1e-5
-            total = two / two.trace() if group == "new" else one / one.trace() + two / two.trace()
-            assert torch.linalg.eigvalsh(total - subspace.old_covariance(group)).abs().max() < 0.05
+            tasks = [C / C.trace() for C in ((two,) if group == "new" else (one, two))]
+            bound = tasks[0] if group == "new" else upper_bound(*tasks)
+            assert torch.linalg.eigvalsh(bound - subspace.old_covariance(group)).abs().max() < 0.05
 
 
 def test_a_module_whose_inputs_are_all_padding_is_refused():

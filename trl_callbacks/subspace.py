@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peft_mora.files import whole_folder
 from peft_mora.inputs import InputStatistics
-from peft_mora.linalg import Spectrum, leading_directions, orthonormal, spectrum
+from peft_mora.linalg import Spectrum, leading_directions, orthonormal, spectrum, upper_bound
 
 
 VERSION = 1
@@ -42,9 +42,10 @@ class Subspace:
         groups: group -> modules that share its input; a group is named after one of them.
         right: group -> (I, k) orthonormal, float32: directions of inputs.
         left: module -> (O, k) orthonormal, float32: directions of outputs; only `base_weights` has them.
-        seen: group -> F (I, n) with F·Fᵀ nearly the sum of all tasks' C / tr C; only `inputs` has them.
-        weights: group -> how many tasks that sum is of, and so its trace.
-        seen_energy: share of that sum that `remember` keeps by direction; the rest counts as alike in all others.
+        seen: group -> F (I, n) with F·Fᵀ nearly a bound on each task's C / tr C; only `inputs` has them. In files of
+            before, and where `seen_energy` is 1, their sum, which is a bound as well, if a looser one.
+        weights: group -> trace of that bound: 1 for one task, of several between 1 (all alike) and their number.
+        seen_energy: share of the bound that `remember` keeps by direction; the rest counts as alike in all others.
     """
 
     source: str
@@ -54,7 +55,7 @@ class Subspace:
     right: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, Tensor] = field(default_factory=dict)
     seen: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
     seen_energy: float = SEEN_ENERGY
 
     def append(
@@ -101,27 +102,36 @@ class Subspace:
             known = known if len(names) == 1 else None
             self.remember(group, total, known=known and Spectrum(known.values / known.values.sum(), known.vectors))
 
-    def remember(self, group: str, covariance: Tensor, tasks: int = 1, known: Spectrum | None = None) -> None:
-        """Add the inputs (I, I) of so many tasks to what is known of all, every task with the same weight. `known` is
-        the spectrum of a new group's covariance with trace 1."""
+    def remember(self, group: str, covariance: Tensor, weight: float = 1, known: Spectrum | None = None) -> None:
+        """Add a task's inputs (I, I) to what is known of all: the least bound on them and on what there was, so that
+        others hide no task by their number (`upper_bound`). With `seen_energy` 1 the sum, which is what OSRM wants.
+
+        Args:
+            covariance: Σ x xᵀ of any scale; it gets the trace `weight`.
+            weight: 1 for one task; of another memory's bound, its own.
+            known: the spectrum of a new group's covariance with trace 1.
+        """
         if not covariance.trace() > 0:
             raise ValueError(
                 f"All inputs of module {group!r} are 0 or padding, so what must be kept of them cannot be known. Look "
                 "at the training data's attention_mask, or leave the module out of `target_modules`."
             )
         whole = self.seen_energy >= 1
-        total = tasks * covariance / covariance.trace()
+        total = weight * covariance / covariance.trace()
         if whole:  # the last directions are the point, which are lost in float32's rounding of the first
             total, known = total.double(), None
         if group in self.seen:
-            total, known = total + self.old_covariance(group, total.dtype).to(total), None
+            old, known = self.old_covariance(group, total.dtype).to(total), None
+            total = total + old if whole else upper_bound(total, old)
+            weight = weight + self.weights[group] if whole else float(total.trace())
         values, vectors = known or spectrum(total)
         kept = len(values) if whole else int((values.cumsum(0) < self.seen_energy * values.sum()).sum()) + 1
         self.seen[group] = (vectors[:, :kept] * values[:kept].sqrt()).float().cpu().contiguous()
-        self.weights[group] = self.weights.get(group, 0) + tasks
+        self.weights[group] = weight
 
     def old_covariance(self, group: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(I, I) what is known of all tasks' inputs: F·Fᵀ, and what F has left out alike in all other directions."""
+        """(I, I) what is known of all tasks' inputs, each of trace 1: F·Fᵀ, and what F has left out alike in all other
+        directions."""
         F = self.seen[group].to(dtype)
         Q = torch.linalg.qr(F)[0]
         known = F @ F.T
@@ -129,8 +139,8 @@ class Subspace:
         return known + rest * (torch.eye(len(F), dtype=dtype) - Q @ Q.T)
 
     def reach(self, group: str, A: Tensor) -> float:
-        """Mean of ‖A x‖² over all tasks' inputs x of mean square 1, every task with the same weight: tr(A C Aᵀ) / tr C
-        of `old_covariance`, which is not formed. A (r, I)."""
+        """Mean of ‖A x‖² over inputs x of mean square 1 that are spread as `old_covariance` C says (of a sum: over all
+        tasks alike): tr(A C Aᵀ) / tr C; C is not formed. A (r, I)."""
         A, F = A.detach().to("cpu", torch.float32), self.seen[group]  # columns of F are orthogonal
         norms = F.norm(dim=0)
         rest = (self.weights[group] - norms.square().sum()).clamp_min(0) / max(1, len(F) - F.shape[1])
