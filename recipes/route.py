@@ -374,9 +374,11 @@ def main() -> None:
             merged, _ = scores.load(base, output / "merged", args.device)
             add(way, generate(merged, tokenizer, records, size), merged)
             del merged, plain
+        runs.write_csv(output / "route.csv", rows)  # a way takes minutes: what is known is kept
     for name, folder in (other.split("=", 1) for other in args.others):
         other, _ = scores.load(base, folder, args.device)
         add(name, generate(other, tokenizer, records, size), other)
+        runs.write_csv(output / "route.csv", rows)
     if args.bank:
         of_bank(*scores.load(base, args.bank, args.device), router, records, truth, size, add, columns | nones)
     show(rows, output)
