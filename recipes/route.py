@@ -37,6 +37,7 @@ from peft_mora.merging import merge_adapters
 
 
 WAYS = ("base", "told", "router", "top2", "always", "similar", "arrow", "merged")
+TITLE = "greedy accuracy of whole answers; routed: share sent to its task; unseen: none, its task not fitted"
 POOL = 160  # training prompts a task that --look draws from; what is not drawn is held out
 CHAT = """\
 Hi! How are you today? Can you write me a short poem about autumn?
@@ -177,6 +178,18 @@ def share_none(router: TaskRouter, prompts: Any) -> float:
     return statistics.mean(name == "none" for name in router.route(prompts).names)
 
 
+def share_unseen(rows: dict[str, torch.Tensor], features: torch.Tensor, truth: list[str], alarms: float) -> float:
+    """Test prompts of each task in turn that are taken for none by a router of all others."""
+    found: list[str] = []
+    for task in sorted(set(truth)):
+        others = TaskRouter(false_alarms=alarms)
+        for name, own in rows.items():
+            if name != task:
+                others.add_task(name, own)
+        found += others.route(features[torch.tensor([name == task for name in truth])]).names
+    return found.count("none") / len(found)
+
+
 @torch.no_grad()
 def cost(model: Any, tokenizer: Any, prompts: list[str], args: argparse.Namespace) -> None:
     """Print how long the partial forward takes beside the whole of a prefill."""
@@ -305,7 +318,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def add(way: str, greedy: dict[str, float], model: Any, **more: float) -> None:
-        row: dict[str, Any] = {"way": way, **dict.fromkeys(("routed", "bare"), ""), **greedy}
+        row: dict[str, Any] = {"way": way, **dict.fromkeys(("routed", "bare", "unseen"), ""), **greedy}
         row["mean"] = statistics.mean(greedy.values())
         row |= {f"none: {name}": "" for name in unknown} | {"perplexity": ""} | more
         if passages:
@@ -329,7 +342,10 @@ def main() -> None:
         router.add_task("none", read_texts(args.general, 64))
     bare = [without_instruction(prompt) for prompt in prompts]
     nones = {f"none: {name}": share_none(router, texts) for name, texts in unknown.items()}
-    columns = {"routed": share(router.route(prompts).names, truth), "bare": share(router.route(bare).names, truth)}
+    features = router.features(prompts)
+    columns = {"routed": share(router.route(features).names, truth), "bare": share(router.route(bare).names, truth)}
+    if len(tasks) > 1:
+        columns["unseen"] = share_unseen(router.rows, features, truth, args.false_alarms)
     for way in args.ways:
         if way == "base":
             with model.disable_adapter():
@@ -339,7 +355,7 @@ def main() -> None:
             rows[-1]["perplexity"] = ""  # nobody tells which task a passage is of
         elif way in ("router", "top2", "always"):
             router.attach(mode="top2" if way == "top2" else "top1", none=way != "always")
-            best = router.scores.probabilities(router.features(prompts)).argmax(dim=1).tolist()
+            best = router.scores.probabilities(features).argmax(dim=1).tolist()
             always = {"routed": share([router.classes[i] for i in best], truth)}
             add(
                 way,
@@ -352,7 +368,7 @@ def main() -> None:
                 router.save(output / "router")
         elif way == "similar":
             similar = Similar({task: router.rows[task] for task in router.tasks}, args.false_alarms)
-            found = similar.route(router.features(prompts))
+            found = similar.route(features)
             names = ["__base__" if name == "none" else name for name in found]
             more = {"routed": share(found, truth), "bare": share(similar.route(router.features(bare)), truth)}
             for name, texts in unknown.items():
@@ -399,7 +415,7 @@ def of_bank(
 
 def show(rows: list[dict[str, Any]], output: Path) -> None:
     runs.write_csv(output / "route.csv", rows)
-    table = Table(*rows[0], title="greedy accuracy of whole answers; routed: share sent to its task")
+    table = Table(*rows[0], title=TITLE)
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=200).print(table)

@@ -348,6 +348,7 @@ def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_fol
     rows = {row["way"]: row for row in csv_rows(tmp_path / "route.csv")}
     assert list(rows) == ["base", "told", "router", "top2", "always", "similar", "arrow", "merged"]
     assert float(rows["always"]["routed"]) == 1 and rows["always"]["mean"] == rows["told"]["mean"]
+    assert rows["router"]["unseen"] == "1.0" and not rows["told"]["unseen"]
     assert rows["router"]["perplexity"] and not rows["told"]["perplexity"] and "route.csv" in shown
     assert TaskRouter.load(tmp_path / "router").tasks == ["pets", "walks"]
     assert "of it)" in run_recipe("route", *common, "--look", "--seeds", 0, "--layers", 2, 1)
