@@ -133,13 +133,9 @@ def look(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, outpu
                 draws = {name: torch.randperm(len(pools[name]), generator=generator) for name in pools}
 
                 def fit(source: dict[str, list[torch.Tensor]], left_out: str = "", i=i, draws=draws, n=count) -> Any:
-                    router = TaskRouter(false_alarms=args.false_alarms)
-                    for name, features in source.items():
-                        if name != left_out:
-                            router.add_task(name, features[i][draws[name][:n]])
-                    if general is not None:
-                        router.add_task("none", general[i])
-                    return router
+                    rows = {name: features[i][draws[name][:n]] for name, features in source.items()}
+                    rows |= {} if general is None else {"none": general[i]}
+                    return router_of(rows, args.false_alarms, left_out)
 
                 def right(router: Any, source: Any, none: bool, i=i, draws=draws, n=count) -> float:
                     found = []
@@ -174,6 +170,15 @@ def look(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, outpu
     cost(model, tokenizer, [record["prompt"] for record in tasks[0]["test"]], args)
 
 
+def router_of(rows: dict[str, torch.Tensor], alarms: float, left_out: str) -> TaskRouter:
+    """Fitted with the features of all classes but one."""
+    router = TaskRouter(false_alarms=alarms)
+    for name, own in rows.items():
+        if name != left_out:
+            router.add_task(name, own)
+    return router
+
+
 def share_none(router: TaskRouter, prompts: Any) -> float:
     return statistics.mean(name == "none" for name in router.route(prompts).names)
 
@@ -182,11 +187,8 @@ def share_unseen(rows: dict[str, torch.Tensor], features: torch.Tensor, truth: l
     """Test prompts of each task in turn that are taken for none by a router of all others."""
     found: list[str] = []
     for task in sorted(set(truth)):
-        others = TaskRouter(false_alarms=alarms)
-        for name, own in rows.items():
-            if name != task:
-                others.add_task(name, own)
-        found += others.route(features[torch.tensor([name == task for name in truth])]).names
+        own = features[torch.tensor([name == task for name in truth])]
+        found += router_of(rows, alarms, task).route(own).names
     return found.count("none") / len(found)
 
 
@@ -317,13 +319,15 @@ def main() -> None:
     passages = read_texts(args.perplexity, 400) if args.perplexity else []
     rows: list[dict[str, Any]] = []
 
-    def add(way: str, greedy: dict[str, float], model: Any, **more: float) -> None:
+    def add(way: str, greedy: dict[str, float], model: Any = None, **more: float) -> None:
+        """A row, kept at once: a way takes minutes. Without a model where nothing tells which task a passage is of."""
         row: dict[str, Any] = {"way": way, **dict.fromkeys(("routed", "bare", "unseen"), ""), **greedy}
         row["mean"] = statistics.mean(greedy.values())
         row |= {f"none: {name}": "" for name in unknown} | {"perplexity": ""} | more
-        if passages:
+        if passages and model is not None:
             row["perplexity"] = perplexity(model, tokenizer, passages)
         rows.append(row)
+        runs.write_csv(output / "route.csv", rows)
         print(f"{way}: {row['mean']:.3f}", flush=True)
 
     def share(found: list[str], wanted: list[str]) -> float:
@@ -340,9 +344,10 @@ def main() -> None:
         router.add_task(name, some)
     if args.general:
         router.add_task("none", read_texts(args.general, 64))
-    bare = [without_instruction(prompt) for prompt in prompts]
-    nones = {f"none: {name}": share_none(router, texts) for name, texts in unknown.items()}
     features = router.features(prompts)
+    bare = router.features([without_instruction(prompt) for prompt in prompts])
+    strange = {f"none: {name}": router.features(texts) for name, texts in unknown.items()}
+    nones = {name: share_none(router, texts) for name, texts in strange.items()}
     columns = {"routed": share(router.route(features).names, truth), "bare": share(router.route(bare).names, truth)}
     if len(tasks) > 1:
         columns["unseen"] = share_unseen(router.rows, features, truth, args.false_alarms)
@@ -351,8 +356,7 @@ def main() -> None:
             with model.disable_adapter():
                 add(way, generate(model, tokenizer, records, size), model)
         elif way == "told":
-            add(way, generate(model, tokenizer, records, size, truth), model)
-            rows[-1]["perplexity"] = ""  # nobody tells which task a passage is of
+            add(way, generate(model, tokenizer, records, size, truth))
         elif way in ("router", "top2", "always"):
             router.attach(mode="top2" if way == "top2" else "top1", none=way != "always")
             best = router.scores.probabilities(features).argmax(dim=1).tolist()
@@ -370,11 +374,9 @@ def main() -> None:
             similar = Similar({task: router.rows[task] for task in router.tasks}, args.false_alarms)
             found = similar.route(features)
             names = ["__base__" if name == "none" else name for name in found]
-            more = {"routed": share(found, truth), "bare": share(similar.route(router.features(bare)), truth)}
-            for name, texts in unknown.items():
-                more[f"none: {name}"] = similar.route(router.features(texts)).count("none") / len(texts)
-            add(way, generate(model, tokenizer, records, size, names), model, **more)
-            rows[-1]["perplexity"] = ""
+            more = {"routed": share(found, truth), "bare": share(similar.route(bare), truth)}
+            more |= {name: similar.route(texts).count("none") / len(texts) for name, texts in strange.items()}
+            add(way, generate(model, tokenizer, records, size, names), **more)
         elif way == "arrow":
             config = ArrowConfig(top_k=min(3, len(folders)), router_temperature=1.0, rng_seed=0)
             plain, _ = load_base(base, args.device)
@@ -390,11 +392,9 @@ def main() -> None:
             merged, _ = scores.load(base, output / "merged", args.device)
             add(way, generate(merged, tokenizer, records, size), merged)
             del merged, plain
-        runs.write_csv(output / "route.csv", rows)  # a way takes minutes: what is known is kept
     for name, folder in (other.split("=", 1) for other in args.others):
         other, _ = scores.load(base, folder, args.device)
         add(name, generate(other, tokenizer, records, size), other)
-        runs.write_csv(output / "route.csv", rows)
     if args.bank:
         of_bank(*scores.load(base, args.bank, args.device), router, records, truth, size, add, columns | nones)
     show(rows, output)
@@ -414,7 +414,6 @@ def of_bank(
 
 
 def show(rows: list[dict[str, Any]], output: Path) -> None:
-    runs.write_csv(output / "route.csv", rows)
     table = Table(*rows[0], title=TITLE)
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
