@@ -97,5 +97,9 @@ def to_dataset(records: list[dict[str, str]]) -> Any:
     """
     from datasets import Dataset
 
-    task = lambda r: {"task": r["task"]} if "task" in r else {}  # noqa: E731
-    return Dataset.from_list([{"prompt": r["prompt"], "completion": " " + r["answer"], **task(r)} for r in records])
+    return Dataset.from_list(
+        [
+            {"prompt": r["prompt"], "completion": " " + r["answer"], **{key: r[key] for key in ("task",) if key in r}}
+            for r in records
+        ]
+    )
