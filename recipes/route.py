@@ -74,6 +74,7 @@ def parse() -> argparse.Namespace:
     add("--general", metavar="FILE", help="JSON lines of general text, as the router's class none (none)")
     add("--unknown", nargs="*", default=[], metavar="FILE", help="JSON lines (text, page, question) no task is about")
     add("--perplexity", metavar="FILE", help="JSON lines of passages: is the general language kept?")
+    add("--bare", action="store_true", help='tasks without their instructions: passages and "Answer:"')
     add("--look", action="store_true", help="routing alone, on training prompts: no adapter is needed")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of --look's draws (%(default)s)")
     return parser.parse_args()
@@ -122,7 +123,7 @@ def look(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, outpu
 
     pools = {task["name"]: [record["prompt"] for record in task["train"][:POOL]] for task in tasks}
     known = {name: read(prompts) for name, prompts in pools.items()}
-    bare = {name: read([without_instruction(prompt) for prompt in prompts]) for name, prompts in pools.items()}
+    bare = {task["name"]: read([record["passage"] for record in task["train"][:POOL]]) for task in tasks}
     unknown = {name: read(prompts) for name, prompts in unknown_texts(args).items()}
     general = read(read_texts(args.general, 64)) if args.general else None
     rows = []
@@ -306,6 +307,10 @@ def main() -> None:
     output = Path(args.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     tasks = [find_task(name, args.data, args.words) for name in args.tasks]
+    for record in (record for task in tasks for split in ("train", "test") for record in task[split]):
+        record["passage"] = without_instruction(record["prompt"])
+        if args.bare:
+            record["prompt"] = f"{record['passage']}\nAnswer:"
     base = find_base(args.model, args.device)
     if args.look:
         look(tasks, base, args, output)
@@ -345,7 +350,7 @@ def main() -> None:
     if args.general:
         router.add_task("none", read_texts(args.general, 64))
     features = router.features(prompts)
-    bare = router.features([without_instruction(prompt) for prompt in prompts])
+    bare = router.features([record["passage"] for record in records])
     strange = {f"none: {name}": router.features(texts) for name, texts in unknown.items()}
     nones = {name: share_none(router, texts) for name, texts in strange.items()}
     columns = {"routed": share(router.route(features).names, truth), "bare": share(router.route(bare).names, truth)}

@@ -344,17 +344,28 @@ def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_fol
     pages = jsonl(tmp_path / "pages.jsonl", {"page": "a big red log sat under the small blue mat"})
     common = ["--model", llama_folder, "--device", "cpu", "--data", tmp_path / "data", "--tasks", "pets,walks"]
     common += ["--output", tmp_path, "--perplexity", pages, "--prompts", 8, "--layers", 1]
-    shown = run_recipe("route", *common, "--adapters", tmp_path / "adapters", "--limit", 4)
+    common += ["--adapters", tmp_path / "adapters"]
+    shown = run_recipe("route", *common, "--limit", 4)
     rows = {row["way"]: row for row in csv_rows(tmp_path / "route.csv")}
     assert list(rows) == ["base", "told", "router", "top2", "always", "similar", "arrow", "merged"]
     assert float(rows["always"]["routed"]) == 1 and rows["always"]["mean"] == rows["told"]["mean"]
     assert rows["router"]["unseen"] == "1.0" and not rows["told"]["unseen"]
     assert rows["router"]["perplexity"] and not rows["told"]["perplexity"] and "route.csv" in shown
     assert TaskRouter.load(tmp_path / "router").tasks == ["pets", "walks"]
+    run_recipe("route", *common, "--bare", "--ways", "told", "router", "--limit", 2)
+    told, router = csv_rows(tmp_path / "route.csv")
+    assert told["mean"] == router["mean"] and float(router["routed"]) == 1
     assert "of it)" in run_recipe("route", *common, "--look", "--seeds", 0, "--layers", 2, 1)
     row, second = csv_rows(tmp_path / "look.csv")
     assert (row["layer"], second["layer"]) == ("1", "2")
     assert float(row["right"]) == 1 and float(row["false alarms"]) < 1
+
+
+def test_route_knows_a_prompt_without_its_instruction():
+    passage = load_recipe("route").without_instruction
+    assert passage("What topic?\nOption: A, B \nTitle: t\nText: x\nAnswer:") == "Title: t\nText: x"
+    assert passage("What topic?\nText: x\nAnswer:") == "Text: x"
+    assert passage("Ticket for a cat. Floor? Answer:") == "Ticket for a cat."
 
 
 def test_export_says_that_a_plain_lora_is_one_already(run_recipe, llama_folder, tmp_path):
