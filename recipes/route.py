@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", type=runs.names, default="warehouse,helpdesk,mood,museum", help="folders in --data, or embedded")
     add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
-    add("--adapters", metavar="DIR", help="LoRAs, DIR/TASK or DIR/lora-TASK (none: trained in --output)")
+    add("--adapters", metavar="DIR", help="LoRAs, DIR/TASK or DIR/lora-TASK, learnt at --seed (none: trained now)")
     add("--ways", nargs="+", default=WAYS, choices=WAYS, help="(all)")
     add("--bank", metavar="DIR", help="a MORA adapter that has learnt the tasks, one after the other")
     add("--others", nargs="*", default=[], metavar="NAME=DIR", help="further adapters, each one model for all")
@@ -306,7 +306,7 @@ def main() -> None:
     args = parse()
     output = Path(args.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    tasks = [find_task(name, args.data, args.words) for name in args.tasks]
+    tasks = [find_task(name, args.data, args.words, args.seed) for name in args.tasks]
     for record in (record for task in tasks for split in ("train", "test") for record in task[split]):
         record["passage"] = without_instruction(record["prompt"])
         if args.bare:
