@@ -54,7 +54,7 @@ LORA_WAYS = ("cat", "linear", "ties", "dare_ties")  # those with "svd" as well: 
 MARGIN = 0.1  # above chance: two standard errors of a hundred prompts
 KEY = ("seed", "method", "combined by", "rank", "weight", "prompts", "settings", "scored")
 SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
-ANY_RULE = {"before", "after", "weights", "canonical", "beta"}
+ANY_RULE = {"before", "after", "weights", "canonical", "alpha", "beta"}
 LOOKING = {"inputs": {"directions", "last"}, TWO_PASSES: {"directions", "last", "passes"}}
 
 

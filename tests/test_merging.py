@@ -211,6 +211,8 @@ def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
         ({"weights": [1.0, 2.0, float("nan")]}, "finite numbers"),
         ({"before": ["pca"]}, "`before` must be a list of 'norm' or 'pico'"),
         ({"after": "match"}, "`after` must be a list"),
+        ({"after": ["svc"], "alpha": 0}, "`alpha` must be a number > 0"),
+        ({"rule": "mean", "alpha": 0.5}, "rule='mean' takes no options, got alpha"),
         ({"density": 0.5}, "takes no options, got density"),
         ({"rule": "ties", "drop": 0.5}, "takes space and density, got drop"),
         ({"rule": "ties", "density": 0}, r"`density` must be a share in \(0, 1\]"),
@@ -553,6 +555,51 @@ def test_match_brings_each_module_to_the_mean_length_of_the_updates(three):
     for name, delta in dense(report).items():
         norms = [dense(path)[name].norm() for path in three if dense(path)[name].norm() > 0]
         assert float(delta.norm()) == pytest.approx(float(sum(norms) / len(norms)), rel=1e-4)
+
+
+def calibrated(M: Tensor, deltas: list[Tensor], alpha: float = 0.1) -> Tensor:
+    """SVC as its paper has it: on whole matrices, a direction at a time."""
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    for r in range(int((S > 1e-9).sum())):
+        shares = [float((U[:, r] @ M) @ (U[:, r] @ D) / (U[:, r] @ D).square().sum()) for D in deltas]
+        if min(shares) > 0:
+            S[r] /= max(sum(shares) / len(shares), alpha)
+    return U @ S.diag() @ Vh
+
+
+@pytest.mark.parametrize("alpha", [0.1, 2.5])
+def test_svc_is_the_papers_calibration(alpha):
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    tasks = [
+        Lora(
+            torch.randn(3, 9, generator=generator).double() + 1, shared + 0.1 * torch.randn(12, 3, generator=generator)
+        )
+        for _ in range(3)
+    ]
+    deltas = [B @ A for A, B in tasks]
+    merged = Lora(torch.cat([A for A, _ in tasks]), torch.cat([B for _, B in tasks], dim=1))
+    A, B = scaling.svc(merged, [*tasks, Lora(torch.zeros(1, 9), torch.ones(12, 1))], alpha=alpha)
+    wanted = calibrated(sum(deltas), deltas, alpha)
+    torch.testing.assert_close(B @ A, wanted)
+    assert (wanted - sum(deltas)).norm() > 0.2 * wanted.norm()
+    lengths = A.norm(dim=1)
+    assert torch.equal(lengths, lengths.sort(descending=True).values)
+    torch.testing.assert_close(lengths, B.norm(dim=0))
+
+
+def test_svc_counts_what_all_have_once_and_leaves_what_one_has(three):
+    one = loras(0)[LAYERS[0]]
+    twin = scaling.svc(Lora(one.A, 3 * one.B), [one] * 3)
+    torch.testing.assert_close(twin.B @ twin.A, one.B.double() @ one.A.double())
+    eye = torch.eye(4, dtype=torch.float64)
+    apart = [Lora(eye[:1], eye[:, :1]), Lora(eye[1:2], eye[:, 1:2])]
+    A, B = scaling.svc(Lora(eye[:2], 5 * eye[:, :2]), apart)
+    torch.testing.assert_close(B @ A, 5 * eye[:, :2] @ eye[:2])
+    plain, got = (dense(merge_adapters(three, "sum", after=after)) for after in ((), ["svc"]))
+    for name in LAYERS:
+        found = [dense(path)[name].double() for path in three]
+        close({name: got[name].double()}, {name: calibrated(plain[name].double(), [d for d in found if d.norm() > 0])})
 
 
 def test_lines_weighs_blocks_by_their_depth(three):

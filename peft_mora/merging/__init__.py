@@ -84,7 +84,7 @@ RULES = {
     "slao": Rule(slao, "factors", ordered=True),
 }
 BEFORE = {"norm": scaling.norm, "pico": scaling.pico}
-AFTER = ("match", "lines")
+AFTER = {"match": {}, "svc": {"alpha": 0.1}, "lines": {"beta": 1.0}}  # each with its options
 
 
 def merge_adapters(
@@ -117,7 +117,7 @@ def merge_adapters(
             (0, 1) takes the smallest one rank at which that share of the merged update's energy ‖ΔW‖² is kept.
         weights: a number for each folder, 1 by default; what it does is the rule's to say.
         before: "norm", "pico": what is done to the updates first, in this order.
-        after: "match", "lines": what is done to the merged update, in this order.
+        after: "match", "svc", "lines": what is done to the merged update, in this order, "lines" last.
         seed: of rules that draw ("dare").
         output: folder to write, whole or not at all: adapter_config.json, adapter_model.safetensors,
             merge_report.json. None writes nothing; the result is in the report's `loras`.
@@ -131,7 +131,7 @@ def merge_adapters(
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
         progress: show a bar; None: in a terminal.
         options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
-            "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1).
+            "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1), "svc": alpha (.1).
 
     Raises:
         ValueError: adapters that have no common sum, or a wrong argument; the message says what to do.
@@ -168,7 +168,9 @@ def merge_adapters(
                 statistics = []
     chosen = RULES[rule]
     gauge = canonical and rule != "slao"
-    merge = _Merge(chosen, rank, weights, options, seed, statistics)
+    given = {name: options.get(name, value) for step in after for name, value in AFTER[step].items()}
+    own = {name: value for name, value in options.items() if name not in given}
+    merge = _Merge(chosen, rank, weights, own, seed, statistics)
 
     def updates(module: str) -> list[Lora]:
         found = adapters.updates(module, gauge)
@@ -176,16 +178,22 @@ def merge_adapters(
             found = BEFORE[step](found)
         return found
 
+    def finished(lora: Lora, module: str) -> Lora:
+        for step in after:
+            if step == "match":
+                lora = scaling.match(lora, adapters.updates(module))
+            elif step == "svc":
+                lora = scaling.svc(lora, adapters.updates(module), alpha=given["alpha"])
+        return lora
+
     def run() -> dict[str, Lora]:
         merge.prepare(adapters, updates)
         merged: dict[str, Lora] = {}
         for module in bar(adapters.sizes, rule, progress):
-            A, B = merge(module, updates(module))
-            if "match" in after:
-                B = B * scaling.match(Lora(A, B), adapters.updates(module))
+            A, B = finished(merge(module, updates(module)), module)
             merged[module] = Lora(A.float().contiguous(), B.float().contiguous())
         if "lines" in after:
-            merged = _lines(adapters, merged, options.get("beta", 1.0))
+            merged = _lines(adapters, merged, given["beta"])
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
 
     with warnings.catch_warnings(record=True) as caught:
@@ -258,7 +266,7 @@ class _Merge:
     ) -> None:
         self.rule, self.weights, self.seed, self.statistics = rule, weights, seed, statistics
         self.rank = rank if isinstance(rank, int) else None  # None: all there is
-        self.options = {name: value for name, value in options.items() if name not in ("space", "density", "beta")}
+        self.options = {name: value for name, value in options.items() if name not in ("space", "density")}
         if rule.merge is robust and "density" in options:
             self.options["density"] = options["density"]
         self.space = options.get("space", rule.space)
@@ -316,16 +324,16 @@ def _check_arguments(
     for name, steps, known in (("before", before, BEFORE), ("after", after, AFTER)):
         ok = not isinstance(steps, str) and all(step in known for step in steps)
         check_field(ok, name, steps, f"a list of {listed(map(repr, known))}")
-    taken = RULES[rule].options() + (["beta"] if "lines" in after else [])
+    taken = RULES[rule].options() + [name for step in after for name in AFTER[step]]
     for name in options:
         if name not in taken:
             takes = f"takes {listed(taken, 'and')}" if taken else "takes no options"
             raise ValueError(f"rule={rule!r} {takes}, got {name}={options[name]!r}.")
     check_field(options.get("space", "core") in ("core", "full"), "space", options.get("space"), "'core' or 'full'")
-    for name in ("density", "beta"):
+    for name, wanted in (("density", "a share in (0, 1]"), ("alpha", "a number > 0"), ("beta", "a number")):
         value = options.get(name, 0.2)
-        ok = is_number(value) and (name == "beta" or 0 < value <= 1)
-        check_field(ok, name, value, "a number" if name == "beta" else "a share in (0, 1]")
+        ok = is_number(value) and (name == "beta" or value > 0) and (name != "density" or value <= 1)
+        check_field(ok, name, value, wanted)
     if output is not None and Path(output).exists():
         raise FileExistsError(f"{output} exists: delete it or write to another folder.")
 

@@ -1,4 +1,5 @@
-"""Before and after a rule: updates brought to one length, shared directions shrunk, layers weighted by depth."""
+"""Before and after a rule: updates brought to one length, shared directions shrunk, singular values calibrated, layers
+weighted by depth."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..lora_file import Lora
-from .core import norm_of, thin_svd
+from .core import NOISE, norm_of, reduced, thin_svd
 
 
 def norm(loras: Sequence[Lora]) -> list[Lora]:
@@ -35,10 +36,38 @@ def mean_norm(loras: Sequence[Lora]) -> float:
     return sum(norms) / len(norms) if norms else 0.0
 
 
-def match(merged: Lora, loras: Sequence[Lora]) -> float:
-    """The factor that brings ‖ΔW‖ of a module to the mean of ‖ΔW_t‖; 1 where the merged one is 0."""
+def match(merged: Lora, loras: Sequence[Lora]) -> Lora:
+    """‖ΔW‖ of a module brought to the mean of ‖ΔW_t‖; an update of 0 stays."""
     length = norm_of(merged)
-    return mean_norm(loras) / length if length > 0 else 1.0
+    return Lora(merged.A, merged.B * (mean_norm(loras) / length)) if length > 0 else merged
+
+
+def svc(merged: Lora, loras: Sequence[Lora], *, alpha: float = 0.1) -> Lora:
+    """Output directions that aligned updates have counted several times over, or that a mean has shrunk, at the length
+    that the updates have there.
+
+    For σ_r, u_r of the merged update, a = u_rᵀ ΔW and a_t = u_rᵀ ΔW_t: σ_r is divided by the mean over t of
+    ⟨a, a_t⟩ / ‖a_t‖², or by `alpha` where that is more; where one of the updates does not point that way,
+    ⟨a, a_t⟩ <= 0, σ_r stays. An update of 0 has no say. SVC, arXiv 2602.05536; the released code's `alpha`.
+
+    Returns:
+        A (k, I), B (O, k) float64 in its SVD gauge, largest first, k the merged update's rank.
+    """
+    A, B = reduced(merged)
+    root = A.norm(dim=1)  # √σ, which A's rows and B's columns have
+    along = []
+    for lora in loras:
+        if (length := norm_of(lora)) > 0:
+            own = (B / root).T @ lora.B.double() @ lora.A.double()
+            square = own.square().sum(dim=1)
+            inner = (root[:, None] * A * own).sum(dim=1)
+            along.append(torch.where(square > (NOISE * length) ** 2, inner / square, 0))
+    if not along:
+        return Lora(A, B)
+    share = torch.stack(along)
+    gamma = torch.where(share.gt(0).all(dim=0), share.mean(dim=0).clamp_min(alpha), 1).sqrt()
+    order = (root / gamma).argsort(descending=True, stable=True)
+    return Lora((A / gamma[:, None])[order], (B / gamma)[:, order])
 
 
 def lines(blocks: Mapping[str, int | None], alpha: float, beta: float) -> dict[str, float]:
