@@ -644,6 +644,17 @@ def test_a_spread_is_its_leading_directions_and_the_mean_of_the_rest():
     torch.testing.assert_close(spread(C, 16).times(X), C @ X, rtol=1e-5, atol=1e-5)
 
 
+def test_a_wide_spread_is_found_by_iteration_and_holds_what_the_leading_directions_hold():
+    size, values = 1100, torch.arange(1, 1101, dtype=torch.float64) ** -1.0
+    vectors = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    C = (vectors.Q * values) @ vectors.Q.T
+    found = spread(C, 32)
+    assert found.Q.shape == (size, 32) and found.trace() == pytest.approx(float(values.sum()), rel=1e-5)
+    held = ((found.Q.double().T @ C) * found.Q.double().T).sum()
+    assert float(held) == pytest.approx(float(values[:32].sum()), rel=1e-3)
+    torch.testing.assert_close(found.values.double(), values[:32], rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("directions", [2, 16])
 def test_the_closed_form_minimises_the_error_on_what_each_adapter_saw(tasks, directions):
     """Two directions of each of three go through Woodbury's identity, sixteen through the dense system."""
