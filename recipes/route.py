@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     add("--tasks", type=runs.names, default="warehouse,helpdesk,mood,museum", help="folders in --data, or embedded")
     add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
     add("--adapters", metavar="DIR", help="LoRAs, DIR/TASK or DIR/lora-TASK, learnt at --seed (none: trained now)")
-    add("--ways", nargs="+", default=WAYS, choices=WAYS, help="(all)")
+    add("--ways", nargs="*", default=WAYS, choices=WAYS, help="(all; none where --bank alone is asked for)")
     add("--bank", metavar="DIR", help="a MORA adapter that has learnt the tasks, one after the other")
     add("--others", nargs="*", default=[], metavar="NAME=DIR", help="further adapters, each one model for all")
     add("--prompts", nargs="+", type=int, default=[64], help="training prompts a task to fit with (%(default)s)")
@@ -77,7 +77,10 @@ def parse() -> argparse.Namespace:
     add("--bare", action="store_true", help='tasks without their instructions: passages and "Answer:"')
     add("--look", action="store_true", help="routing alone, on training prompts: no adapter is needed")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of --look's draws (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.ways or args.bank or args.others or args.look):
+        parser.error("--ways without a way: name some, or give --bank or --others")
+    return args
 
 
 def read_texts(path: str | Path, words: int) -> list[str]:
@@ -315,7 +318,7 @@ def main() -> None:
     if args.look:
         look(tasks, base, args, output)
         return
-    folders = adapters(tasks, base, args, output)
+    folders = adapters(tasks, base, args, output) if args.ways else []
     count = args.prompts[0]
     records = [{**record, "task": task["name"]} for task in tasks for record in task["test"][: args.limit]]
     prompts = [record["prompt"] for record in records]
@@ -338,8 +341,8 @@ def main() -> None:
     def share(found: list[str], wanted: list[str]) -> float:
         return statistics.mean(one == other for one, other in zip(found, wanted, strict=True))
 
-    model, tokenizer = scores.load(base, folders[0], args.device, tasks[0]["name"])
-    for task, folder in zip(tasks[1:], folders[1:], strict=True):
+    model, tokenizer = scores.load(base, folders[0] if folders else None, args.device, tasks[0]["name"])
+    for task, folder in list(zip(tasks, folders, strict=False))[1:]:
         model.load_adapter(folder, task["name"])
     model.eval()
     size = 4 * args.batch_size

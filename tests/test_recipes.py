@@ -355,6 +355,11 @@ def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_fol
     run_recipe("route", *common, "--bare", "--ways", "told", "router", "--limit", 2)
     told, router = csv_rows(tmp_path / "route.csv")
     assert told["mean"] == router["mean"] and float(router["routed"]) == 1
+    others = [f"pets={tmp_path / 'adapters' / 'lora-pets'}"]
+    run_recipe("route", *common[:-2], "--ways", "--others", *others, "--limit", 2)  # no adapter a task is needed
+    assert [row["way"] for row in csv_rows(tmp_path / "route.csv")] == ["pets"]
+    with pytest.raises(SystemExit):
+        run_recipe("route", *common, "--ways")
     assert "of it)" in run_recipe("route", *common, "--look", "--seeds", 0, "--layers", 2, 1)
     row, second = csv_rows(tmp_path / "look.csv")
     assert (row["layer"], second["layer"]) == ("1", "2")
