@@ -570,13 +570,9 @@ def calibrated(M: Tensor, deltas: list[Tensor], alpha: float = 0.1) -> Tensor:
 @pytest.mark.parametrize("alpha", [0.1, 2.5])
 def test_svc_is_the_papers_calibration(alpha):
     generator = torch.Generator().manual_seed(0)
-    shared = torch.randn(12, 3, generator=generator, dtype=torch.float64)
-    tasks = [
-        Lora(
-            torch.randn(3, 9, generator=generator).double() + 1, shared + 0.1 * torch.randn(12, 3, generator=generator)
-        )
-        for _ in range(3)
-    ]
+    sizes = ((3, 3, 9), (12, 3), (3, 12, 3))
+    rows, shared, own = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    tasks = [Lora(A + 1, shared + 0.1 * B) for A, B in zip(rows, own, strict=True)]
     deltas = [B @ A for A, B in tasks]
     merged = Lora(torch.cat([A for A, _ in tasks]), torch.cat([B for _, B in tasks], dim=1))
     A, B = scaling.svc(merged, [*tasks, Lora(torch.zeros(1, 9), torch.ones(12, 1))], alpha=alpha)
