@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from transformers import set_seed
 
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
-from peft_mora.merging import RULES, MergeReport, collect_inputs, merge_adapters
+from peft_mora.merging import AFTER, RULES, MergeReport, collect_inputs, merge_adapters, options_of
 
 
 TWO_PASSES = "two-passes"
@@ -54,7 +54,7 @@ LORA_WAYS = ("cat", "linear", "ties", "dare_ties")  # those with "svd" as well: 
 MARGIN = 0.1  # above chance: two standard errors of a hundred prompts
 KEY = ("seed", "method", "combined by", "rank", "weight", "prompts", "settings", "scored")
 SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
-ANY_RULE = {"before", "after", "weights", "canonical", "alpha", "beta"}
+ANY_RULE = {"before", "after", "weights", "canonical", *chain.from_iterable(map(options_of, AFTER.values()))}
 LOOKING = {"inputs": {"directions", "last"}, TWO_PASSES: {"directions", "last", "passes"}}
 
 

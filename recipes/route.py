@@ -341,8 +341,9 @@ def main() -> None:
     def share(found: list[str], wanted: list[str]) -> float:
         return statistics.mean(one == other for one, other in zip(found, wanted, strict=True))
 
-    model, tokenizer = scores.load(base, folders[0] if folders else None, args.device, tasks[0]["name"])
-    for task, folder in list(zip(tasks, folders, strict=False))[1:]:
+    first, *rest = folders or [None]
+    model, tokenizer = scores.load(base, first, args.device, tasks[0]["name"])
+    for task, folder in zip(tasks[1:], rest, strict=False):
         model.load_adapter(folder, task["name"])
     model.eval()
     size = 4 * args.batch_size

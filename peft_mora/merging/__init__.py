@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,12 @@ from .sequential import opcm, slao
 __all__ = ["RULES", "IntoBase", "MergeReport", "collect_inputs", "merge_adapters", "merge_into_base"]
 
 
+def options_of(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that are given by name only."""
+    kinds = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in kinds if parameter.kind is parameter.KEYWORD_ONLY]
+
+
 class Rule(NamedTuple):
     """How a rule is called: `merge(cores or loras, weights, ...)`, and what it is given besides.
 
@@ -62,8 +69,7 @@ class Rule(NamedTuple):
 
     def options(self) -> list[str]:
         """Names that `merge_adapters` takes for it."""
-        kinds = inspect.signature(self.merge).parameters.values()
-        own = [parameter.name for parameter in kinds if parameter.kind is parameter.KEYWORD_ONLY]
+        own = options_of(self.merge)
         return own + (["space"] if self.elementwise else []) + (["density"] if self.merge is rules.ties else [])
 
 
@@ -84,7 +90,7 @@ RULES = {
     "slao": Rule(slao, "factors", ordered=True),
 }
 BEFORE = {"norm": scaling.norm, "pico": scaling.pico}
-AFTER = {"match": {}, "svc": {"alpha": 0.1}, "lines": {"beta": 1.0}}  # each with its options
+AFTER: dict[str, Callable[..., Any]] = {"match": scaling.match, "svc": scaling.svc, "lines": scaling.lines}
 
 
 def merge_adapters(
@@ -168,8 +174,8 @@ def merge_adapters(
                 statistics = []
     chosen = RULES[rule]
     gauge = canonical and rule != "slao"
-    given = {name: options.get(name, value) for step in after for name, value in AFTER[step].items()}
-    own = {name: value for name, value in options.items() if name not in given}
+    later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
+    own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
     merge = _Merge(chosen, rank, weights, own, seed, statistics)
 
     def updates(module: str) -> list[Lora]:
@@ -180,10 +186,8 @@ def merge_adapters(
 
     def finished(lora: Lora, module: str) -> Lora:
         for step in after:
-            if step == "match":
-                lora = scaling.match(lora, adapters.updates(module))
-            elif step == "svc":
-                lora = scaling.svc(lora, adapters.updates(module), alpha=given["alpha"])
+            if step != "lines":  # which is of all modules together
+                lora = AFTER[step](lora, adapters.updates(module), **later[step])
         return lora
 
     def run() -> dict[str, Lora]:
@@ -193,7 +197,7 @@ def merge_adapters(
             A, B = finished(merge(module, updates(module)), module)
             merged[module] = Lora(A.float().contiguous(), B.float().contiguous())
         if "lines" in after:
-            merged = _lines(adapters, merged, given["beta"])
+            merged = _lines(adapters, merged, **later["lines"])
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
 
     with warnings.catch_warnings(record=True) as caught:
@@ -324,16 +328,19 @@ def _check_arguments(
     for name, steps, known in (("before", before, BEFORE), ("after", after, AFTER)):
         ok = not isinstance(steps, str) and all(step in known for step in steps)
         check_field(ok, name, steps, f"a list of {listed(map(repr, known))}")
-    taken = RULES[rule].options() + [name for step in after for name in AFTER[step]]
+    taken = RULES[rule].options() + [name for step in after for name in options_of(AFTER[step])]
     for name in options:
         if name not in taken:
             takes = f"takes {listed(taken, 'and')}" if taken else "takes no options"
             raise ValueError(f"rule={rule!r} {takes}, got {name}={options[name]!r}.")
     check_field(options.get("space", "core") in ("core", "full"), "space", options.get("space"), "'core' or 'full'")
-    for name, wanted in (("density", "a share in (0, 1]"), ("alpha", "a number > 0"), ("beta", "a number")):
+    for name, above, most, wanted in (
+        ("density", 0, 1, "a share in (0, 1]"),
+        ("alpha", 0, math.inf, "a number > 0"),
+        ("beta", -math.inf, math.inf, "a number"),
+    ):
         value = options.get(name, 0.2)
-        ok = is_number(value) and (name == "beta" or value > 0) and (name != "density" or value <= 1)
-        check_field(ok, name, value, wanted)
+        check_field(is_number(value) and above < value <= most, name, value, wanted)
     if output is not None and Path(output).exists():
         raise FileExistsError(f"{output} exists: delete it or write to another folder.")
 
@@ -348,14 +355,14 @@ def _cut_by_energy(merged: dict[str, Lora], share: float) -> dict[str, Lora]:
     return {name: Lora(A[:rank], B[:, :rank]) for name, (A, B) in merged.items()}
 
 
-def _lines(adapters: Adapters, merged: dict[str, Lora], beta: float) -> dict[str, Lora]:
+def _lines(adapters: Adapters, merged: dict[str, Lora], **options: Any) -> dict[str, Lora]:
     total = sum(
         scaling.sum_of_entries(Lora(torch.cat([A for A, _ in loras]), torch.cat([B for _, B in loras], dim=1)))
         for loras in map(adapters.updates, merged)
     )
     found = sum(map(scaling.sum_of_entries, merged.values()))
     alpha = total / (len(adapters) * found) if found else 0.0
-    factors = scaling.lines({name: scaling.block_of(name) for name in merged}, alpha, beta)
+    factors = scaling.lines({name: scaling.block_of(name) for name in merged}, alpha, **options)
     return {name: Lora(A, factors[name] * B) for name, (A, B) in merged.items()}
 
 

@@ -70,7 +70,7 @@ def svc(merged: Lora, loras: Sequence[Lora], *, alpha: float = 0.1) -> Lora:
     return Lora((A / gamma[:, None])[order], (B / gamma)[:, order])
 
 
-def lines(blocks: Mapping[str, int | None], alpha: float, beta: float) -> dict[str, float]:
+def lines(blocks: Mapping[str, int | None], alpha: float, *, beta: float = 1.0) -> dict[str, float]:
     """Layer-wise factors α + β·l / (L - 1), l = 0..L-1 the block that a module is in. LiNeS, arXiv 2410.17146.
 
     Modules outside of the blocks (a head) get α + β.
