@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers import METHODS, adapted, quantized, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_mora.lora_file import PREFIX, Lora, read_lora, write_lora
 from peft_mora.merging import RULES, collect_inputs, merge_adapters, merge_into_base, rules, scaling, sequential
 from peft_mora.merging.core import canonical, core_space, reduced, to_lora
-from peft_mora.merging.inputs import Inputs, Spread, Statistics, inputs, output_energy, spread
+from peft_mora.merging.inputs import Inputs, Spread, Statistics, at_strength, inputs, output_energy, spread
 from peft_mora.merging.lego import lego, robust
 
 
@@ -730,10 +731,12 @@ def trained(llama_folder, tmp_path) -> tuple[torch.nn.Module, list[Path]]:
     return base, [tmp_path / name for name in TEXTS]
 
 
-def test_statistics_are_of_real_tokens_under_the_adapter_and_half_of_last_ones(trained, llama_folder):
+@pytest.mark.parametrize("strength", [0.5, 1.0, 0.0])
+def test_statistics_are_of_real_tokens_and_last_ones_under_a_share_of_the_adapter(strength, trained, llama_folder):
     base, folders = trained
     before = {name: p.clone() for name, p in base.named_parameters()}
-    found = collect_inputs(base, TEXTS["task1"], folders[0], directions=64, last=0.25)
+    options = {} if strength == 0.5 else {"strength": strength}
+    found = collect_inputs(base, TEXTS["task1"], folders[0], directions=64, last=0.25, **options)
     after = dict(base.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
     assert found.prompts == 3 and found.groups["model.layers.1.mlp.up_proj"] == ("model.layers.1.mlp.up_proj",)
@@ -743,8 +746,9 @@ def test_statistics_are_of_real_tokens_under_the_adapter_and_half_of_last_ones(t
     rows: list[Tensor] = []
     layer = model.get_base_model().model.layers[1].mlp.up_proj
     layer.register_forward_pre_hook(lambda _, args: rows.append(args[0][0].detach().double()))
-    for text in TEXTS["task1"]:
-        model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    with rescale_adapter_scale(model, strength):
+        for text in TEXTS["task1"]:
+            model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
     every, ends = torch.cat(rows), torch.stack([sample[-1] for sample in rows])
     want = 0.75 * every.T @ every / len(every) + 0.25 * ends.T @ ends / 3
     got = found.of("model.layers.1.mlp.up_proj").times(torch.eye(64, dtype=torch.float64))
@@ -752,10 +756,27 @@ def test_statistics_are_of_real_tokens_under_the_adapter_and_half_of_last_ones(t
     assert found.tokens == len(every)
 
     loaded = Statistics.load(folders[0])
-    assert loaded.groups == found.groups
+    assert loaded.groups == found.groups and loaded.strength == found.strength == strength
     for name, one in found.spreads.items():
         torch.testing.assert_close(loaded.spreads[name].Q.float(), one.Q, rtol=0, atol=1e-3)
         assert torch.equal(loaded.spreads[name].values, one.values) and loaded.spreads[name].rest == one.rest
+
+
+@pytest.mark.parametrize("name", ["lora", "lori", "mora-dense", "furina"])
+def test_half_an_adapter_is_half_of_its_update_and_whole_again_afterwards(name):
+    config = LoraConfig(r=4, target_modules=["q_proj"]) if name == "lora" else METHODS[name](target_modules=["q_proj"])
+    model = get_peft_model(tiny_llama(), config).eval()
+    randomize(model)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    base, whole = layer.base_layer(x), layer(x)
+    with pytest.raises(KeyError), at_strength(model, 0.5):
+        torch.testing.assert_close(layer(x) - base, (whole - base) / 2, rtol=1e-4, atol=1e-6)
+        raise KeyError
+    assert torch.equal(layer(x), whole)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the base's weights.*unmerge_adapter"), at_strength(model, 0.5):
+        pass
 
 
 def test_the_report_has_what_each_adapter_adds_to_the_outputs_of_another(three):
@@ -822,7 +843,13 @@ def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merge
     prompts = {str(path): TEXTS[path.name] for path in folders}
     one, two = (merge_adapters(folders, rank=4, model=base, prompts=prompts, passes=n, directions=8) for n in (1, 2))
     assert set(dict(base.named_modules())) == names
-    assert files.rule == one.rule == "inputs" and two.options == {"passes": 2, "directions": 8, "last": 0.5}
+    assert files.rule == one.rule == "inputs" and two.options == {
+        "passes": 2, "directions": 8, "last": 0.5, "strength": 1.0
+    }  # fmt: skip
+    assert one.options == {**two.options, "passes": 1, "strength": 0.5}
+    half = merge_adapters(folders, rank=4, model=base, prompts=prompts, directions=8, strength=0.5)
+    assert half.options == {**two.options, "strength": 0.5}
+    assert any((half.loras[n].B @ half.loras[n].A - B @ A).norm() > 1e-3 for n, (A, B) in two.loras.items())
     for name, (A, B) in one.loras.items():
         torch.testing.assert_close(files.loras[name].B @ files.loras[name].A, B @ A, rtol=0, atol=2e-2)
     assert any((two.loras[n].B @ two.loras[n].A - B @ A).norm() > 1e-3 for n, (A, B) in one.loras.items())

@@ -311,6 +311,21 @@ def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, 
         run_recipe("merge", *arguments, "--output", tmp_path, "--reuse")
 
 
+def test_merged_inputs_are_an_adapter_s_own_at_the_strength_at_which_it_is_merged(
+    run_recipe, llama_folder, task, tmp_path
+):
+    model = adapted(LORA, quantized(llama_folder))
+    for name, alpha in (("lora-colours", 8), ("merged", 2)):  # a quarter of it
+        model.peft_config["default"].lora_alpha = alpha
+        model.save_pretrained(tmp_path / name)
+    told = run_recipe(
+        "measure/merged_inputs", "--model", llama_folder, "--device", "cpu", "--data", task, "--tasks", "colours",
+        "--adapters", tmp_path, "--merged", tmp_path / "merged", "--prompts", 2, "--strengths", 0.25, 1,
+    )  # fmt: skip
+    rows = [line for line in told.splitlines() if "colours" in line]
+    assert rows[0].count("0.000") >= 2 and "0.000" not in rows[1]
+
+
 def test_methods_are_compared_at_equal_parameters_and_a_stopped_run_goes_on(run_recipe, llama_folder, task, tmp_path):
     common = ["--model", llama_folder, "--device", "cpu", "--data", task, "--tasks", "colours", "--steps", 2]
     common += ["--output", tmp_path, "--limit", 6, "--batch-size", 2]

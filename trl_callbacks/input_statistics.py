@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
-from peft_mora.checks import check_field, is_int, is_number
+from peft_mora.checks import check_field, is_int
 from peft_mora.inputs import check_text, shared_inputs
 from peft_mora.lora_file import TENSORS, digest, read_lora
-from peft_mora.merging.inputs import input_spreads, submodules
+from peft_mora.merging.inputs import check_looking, input_spreads, submodules
 
 from .general_text import batch_of
 from .host import HostCallback, calibration_batches, keep_stopped, output_folder
@@ -44,6 +44,8 @@ class InputStatisticsCallback(HostCallback):
         directions: leading directions of each module's inputs; the others have one mean. 16 to 32 are enough.
         prompts: training records to look at, drawn from the run's seed.
         last: share of C that is over last tokens of prompts alone, 0..1.
+        strength: share of its scale that the adapter has meanwhile, 0..1: under a merged one a module's inputs are
+            nearer to those of half an adapter than to its own.
         adapter_name: which adapter; None is the one in training.
 
     Raises:
@@ -58,12 +60,18 @@ class InputStatisticsCallback(HostCallback):
     """
 
     def __init__(
-        self, directions: int = 16, *, prompts: int = 64, last: float = 0.5, adapter_name: str | None = None
+        self,
+        directions: int = 16,
+        *,
+        prompts: int = 64,
+        last: float = 0.5,
+        strength: float = 0.5,
+        adapter_name: str | None = None,
     ) -> None:
-        check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
+        check_looking(directions, last, strength)
         check_field(is_int(prompts) and prompts >= 1, "prompts", prompts, "an integer >= 1")
-        check_field(is_number(last) and 0 <= last <= 1, "last", last, "a share in [0, 1]")
-        self.directions, self.prompts, self.last, self.adapter_name = directions, prompts, last, adapter_name
+        self.directions, self.prompts, self.last, self.strength = directions, prompts, last, strength
+        self.adapter_name = adapter_name
         self._batches: list[dict[str, Tensor]] = []
 
     def refusals(self) -> dict[str, str]:
@@ -109,7 +117,9 @@ class InputStatisticsCallback(HostCallback):
             try:
                 with saved(model, self._name) as folder:
                     modules, weights = list(read_lora(folder).loras), digest(folder)
-                statistics = input_spreads(model, modules, batches, directions=self.directions, last=self.last)
+                statistics = input_spreads(
+                    model, modules, batches, directions=self.directions, last=self.last, strength=self.strength
+                )
             except ValueError as error:
                 raise ValueError(f"{error} The adapter is in {keep_stopped(model, args, state)}.") from error
             folder = output_folder(args) / ("" if self._name == "default" else self._name)

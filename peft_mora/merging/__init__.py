@@ -110,6 +110,7 @@ def merge_adapters(
     passes: int = 2,
     directions: int = 32,
     last: float = 0.5,
+    strength: float | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> MergeReport:
@@ -135,6 +136,8 @@ def merge_adapters(
             it is.
         passes: with a model; 1 looks at the adapters on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
+        strength: with a model: the share of its scale at which each adapter is looked at on its own. None: .5 where
+            that is the only look, as in `collect_inputs`; 1 where the merged one is looked at after it.
         progress: show a bar; None: in a terminal.
         options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
             "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1), "svc": alpha (.1).
@@ -158,8 +161,9 @@ def merge_adapters(
         rules.check_losses(weights)
         if model is not None and prompts is not None:
             kept = {"directions": directions, "last": last}
+            strength = (0.5 if passes == 1 else 1.0) if strength is None else strength
             look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, kept, adapters)
-            statistics = look.alone()
+            statistics = look.alone(strength)
         else:
             found = [Statistics.load(folder) for folder in adapters.folders]
             statistics = [one for one in found if one is not None]
@@ -215,7 +219,7 @@ def merge_adapters(
         )
     for text in said:
         warnings.warn(text, stacklevel=2)
-    shown = dict(options) | ({"passes": passes, **look.kept} if look is not None else {})
+    shown = dict(options) | ({"passes": passes, **look.kept, "strength": strength} if look is not None else {})
     report = _report(
         adapters, merged, weights, merge.statistics, progress,
         rule=rule, space=merge.space, ordered=chosen.ordered, before=list(before), after=list(after),
@@ -237,12 +241,13 @@ class _Look:
         self.model, self.texts, self.adapters, self.kept = model, texts, adapters, kept
         self.tokenizer = tokenizer or saved_tokenizer(model, adapters.folders[0])
 
-    def alone(self) -> list[Statistics]:
-        """Each under its own adapter."""
+    def alone(self, strength: float) -> list[Statistics]:
+        """Each under its own adapter, at a share of its scale."""
         found = []
         for file, texts in zip(self.adapters.files, self.texts, strict=True):
             with adapted(self.model, file.folder) as model:
-                found.append(input_spreads(model, list(file.loras), tokenized(texts, self.tokenizer), **self.kept))
+                batches = tokenized(texts, self.tokenizer)
+                found.append(input_spreads(model, list(file.loras), batches, strength=strength, **self.kept))
         return found
 
     def under(self, merged: dict[str, Lora]) -> list[Statistics]:

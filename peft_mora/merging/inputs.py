@@ -1,6 +1,7 @@
 """What each adapter saw, kept beside it, and the merge that disturbs its outputs there least.
 
-    C_t = E[x xᵀ] of what goes into a module while adapter t does its task: half over all tokens, half over last ones
+    C_t = E[x xᵀ] of what goes into a module on prompts of adapter t, half over all tokens, half over last ones; where
+          it is looked at once, at half of its strength: under a merged one inputs are nearer to those than to its own
     ΔW = argmin Σ_t w_t ‖(ΔW - ΔW_t) C_t^½‖² + λ Σ_t ‖ΔW - ΔW_t‖²
        = Σ_t ΔW_t (w_t C_t + λI) · (Σ_t w_t C_t + NλI)⁻¹                      RegMean, arXiv 2212.09849, with this
        ridge
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -74,12 +76,14 @@ class Statistics:
     Args:
         spreads: group -> C; groups: group -> the modules that share that input.
         prompts, tokens: how many were looked at.
+        strength: of the adapter meanwhile, a share of its scale.
     """
 
     spreads: dict[str, Spread]
     groups: dict[str, tuple[str, ...]]
     prompts: int
     tokens: int
+    strength: float = 1.0
 
     def of(self, module: str) -> Spread | None:
         return next((self.spreads[group] for group, modules in self.groups.items() if module in modules), None)
@@ -96,7 +100,7 @@ class Statistics:
             tensors[f"{name}.values"] = torch.cat([values.float(), torch.tensor([rest])])
         text = {
             "version": VERSION, "groups": self.groups, "prompts": self.prompts, "tokens": self.tokens,
-            "adapter_sha256": weights or digest(folder),
+            "strength": self.strength, "adapter_sha256": weights or digest(folder),
         }  # fmt: skip
         path = Path(folder) / FILE
         with whole_file(path) as written:
@@ -124,7 +128,7 @@ class Statistics:
                 for name in groups
                 for values in [found[f"{name}.values"]]
             }
-            statistics = cls(spreads, groups, text["prompts"], text["tokens"])
+            statistics = cls(spreads, groups, text["prompts"], text["tokens"], text.get("strength", 1.0))
             version, adapter = text["version"], text["adapter_sha256"]
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {again}") from error
@@ -142,6 +146,7 @@ def collect_inputs(
     *,
     directions: int = 16,
     last: float = 0.5,
+    strength: float = 0.5,
     batch_size: int = 8,
     max_length: int = 1024,
 ) -> Statistics:
@@ -158,6 +163,7 @@ def collect_inputs(
         tokenizer: None takes the one saved with the adapter, or else the model's.
         directions: k of every C; the others have one mean.
         last: share of C that is over last tokens alone, 0..1.
+        strength: share of its scale that the adapter has meanwhile, 0..1.
 
     Raises:
         ValueError: as `read_lora`; no texts; a module that saw no input.
@@ -166,7 +172,7 @@ def collect_inputs(
     tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, folder))
     with adapted(model, folder) as with_adapter:
         batches = tokenized(texts, tokenizer, batch_size, max_length)
-        statistics = input_spreads(with_adapter, modules, batches, directions=directions, last=last)
+        statistics = input_spreads(with_adapter, modules, batches, directions=directions, last=last, strength=strength)
     statistics.save(folder)
     return statistics
 
@@ -186,6 +192,30 @@ def adapted(model: nn.Module, folder: str | Path) -> Iterator[PeftModel]:
         with_adapter.unload()
 
 
+@contextmanager
+def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
+    """A model's adapters at a share of their updates for the length of a block.
+
+    Raises:
+        ValueError: an adapter is merged into the base's weights.
+    """
+    tuned: Iterator[Any] = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    layers = [layer for layer in tuned if hasattr(layer, "scaling")]
+    if strength != 1 and any(layer.merged for layer in layers):
+        raise ValueError(
+            f"An adapter that is merged into the base's weights cannot be seen at {strength} of its strength: "
+            "call model.unmerge_adapter() first, or give strength=1."
+        )
+    own = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer, scaling in zip(layers, own, strict=True):
+            layer.scaling.update({name: strength * scale for name, scale in scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(layers, own, strict=True):
+            layer.scaling.update(scaling)
+
+
 def tokenized(
     texts: Sequence[str], tokenizer: Any, batch_size: int = 8, max_length: int = 1024
 ) -> list[dict[str, Tensor]]:
@@ -203,6 +233,13 @@ def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
     return {name: base.get_submodule(name) for name in names}
 
 
+def check_looking(directions: int, last: float, strength: float) -> None:
+    """Refuse arguments of `input_spreads`."""
+    check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
+    for name, share in (("last", last), ("strength", strength)):
+        check_field(is_number(share) and 0 <= share <= 1, name, share, "a share in [0, 1]")
+
+
 def input_spreads(
     model: PeftModel,
     modules: Sequence[str],
@@ -210,18 +247,19 @@ def input_spreads(
     *,
     directions: int = 16,
     last: float = 0.5,
+    strength: float = 1.0,
     budget_gib: float = 4.0,
 ) -> Statistics:
-    """C of the inputs of some modules (by their names in the base model) over prompts, as the model is.
+    """C of the inputs of some modules (by their names in the base model) over prompts.
 
     Args:
         batches: input_ids and attention_mask (B, S), int64.
+        strength: share of their scale that the model's adapters have meanwhile, 0..1.
 
     Raises:
         ValueError: a module saw no input, or one that is not finite; tokens stand for images.
     """
-    check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
-    check_field(is_number(last) and 0 <= last <= 1, "last", last, "a share in [0, 1]")
+    check_looking(directions, last, strength)
     tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
     prompts = sum(len(batch["input_ids"]) for batch in batches)
     found = submodules(model, modules)
@@ -244,7 +282,8 @@ def input_spreads(
 
     spreads = {}
     for part in parts({name: 4 * size**2 for name, size in sizes.items()}, budget_gib * 2**30):
-        visit(model, {name: found[name] for name in part}, batches, add)
+        with at_strength(model, strength):
+            visit(model, {name: found[name] for name in part}, batches, add)
         for name in part:
             if not sums[name].isfinite().all():
                 raise ValueError(
@@ -252,7 +291,7 @@ def input_spreads(
                     "has diverged, or the base does not go with it."
                 )
             spreads[name] = spread(sums.pop(name), directions)
-    return Statistics(spreads, groups, prompts, tokens)
+    return Statistics(spreads, groups, prompts, tokens, strength)
 
 
 class Inputs:
