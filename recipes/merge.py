@@ -55,7 +55,8 @@ MARGIN = 0.1  # above chance: two standard errors of a hundred prompts
 KEY = ("seed", "method", "combined by", "rank", "weight", "prompts", "settings", "scored")
 SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
 ANY_RULE = {"before", "after", "weights", "canonical", *chain.from_iterable(map(options_of, AFTER.values()))}
-LOOKING = {"inputs": {"directions", "last", "strength"}, TWO_PASSES: {"directions", "last", "strength", "passes"}}
+LOOK = {"directions", "last", "strength"}
+LOOKING = {"inputs": LOOK, TWO_PASSES: LOOK | {"passes"}}
 
 
 def parse() -> argparse.Namespace:

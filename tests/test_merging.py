@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -834,7 +835,7 @@ def test_statistics_of_other_weights_or_a_damaged_file_are_refused(trained):
         collect_inputs(base, [], folders[0])
 
 
-def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merged(trained, tmp_path):
+def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merged(trained, llama_folder, tmp_path):
     base, folders = trained
     names = set(dict(base.named_modules()))
     for path in folders:
@@ -847,7 +848,8 @@ def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merge
         "passes": 2, "directions": 8, "last": 0.5, "strength": 1.0
     }  # fmt: skip
     assert one.options == {**two.options, "passes": 1, "strength": 0.5}
-    half = merge_adapters(folders, rank=4, model=base, prompts=prompts, directions=8, strength=0.5)
+    reader = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(llama_folder))  # a processor
+    half = merge_adapters(folders, rank=4, model=base, prompts=prompts, tokenizer=reader, directions=8, strength=0.5)
     assert half.options == {**two.options, "strength": 0.5}
     assert any((half.loras[n].B @ half.loras[n].A - B @ A).norm() > 1e-3 for n, (A, B) in two.loras.items())
     for name, (A, B) in one.loras.items():

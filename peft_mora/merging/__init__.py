@@ -238,15 +238,15 @@ class _Look:
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
-        self.model, self.texts, self.adapters, self.kept = model, texts, adapters, kept
-        self.tokenizer = tokenizer or saved_tokenizer(model, adapters.folders[0])
+        self.model, self.adapters, self.kept = model, adapters, kept
+        tokenizer = tokenizer or saved_tokenizer(model, adapters.folders[0])
+        self.batches = [tokenized(each, tokenizer) for each in texts]
 
     def alone(self, strength: float) -> list[Statistics]:
         """Each under its own adapter, at a share of its scale."""
         found = []
-        for file, texts in zip(self.adapters.files, self.texts, strict=True):
+        for file, batches in zip(self.adapters.files, self.batches, strict=True):
             with adapted(self.model, file.folder) as model:
-                batches = tokenized(texts, self.tokenizer)
                 found.append(input_spreads(model, list(file.loras), batches, strength=strength, **self.kept))
         return found
 
@@ -256,8 +256,8 @@ class _Look:
             write_lora(Path(folder) / "merged", merged, saved=self.adapters.saved, **self.adapters.fields)
             with adapted(self.model, Path(folder) / "merged") as model:
                 return [
-                    input_spreads(model, list(file.loras), tokenized(texts, self.tokenizer), **self.kept)
-                    for file, texts in zip(self.adapters.files, self.texts, strict=True)
+                    input_spreads(model, list(file.loras), batches, **self.kept)
+                    for file, batches in zip(self.adapters.files, self.batches, strict=True)
                 ]
 
 

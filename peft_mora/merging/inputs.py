@@ -169,7 +169,7 @@ def collect_inputs(
         ValueError: as `read_lora`; no texts; a module that saw no input.
     """
     modules = list(read_lora(folder).loras)
-    tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, folder))
+    tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
         batches = tokenized(texts, tokenizer, batch_size, max_length)
         statistics = input_spreads(with_adapter, modules, batches, directions=directions, last=last, strength=strength)
@@ -219,7 +219,8 @@ def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
 def tokenized(
     texts: Sequence[str], tokenizer: Any, batch_size: int = 8, max_length: int = 1024
 ) -> list[dict[str, Tensor]]:
-    """input_ids and attention_mask (batch_size, S) of texts."""
+    """input_ids and attention_mask (batch_size, S) of texts; of a processor, its tokenizer's."""
+    tokenizer = text_tokenizer(tokenizer)
     check_field(not isinstance(texts, str) and len(texts) > 0, "texts", texts, "a list of at least one text")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
