@@ -130,10 +130,11 @@ def merge(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
 
   peft-mora merge out/maths out/code --output out/both
   peft-mora merge out/maths out/code --output out/both --rule tsv --rank 8
-  peft-mora merge out/maths out/code --output out/both --model BASE --prompts maths.jsonl code.jsonl
+  peft-mora merge out/maths out/code --output out/both --model BASE --prompts maths.jsonl code.jsonl --distill 64
 
 With prompts of each adapter's task, or input statistics beside the adapters, the merged update is the one that
-disturbs least what each adapter computes on its own inputs. The rules: docs/merging.md."""
+disturbs least what each adapter computes on its own inputs; with --distill it then learns each one's answers to its
+prompts. The rules: docs/merging.md."""
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of saved adapters")
     parser.add_argument("--output", required=True, metavar="DIR", help="the merged LoRA; must not exist yet")
     parser.add_argument("--rule", default="inputs", help="of peft_mora.merging.RULES (%(default)s)")
@@ -142,7 +143,7 @@ disturbs least what each adapter computes on its own inputs. The rules: docs/mer
     )
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a folder (1)")
     parser.add_argument("--before", nargs="+", default=[], metavar="STEP", help="norm, pico")
-    parser.add_argument("--after", nargs="+", default=[], metavar="STEP", help="match, lines")
+    parser.add_argument("--after", nargs="+", default=[], metavar="STEP", help="match, svc, lines")
     parser.add_argument("--seed", type=int, default=0, help="of rules that draw (%(default)s)")
     parser.add_argument(
         "--options", type=json.loads, default={}, metavar="JSON", help="of the rule: '{\"density\": 0.1}'"
@@ -151,12 +152,15 @@ disturbs least what each adapter computes on its own inputs. The rules: docs/mer
         "--prompts", nargs="+", metavar="FILE",
         help="one a folder, in their order: JSON lines (prompt or text) or lines of text; needs --model",
     )  # fmt: skip
+    parser.add_argument(
+        "--distill", type=int, default=0, metavar="STEPS", help="of learning the adapters' answers to --prompts (none)"
+    )
     _add_model(parser, "the base model, with --prompts")
 
     def call(args: Any) -> None:
         from peft_mora.merging import merge_adapters
 
-        given: dict[str, Any] = dict(args.options)
+        given: dict[str, Any] = {"distill": args.distill, **args.options}
         if (args.prompts is None) != (args.model is None):
             raise ValueError("--model and --prompts go together: give both, or neither.")
         if args.prompts is not None:

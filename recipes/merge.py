@@ -11,10 +11,11 @@ setting and number of prompts; a row of OUTPUT/merge.csv each, as it comes. --re
 
 LoRA, LORI and FURINA are merged into one plain LoRA by the rules of peft_mora.merging (--rules): "inputs" from
 statistics of --prompts training prompts that lie beside each adapter, "two-passes" by looking again under the merged
-adapter. LoRAs are also combined by PEFT's add_weighted_adapter (--ways), of which only "cat" is the exact sum of the
-updates, and LORIs by their own, which always is. FLYLORA, SMORA and MORA choose experts for every token, so no single
-file equals their sum: all adapters are active together, each chooses on its own, and the updates add up. Their weights
-go into the adapters' scaling, which the choice does not depend on.
+adapter; with --settings '{"distill": 64}' it learns each one's answers to these prompts then. LoRAs are also
+combined by PEFT's add_weighted_adapter (--ways), of which only "cat" is the exact sum of the updates, and LORIs by
+their own, which always is. FLYLORA, SMORA and MORA choose experts for every token, so no single file equals their
+sum: all adapters are active together, each chooses on its own, and the updates add up. Their weights go into the
+adapters' scaling, which the choice does not depend on.
 
 kept: greedy accuracy over that of each task's own adapter, of the means over tasks that are learnt; kept_rest: over
 the others. A task is learnt where its own adapter's greedy accuracy is at least .1 above chance: the base's accuracy
@@ -56,7 +57,7 @@ KEY = ("seed", "method", "combined by", "rank", "weight", "prompts", "settings",
 SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
 ANY_RULE = {"before", "after", "weights", "canonical", *chain.from_iterable(map(options_of, AFTER.values()))}
 LOOK = {"directions", "last", "strength"}
-LOOKING = {"inputs": LOOK, TWO_PASSES: LOOK | {"passes"}}
+LOOKING = {"inputs": LOOK, TWO_PASSES: LOOK | {"passes", "distill", "learning_rate", "answer_tokens"}}
 
 
 def parse() -> argparse.Namespace:

@@ -121,8 +121,10 @@ def test_merge_writes_what_the_library_writes(llama_folder, here, command):
     assert "ties → match, rank 6" in command("merge", "a0", "a1", "--output", "merged", *how)
     same_tensors(here / "wanted", here / "merged")
     looked = command("merge", "a0", "a1", "--output", "both", "--model", llama_folder, "--prompts", "pets.jsonl",
-                     "walks.txt", "--options", '{"passes": 1}')  # fmt: skip
-    assert looked.startswith("inputs, rank 8") and set(adapter_info("both").ranks.values()) == {8}
+                     "walks.txt", "--options", '{"passes": 1}', "--distill", 1)  # fmt: skip
+    assert looked.startswith("inputs → distill, rank 8") and set(adapter_info("both").ranks.values()) == {8}
+    told = json.loads((here / "both/merge_report.json").read_text())["options"]
+    assert (told["passes"], told["distill"]) == (1, 1)
 
 
 def test_route_makes_extends_asks_and_ships_a_router(llama_folder, here, command):

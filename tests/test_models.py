@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import METHODS, WORDS, adapted, inputs_of, reopened, sft
-from peft import get_peft_model
+from helpers import METHODS, WORDS, adapted, inputs_of, randomize, reopened, sft
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from test_autoload import answers
 from torch import nn
@@ -33,6 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from peft_mora import MoraConfig, expert_usage, record_usage, start_task
 from peft_mora.inputs import input_statistics, quietened
+from peft_mora.merging import merge_adapters
 from peft_mora.merging.inputs import input_spreads
 from trl_callbacks import ActivationBudgetCallback, DriftCallback, OrthogonalProjectionCallback, protect
 from trl_callbacks.general_text import read, sample
@@ -252,6 +253,19 @@ def test_text_is_protected_on_a_model_of_pictures_and_pictures_are_no_text(llama
     with pytest.raises(ValueError, match="No token came through .*vision_tower.*kept as it is in .*stopped-1"):
         sft(towers, llama_folder, tmp_path / "run", callbacks=[callback], max_steps=1, save_strategy="no").train()
     assert (tmp_path / "run" / "stopped-1" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_of_a_model_of_pictures_learn_answers_to_text_alone(llama_folder, tmp_path):
+    folders, reader = [tmp_path / "a", tmp_path / "b"], processor(llama_folder)
+    for seed, folder in enumerate(folders):
+        model = get_peft_model(llava(), LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+        randomize(model, seed)
+        model.save_pretrained(folder)
+    given = {"model": llava(), "rule": "mean", "tokenizer": reader, "distill": 1, "answer_tokens": 2}
+    report = merge_adapters(folders, prompts={folder: ["the cat", "a dog ran"] for folder in folders}, **given)
+    assert all(B.isfinite().all() for _, B in report.loras.values())
+    with pytest.raises(ValueError, match="tokens that stand for images.*leave `distill` out"):
+        merge_adapters(folders, prompts={folder: ["the <image> cat"] for folder in folders}, **given)
 
 
 def tiny_bert(head: type) -> nn.Module:

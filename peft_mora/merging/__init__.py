@@ -11,7 +11,8 @@ import inspect
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number, listed
+from ..inputs import check_text, text_tokenizer
 from ..lora_file import Lora, write_lora
-from . import rules, scaling
+from . import distillation, rules, scaling
 from .adapters import Adapters
 from .core import core_space, reduced, to_lora
 from .inputs import (
@@ -111,6 +113,9 @@ def merge_adapters(
     directions: int = 32,
     last: float = 0.5,
     strength: float | None = None,
+    distill: int = 0,
+    learning_rate: float = 3e-4,
+    answer_tokens: int = 16,
     progress: bool | None = None,
     **options: Any,
 ) -> MergeReport:
@@ -138,6 +143,9 @@ def merge_adapters(
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
         strength: with a model: the share of its scale at which each adapter is looked at on its own. None: .5 where
             that is the only look, as in `collect_inputs`; 1 where the merged one is looked at after it.
+        distill: with a model that writes text, after any rule: steps in which the merged adapter learns to answer the
+            prompts as each adapter does on its own, eight prompts each; takes the memory of a training run.
+        learning_rate, answer_tokens: of that, and the most tokens of an answer.
         progress: show a bar; None: in a terminal.
         options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
             "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1), "svc": alpha (.1).
@@ -148,21 +156,28 @@ def merge_adapters(
     """
     _check_arguments(rule, rank, before, after, output, options)
     check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
+    distillation.check_lessons(model, distill, learning_rate, answer_tokens)
     adapters = Adapters(folders)
     weights = adapters.check_weights(weights)
     said: list[str] = []
     statistics: list[Statistics] = []
     look = None
-    if (model is None) != (prompts is None) or (model is not None and rule != "inputs"):
+    if (model is None) != (prompts is None) or (model is not None and rule != "inputs" and not distill):
         raise ValueError(
-            "`model` and `prompts` go together, and with rule='inputs': the base model and {folder: texts}."
+            "`model` and `prompts` go together, and with rule='inputs' or `distill`: the base model and {folder: "
+            "texts} of every folder."
         )
+    if distill and model is None:
+        raise ValueError("`distill` learns from prompts: give `model` and `prompts`, or leave it out.")
+    if model is not None and prompts is not None:
+        kept = {"directions": directions, "last": last}
+        look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, kept, adapters)
+    used: dict[str, Any] = {}  # of the arguments that a model brings
     if rule == "inputs":
         rules.check_losses(weights)
-        if model is not None and prompts is not None:
-            kept = {"directions": directions, "last": last}
+        if look is not None:
             strength = (0.5 if passes == 1 else 1.0) if strength is None else strength
-            look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, kept, adapters)
+            used |= {"passes": passes, **kept, "strength": strength}
             statistics = look.alone(strength)
         else:
             found = [Statistics.load(folder) for folder in adapters.folders]
@@ -207,10 +222,15 @@ def merge_adapters(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merged = run()
-        if look is not None:
+        if look is not None and rule == "inputs":
             for _ in range(passes - 1):
                 merge.statistics = look.under(merged)
                 merged = run()
+        if look is not None and distill:
+            told: dict[str, Any] = {"distill": distill, "learning_rate": learning_rate, "answer_tokens": answer_tokens}
+            used |= told
+            counts = weights if rule == "inputs" else [1.0] * len(weights)
+            merged = look.taught(merged, counts, seed, progress, **told)
     said += dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
     if rule == "sum" and len(adapters) > 2:
         said.append(
@@ -219,11 +239,10 @@ def merge_adapters(
         )
     for text in said:
         warnings.warn(text, stacklevel=2)
-    shown = dict(options) | ({"passes": passes, **look.kept, "strength": strength} if look is not None else {})
     report = _report(
         adapters, merged, weights, merge.statistics, progress,
         rule=rule, space=merge.space, ordered=chosen.ordered, before=list(before), after=list(after),
-        options=shown, seed=seed, warnings=said,
+        options={**options, **used}, seed=seed, warnings=said,
     )  # fmt: skip
     if output is not None:
         write_lora(output, merged, saved=adapters.saved, beside=report.save, **adapters.fields)
@@ -231,7 +250,7 @@ def merge_adapters(
 
 
 class _Look:
-    """What goes into the modules on each adapter's prompts, with a model at hand."""
+    """What goes into the modules on each adapter's prompts, and what it answers, with a model at hand."""
 
     def __init__(
         self, model: nn.Module, texts: list[Sequence[str]], tokenizer: Any, kept: dict[str, Any], adapters: Adapters
@@ -239,8 +258,8 @@ class _Look:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
         self.model, self.adapters, self.kept = model, adapters, kept
-        tokenizer = tokenizer or saved_tokenizer(model, adapters.folders[0])
-        self.batches = [tokenized(each, tokenizer) for each in texts]
+        self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
+        self.batches = [tokenized(each, self.tokenizer) for each in texts]
 
     def alone(self, strength: float) -> list[Statistics]:
         """Each under its own adapter, at a share of its scale."""
@@ -252,13 +271,45 @@ class _Look:
 
     def under(self, merged: dict[str, Lora]) -> list[Statistics]:
         """All under the merged adapter."""
+        with self.onto(merged) as model:
+            return [
+                input_spreads(model, list(file.loras), batches, **self.kept)
+                for file, batches in zip(self.adapters.files, self.batches, strict=True)
+            ]
+
+    @contextmanager
+    def onto(self, merged: dict[str, Lora], trainable: bool = False) -> Iterator[PeftModel]:
+        """The base with the merged adapter."""
         with tempfile.TemporaryDirectory() as folder:
             write_lora(Path(folder) / "merged", merged, saved=self.adapters.saved, **self.adapters.fields)
-            with adapted(self.model, Path(folder) / "merged") as model:
-                return [
-                    input_spreads(model, list(file.loras), batches, **self.kept)
-                    for file, batches in zip(self.adapters.files, self.batches, strict=True)
-                ]
+            with adapted(self.model, Path(folder) / "merged", trainable) as model:
+                yield model
+
+    def taught(
+        self,
+        merged: dict[str, Lora],
+        weights: list[float],
+        seed: int,
+        progress: bool | None,
+        distill: int,
+        learning_rate: float,
+        answer_tokens: int,
+    ) -> dict[str, Lora]:
+        """The merged adapter after `distill` steps on what each adapter answers, in its SVD gauge."""
+        courses = []
+        for folder, batches in bar(list(zip(self.adapters.folders, self.batches, strict=True)), "answers", progress):
+            check_text(self.model, batches, "give prompts without images, or leave `distill` out.")
+            rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+            with adapted(self.model, folder) as model:
+                prompts = [ids[mask.bool()] for ids, mask in rows]
+                courses.append(distillation.lessons(model, prompts, self.tokenizer, answer_tokens))
+        with self.onto(merged, trainable=True) as model:
+            taught = distillation.distill(
+                model, list(merged), courses, weights,
+                steps=distill, learning_rate=learning_rate, seed=seed, progress=progress,
+            )  # fmt: skip
+        gauged = {name: reduced(lora) for name, lora in taught.items()}
+        return {name: Lora(A.float().contiguous(), B.float().contiguous()) for name, (A, B) in gauged.items()}
 
 
 class _Merge:

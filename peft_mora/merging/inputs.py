@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number
 from ..files import whole_file
-from ..inputs import check_text, parts, real_rows, seeded, shared_inputs, text_tokenizer, visit
+from ..inputs import check_text, parts, real_rows, seeded, shared_inputs, text_tokenizer, unmoved, visit
 from ..lora_file import Lora, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
 
@@ -178,18 +178,22 @@ def collect_inputs(
 
 
 @contextmanager
-def adapted(model: nn.Module, folder: str | Path) -> Iterator[PeftModel]:
+def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> Iterator[PeftModel]:
     """A base model with an adapter for the length of a block; a PeftModel as it is. In 4 bits the layers keep the
     kernels of training: else bitsandbytes repacks the base at its first forward on some CPUs, and rounds it."""
     use_exact_4bit_kernels(model)
     if isinstance(model, PeftModel):
         yield model
         return
-    with_adapter = PeftModel.from_pretrained(model, str(folder))
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]  # PEFT freezes the base
+    with unmoved():  # PEFT draws A before it reads the file
+        with_adapter = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     try:
         yield with_adapter
     finally:
         with_adapter.unload()
+        for parameter in learns:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

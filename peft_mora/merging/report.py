@@ -89,7 +89,8 @@ class MergeReport:
         (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        steps = " → ".join([*self.before, self.rule, *self.after])
+        last = ["distill"] if self.options.get("distill") else []
+        steps = " → ".join([*self.before, self.rule, *self.after, *last])
         lines = [f"{steps}, rank {self.rank}; ‖ΔW‖ {self.norm:.4g}, mean of the adapters' {self.mean_norm:.4g}"]
         lines.append("                 adapter weight  rank     norm  share   kept  error   cosine to the others")
         for i, a in enumerate(self.adapters):

@@ -1,0 +1,195 @@
+"""The merged adapter, taught to answer as each adapter answers its own prompts: each is a teacher, no label is needed.
+
+    loss = Σ_t w_t KL(p_t ‖ p) / Σ_t w_t, mean over the tokens of adapter t's own greedy answer to a prompt of its own
+
+p_t and p are the next token's probabilities under adapter t and under the merged one. Distillation: arXiv 1503.02531;
+of merged models, layer by layer: 2502.12706. Each adapter answers once, before the first step, and what is kept of p_t
+is its `TOP` likeliest tokens and the mass of all others, so that no second model is in memory while one is trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import GenerationConfig
+
+from ..checks import check_field, is_int, is_number
+from ..inputs import eval_mode
+from ..lora_file import Lora
+from .report import bar
+
+
+TOP = 64
+PROMPTS = 8  # a step
+WARM_UP = 5  # steps
+
+
+class Lesson(NamedTuple):
+    """A prompt with an adapter's own answer.
+
+    Args:
+        ids: (S,) int64, prompt and answer.
+        top: (n, k) int64, the likeliest tokens at each of the answer's n.
+        mass: (n, k + 1) float32, their probabilities, and that of all others together.
+    """
+
+    ids: Tensor
+    top: Tensor
+    mass: Tensor
+
+
+def check_lessons(model: Any, steps: int, learning_rate: float, answer_tokens: int) -> None:
+    """Refuse arguments of `lessons` and `distill`.
+
+    Raises:
+        ValueError: one is out of range; the model does not write text one token after the other.
+    """
+    check_field(is_int(steps) and steps >= 0, "distill", steps, "a number of steps >= 0")
+    check_field(is_number(learning_rate) and learning_rate > 0, "learning_rate", learning_rate, "a number > 0")
+    check_field(is_int(answer_tokens) and answer_tokens >= 1, "answer_tokens", answer_tokens, "an integer >= 1")
+    if not steps or model is None:
+        return
+    if not getattr(model, "can_generate", bool)() or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"distill is for causal language models, whose answers can be compared; {type(model).__name__} is none: "
+            "leave `distill` out."
+        )
+
+
+@torch.no_grad()
+def lessons(model: PeftModel, prompts: Sequence[Tensor], tokenizer: Any, answer_tokens: int) -> list[Lesson]:
+    """What a model with its adapter answers: greedily, up to what ends a text for the tokenizer or the model.
+
+    Args:
+        prompts: ids (S,) int64 of each.
+        answer_tokens: most tokens of an answer.
+    """
+    found = []
+    of_model = getattr(model.generation_config, "eos_token_id", None)
+    known = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    ends = sorted({end for end in known if end is not None})
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=answer_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
+    )
+    with eval_mode(model):
+        for start in range(0, len(prompts), PROMPTS):
+            some = prompts[start : start + PROMPTS]
+            batch = padded(some)
+            written = model.generate(
+                **{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")},
+                generation_config=greedy,
+            )
+            answers = [_until(row, ends) for row in written[:, batch["input_ids"].shape[1] :].cpu()]
+            texts = [torch.cat(pair) for pair in zip(some, answers, strict=True)]
+            for ids, logits in zip(texts, answer_logits(model, texts, [len(a) for a in answers]), strict=True):
+                top = logits.topk(min(TOP, logits.shape[-1] - 1), dim=-1).indices
+                found.append(Lesson(ids, top.cpu(), log_mass(logits, top).exp().cpu()))
+    return found
+
+
+def _until(answer: Tensor, ends: Sequence[int]) -> Tensor:
+    """The answer with its first end."""
+    over = torch.isin(answer, torch.tensor(ends)).nonzero()
+    return answer[: int(over[0]) + 1] if len(over) else answer
+
+
+def padded(texts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """input_ids, attention_mask and position_ids (B, S), padded on the left."""
+    width = max(map(len, texts))
+    ids, mask = torch.zeros(2, len(texts), width, dtype=torch.int64)
+    for i, text in enumerate(texts):
+        ids[i, width - len(text) :], mask[i, width - len(text) :] = text, 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+def answer_logits(model: PeftModel, texts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """(n, V) float32 of each text: what the model gives for each of its last n tokens."""
+    base: Any = model.get_base_model()
+    accepted = inspect.signature(base.forward).parameters
+    batch: dict[str, Any] = {**padded(texts), "use_cache": False, "logits_to_keep": max(lengths) + 1}
+    given = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name in accepted
+    }
+    logits = model(**given).logits
+    return [row[-n - 1 : -1].float() for row, n in zip(logits, lengths, strict=True)]
+
+
+def log_mass(logits: Tensor, top: Tensor) -> Tensor:
+    """Log-probabilities (n, k + 1) of the tokens `top` (n, k) and of all others together, of logits (n, V)."""
+    each = logits.log_softmax(-1)
+    others = each.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([each.gather(-1, top), others], dim=-1)
+
+
+def divergence(logits: Tensor, lesson: Lesson) -> Tensor:
+    """KL(p_t ‖ p) in nats, mean over the answer's tokens."""
+    found = log_mass(logits, lesson.top.to(logits.device))
+    return kl_div(found, lesson.mass.to(found.device), reduction="batchmean")
+
+
+def in_turn(courses: Sequence[Sequence[Lesson]], seed: int) -> Iterator[tuple[int, Lesson]]:
+    """(t, lesson) without end, one of each adapter in turn; each one's are shuffled, and again once all have been."""
+    generator = random.Random(seed)
+    decks: list[list[Lesson]] = [[] for _ in courses]
+    while True:
+        for t, (deck, course) in enumerate(zip(decks, courses, strict=True)):
+            if not deck:
+                deck.extend(generator.sample(list(course), len(course)))
+            yield t, deck.pop()
+
+
+def distill(
+    model: PeftModel,
+    names: Sequence[str],
+    courses: Sequence[Sequence[Lesson]],
+    weights: Sequence[float],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, Lora]:
+    """Train a LoRA on the lessons of all adapters: AdamW, a rate that rises over `WARM_UP` steps and falls to 0, steps
+    of `PROMPTS` prompts, in eval mode: nothing is dropped.
+
+    Args:
+        model: with the merged adapter, trainable. names: its modules in the base model.
+        courses: the lessons of each adapter. weights: what each adapter's count, >= 0.
+
+    Raises:
+        ValueError: it diverges.
+    """
+    base: Any = model.get_base_model()
+    layers = {name: base.get_submodule(name) for name in names}
+    parameters = [x["default"].weight for layer in layers.values() for x in (layer.lora_A, layer.lora_B)]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / WARM_UP) * (1 - s / steps))
+    order = in_turn(courses, seed)
+    with eval_mode(model):
+        for step in bar(range(steps), "distill", progress):
+            turns = list(islice(order, PROMPTS))
+            logits = answer_logits(model, [x.ids for _, x in turns], [len(x.top) for _, x in turns])
+            losses = [weights[t] * divergence(rows, lesson) for rows, (t, lesson) in zip(logits, turns, strict=True)]
+            loss = torch.stack(losses).sum() / max(1e-12, sum(weights[t] for t, _ in turns))
+            if not loss.isfinite():
+                raise ValueError(f"Distillation diverged at step {step + 1}: give a lower learning_rate.")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            shape.step()
+            optimizer.zero_grad()
+    found = {}
+    for name, layer in layers.items():
+        A, B = (x["default"].weight.detach().cpu() for x in (layer.lora_A, layer.lora_B))
+        found[name] = Lora(A, layer.scaling["default"] * B)
+    return found

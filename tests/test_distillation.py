@@ -1,0 +1,173 @@
+"""A merged adapter that learns from each adapter's own answers: the loss, the answers, and what comes of it."""
+
+import math
+from collections import Counter
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import WORDS, quantized, randomize
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from peft_mora.merging import merge_adapters
+from peft_mora.merging.distillation import Lesson, divergence, in_turn, lessons, padded
+from peft_mora.merging.inputs import adapted
+
+
+TEXTS = {name: [" ".join(WORDS[i : i + 2 + i % 3]) for i in range(start, start + 6)] for name, start in
+         (("task1", 0), ("task2", 8))}  # fmt: skip
+
+
+@pytest.fixture
+def trained(llama_folder, tmp_path) -> tuple[torch.nn.Module, list, dict]:
+    """A base model, two adapters that change what it says, and prompts of each."""
+    for i, name in enumerate(TEXTS):
+        base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+        model = get_peft_model(base, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj", "down_proj"]))
+        randomize(model, seed=i)
+        model.save_pretrained(tmp_path / name)
+    folders = [tmp_path / name for name in TEXTS]
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    return base, folders, dict(zip(folders, TEXTS.values(), strict=True))
+
+
+def ids_of(texts, tokenizer) -> list[torch.Tensor]:
+    return [torch.tensor(tokenizer(text).input_ids) for text in texts]
+
+
+def far(model, folders, prompts, tokenizer, report) -> float:
+    """Mean KL in nats of what the merged adapter says from what each says, by full forwards of a text each."""
+    found = []
+    for folder in folders:
+        with adapted(model, folder) as own:
+            texts = [x.ids for x in lessons(own, ids_of(prompts[folder], tokenizer), tokenizer, 4)]
+            with torch.no_grad():
+                teacher = [own(ids[None]).logits[0].log_softmax(-1) for ids in texts]
+        with adapted(model, report) as merged, torch.no_grad():
+            for text, ids, want in zip(prompts[folder], texts, teacher, strict=True):
+                start = len(tokenizer(text).input_ids) - 1
+                got = merged(ids[None]).logits[0].log_softmax(-1)
+                found.append(kl_div(got[start:-1], want[start:-1], log_target=True, reduction="batchmean").item())
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("kept", [3, 9])
+def test_the_loss_is_the_divergence_between_the_kept_tokens_and_all_others_together(kept):
+    generator = torch.Generator().manual_seed(0)
+    teacher, pupil = (torch.randn(2, 10, dtype=torch.float64, generator=generator) for _ in "tp")
+    top = teacher.topk(kept).indices
+
+    def coarse(logits):
+        each = logits.softmax(-1)
+        chosen = each.gather(-1, top)
+        return torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1)
+
+    mine, theirs = pupil.clone().requires_grad_(True), pupil.clone().requires_grad_(True)
+    got = divergence(mine, Lesson(torch.zeros(4), top, coarse(teacher)))
+    want = (coarse(teacher) * (coarse(teacher) / coarse(theirs)).log()).sum(-1).mean()
+    torch.testing.assert_close(got, want)
+    for x in (got, want):
+        x.backward()
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    if kept == 9:  # the others are one token: nothing is coarse
+        whole = kl_div(pupil.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")
+        torch.testing.assert_close(got.detach(), whole)
+
+
+def test_answers_are_those_of_each_prompt_on_its_own_up_to_their_end(trained, llama_folder):
+    base, folders, prompts = trained
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    asked = ids_of(prompts[folders[0]], tokenizer)
+    with adapted(base, folders[0]) as model, torch.no_grad():
+        free = lessons(model, asked, SimpleNamespace(eos_token_id=None, pad_token_id=0), 5)
+        end = free[0].ids[len(asked[0]) + 1].item()  # what the first one says second
+        model.generation_config.eos_token_id = [end]
+        ended = lessons(model, asked, tokenizer, 5)
+        for ids, got, cut in zip(asked, free, ended, strict=True):
+            text = ids
+            for i in range(5):
+                logits = model(text[None]).logits[0, -1]
+                torch.testing.assert_close(got.mass[i, :-1], logits.softmax(-1)[got.top[i]], rtol=1e-4, atol=1e-6)
+                text = torch.cat([text, logits.argmax()[None]])
+            assert torch.equal(got.ids, text)
+            ends = {end, tokenizer.eos_token_id}
+            said = text[len(ids) :].tolist()
+            n = next((i + 1 for i, token in enumerate(said) if token in ends), 5)
+            assert cut.ids.tolist() == text[: len(ids) + n].tolist() and len(cut.top) == n
+    assert len(ended[0].top) <= 2
+
+
+def test_padding_is_on_the_left_and_moves_no_position():
+    batch = padded([torch.tensor([5, 6, 7]), torch.tensor([8])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_adapters_take_turns_and_show_all_their_prompts_before_one_again():
+    turns = list(islice(in_turn([["a", "b", "c"], ["x"]], seed=0), 12))
+    assert [t for t, _ in turns] == [0, 1] * 6
+    assert Counter(x for t, x in turns[:6] if t == 0) == Counter("abc") == Counter(x for t, x in turns[6:] if t == 0)
+
+
+@pytest.mark.parametrize("rule", ["inputs", "mean"])
+def test_the_merged_adapter_comes_nearer_to_what_each_says(rule, trained, llama_folder, tmp_path):
+    base, folders, prompts = trained
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    base.lm_head.weight.requires_grad_(False)
+    learns = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    given = {"rule": rule, "rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-2, "answer_tokens": 4}
+    state = torch.random.get_rng_state()
+    taught = merge_adapters(folders, distill=30, output=tmp_path / "taught", **given)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    again = merge_adapters(folders, distill=30, **given)
+    for name, (A, B) in taught.loras.items():
+        torch.testing.assert_close(again.loras[name].B @ again.loras[name].A, B @ A, rtol=1e-4, atol=1e-5)
+    given = given if rule == "inputs" else {"rule": rule, "rank": 2}
+    merge_adapters(folders, output=tmp_path / "merged", **given)
+    assert {"distill": 30, "learning_rate": 1e-2, "answer_tokens": 4}.items() <= taught.options.items()
+    assert learns == {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+    distances = [far(base, folders, prompts, tokenizer, tmp_path / name) for name in ("merged", "taught")]
+    assert 0 < distances[1] < 0.5 * distances[0], distances
+
+
+def test_an_adapter_of_weight_0_teaches_nothing(trained, llama_folder, tmp_path):
+    base, folders, prompts = trained
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    given = {"rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-2, "answer_tokens": 4, "distill": 30}
+    for name, weights in (("first", [1, 0]), ("both", [1, 1])):
+        merge_adapters(folders, weights=weights, output=tmp_path / name, **given)
+    first, both = (far(base, folders[1:], prompts, tokenizer, tmp_path / name) for name in ("first", "both"))
+    assert first > 2 * both
+
+
+def test_over_a_4_bit_base(trained, llama_folder):
+    _, folders, prompts = trained
+    base = quantized(llama_folder)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    report = merge_adapters(folders, rank=2, model=base, prompts=prompts, distill=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+    assert report.rank == 2 and all(B.isfinite().all() for _, B in report.loras.values())
+
+
+def test_what_cannot_be_taught_is_refused(trained, llama_folder, tmp_path):
+    base, folders, prompts = trained
+    for arguments, message in (
+        ({"distill": 2, "rule": "mean"}, "learns from prompts: give `model` and `prompts`"),
+        ({"distill": -1}, "`distill` must be"),
+        ({"distill": 2, "learning_rate": 0}, "`learning_rate` must be"),
+        ({"distill": 2, "answer_tokens": 0}, "`answer_tokens` must be"),
+        ({"distill": 9, "learning_rate": 1e30, "model": base, "prompts": prompts}, "diverged at step .* lower"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_adapters(folders, output=tmp_path / "out", **arguments)
+    classifier = AutoModelForSequenceClassification.from_pretrained(llama_folder)
+    with pytest.raises(ValueError, match="for causal language models.*LlamaForSequenceClassification is none"):
+        merge_adapters(folders, model=classifier, prompts=prompts, distill=2)
+    assert not (tmp_path / "out").exists() and math.isfinite(sum(p.sum().item() for p in base.parameters()))
+    assert not isinstance(base, PeftModel)
