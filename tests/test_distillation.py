@@ -146,6 +146,14 @@ def test_an_adapter_of_weight_0_teaches_nothing(trained, llama_folder, tmp_path)
     assert first > 2 * both
 
 
+def test_how_many_prompts_are_in_memory_at_a_time_changes_nothing(trained):
+    base, folders, prompts = trained
+    given = {"rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-3, "answer_tokens": 4, "distill": 5}
+    one, two = (merge_adapters(folders, batch_size=n, **given).loras for n in (3, 16))
+    for name, (A, B) in one.items():
+        torch.testing.assert_close(two[name].B @ two[name].A, B @ A, rtol=1e-3, atol=1e-4)
+
+
 def test_over_a_4_bit_base(trained, llama_folder):
     _, folders, prompts = trained
     base = quantized(llama_folder)
@@ -162,6 +170,7 @@ def test_what_cannot_be_taught_is_refused(trained, llama_folder, tmp_path):
         ({"distill": -1}, "`distill` must be"),
         ({"distill": 2, "learning_rate": 0}, "`learning_rate` must be"),
         ({"distill": 2, "answer_tokens": 0}, "`answer_tokens` must be"),
+        ({"distill": 2, "batch_size": 0}, "`batch_size` must be"),
         ({"distill": 9, "learning_rate": 1e30, "model": base, "prompts": prompts}, "diverged at step .* lower"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -116,6 +116,7 @@ def merge_adapters(
     distill: int = 0,
     learning_rate: float = 3e-4,
     answer_tokens: int = 16,
+    batch_size: int = 8,
     progress: bool | None = None,
     **options: Any,
 ) -> MergeReport:
@@ -146,6 +147,7 @@ def merge_adapters(
         distill: with a model that writes text, after any rule: steps in which the merged adapter learns to answer the
             prompts as each adapter does on its own, eight prompts each; takes the memory of a training run.
         learning_rate, answer_tokens: of that, and the most tokens of an answer.
+        batch_size: with a model: prompts that go through it at a time.
         progress: show a bar; None: in a terminal.
         options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
             "full": on entries of ΔW, in memory for N dense weights of a module), "lines": beta (1), "svc": alpha (.1).
@@ -156,6 +158,7 @@ def merge_adapters(
     """
     _check_arguments(rule, rank, before, after, output, options)
     check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
+    check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     distillation.check_lessons(model, distill, learning_rate, answer_tokens)
     adapters = Adapters(folders)
     weights = adapters.check_weights(weights)
@@ -171,7 +174,7 @@ def merge_adapters(
         raise ValueError("`distill` learns from prompts: give `model` and `prompts`, or leave it out.")
     if model is not None and prompts is not None:
         kept = {"directions": directions, "last": last}
-        look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, kept, adapters)
+        look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, batch_size, kept, adapters)
     used: dict[str, Any] = {}  # of the arguments that a model brings
     if rule == "inputs":
         rules.check_losses(weights)
@@ -253,13 +256,19 @@ class _Look:
     """What goes into the modules on each adapter's prompts, and what it answers, with a model at hand."""
 
     def __init__(
-        self, model: nn.Module, texts: list[Sequence[str]], tokenizer: Any, kept: dict[str, Any], adapters: Adapters
+        self,
+        model: nn.Module,
+        texts: list[Sequence[str]],
+        tokenizer: Any,
+        batch_size: int,
+        kept: dict[str, Any],
+        adapters: Adapters,
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
-        self.model, self.adapters, self.kept = model, adapters, kept
+        self.model, self.adapters, self.kept, self.batch_size = model, adapters, kept, batch_size
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
-        self.batches = [tokenized(each, self.tokenizer) for each in texts]
+        self.batches = [tokenized(each, self.tokenizer, batch_size) for each in texts]
 
     def alone(self, strength: float) -> list[Statistics]:
         """Each under its own adapter, at a share of its scale."""
@@ -302,11 +311,12 @@ class _Look:
             rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
             with adapted(self.model, folder) as model:
                 prompts = [ids[mask.bool()] for ids, mask in rows]
-                courses.append(distillation.lessons(model, prompts, self.tokenizer, answer_tokens))
+                lessons = distillation.lessons(model, prompts, self.tokenizer, answer_tokens, self.batch_size)
+                courses.append(lessons)
         with self.onto(merged, trainable=True) as model:
             taught = distillation.distill(
-                model, list(merged), courses, weights,
-                steps=distill, learning_rate=learning_rate, seed=seed, progress=progress,
+                model, list(merged), courses, weights, steps=distill, learning_rate=learning_rate,
+                batch_size=self.batch_size, seed=seed, progress=progress,
             )  # fmt: skip
         gauged = {name: reduced(lora) for name, lora in taught.items()}
         return {name: Lora(A.float().contiguous(), B.float().contiguous()) for name, (A, B) in gauged.items()}

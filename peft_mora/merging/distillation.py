@@ -65,12 +65,15 @@ def check_lessons(model: Any, steps: int, learning_rate: float, answer_tokens: i
 
 
 @torch.no_grad()
-def lessons(model: PeftModel, prompts: Sequence[Tensor], tokenizer: Any, answer_tokens: int) -> list[Lesson]:
+def lessons(
+    model: PeftModel, prompts: Sequence[Tensor], tokenizer: Any, answer_tokens: int, batch_size: int = 8
+) -> list[Lesson]:
     """What a model with its adapter answers: greedily, up to what ends a text for the tokenizer or the model.
 
     Args:
         prompts: ids (S,) int64 of each.
         answer_tokens: most tokens of an answer.
+        batch_size: prompts at a time.
     """
     found = []
     of_model = getattr(model.generation_config, "eos_token_id", None)
@@ -80,8 +83,8 @@ def lessons(model: PeftModel, prompts: Sequence[Tensor], tokenizer: Any, answer_
         do_sample=False, max_new_tokens=answer_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
     )
     with eval_mode(model):
-        for start in range(0, len(prompts), PROMPTS):
-            some = prompts[start : start + PROMPTS]
+        for start in range(0, len(prompts), batch_size):
+            some = prompts[start : start + batch_size]
             batch = padded(some)
             written = model.generate(
                 **{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")},
@@ -156,6 +159,7 @@ def distill(
     *,
     steps: int,
     learning_rate: float,
+    batch_size: int = 8,
     seed: int = 0,
     progress: bool | None = None,
 ) -> dict[str, Lora]:
@@ -165,6 +169,7 @@ def distill(
     Args:
         model: with the merged adapter, trainable. names: its modules in the base model.
         courses: the lessons of each adapter. weights: what each adapter's count, >= 0.
+        batch_size: prompts that are in memory at a time; the gradients of a step's prompts add up.
 
     Raises:
         ValueError: it diverges.
@@ -178,12 +183,15 @@ def distill(
     with eval_mode(model):
         for step in bar(range(steps), "distill", progress):
             turns = list(islice(order, PROMPTS))
-            logits = answer_logits(model, [x.ids for _, x in turns], [len(x.top) for _, x in turns])
-            losses = [weights[t] * divergence(rows, lesson) for rows, (t, lesson) in zip(logits, turns, strict=True)]
-            loss = torch.stack(losses).sum() / max(1e-12, sum(weights[t] for t, _ in turns))
-            if not loss.isfinite():
-                raise ValueError(f"Distillation diverged at step {step + 1}: give a lower learning_rate.")
-            loss.backward()
+            total = max(1e-12, sum(weights[t] for t, _ in turns))
+            for start in range(0, PROMPTS, batch_size):
+                some = turns[start : start + batch_size]
+                logits = answer_logits(model, [x.ids for _, x in some], [len(x.top) for _, x in some])
+                losses = [weights[t] / total * divergence(rows, x) for rows, (t, x) in zip(logits, some, strict=True)]
+                loss = torch.stack(losses).sum()
+                if not loss.isfinite():
+                    raise ValueError(f"Distillation diverged at step {step + 1}: give a lower learning_rate.")
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             shape.step()
