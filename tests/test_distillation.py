@@ -154,6 +154,18 @@ def test_how_many_prompts_are_in_memory_at_a_time_changes_nothing(trained):
         torch.testing.assert_close(two[name].B @ two[name].A, B @ A, rtol=1e-3, atol=1e-4)
 
 
+def test_over_a_base_in_half_precision_small_gradients_are_no_zeros(trained, llama_folder, tmp_path):
+    _, folders, prompts = trained
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float16)
+    base.lm_head.weight.data *= 1e-2  # gradients that float16 rounds to 0
+    given = {"rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-2, "answer_tokens": 4}
+    for name, steps in (("merged", 0), ("taught", 30)):
+        merge_adapters(folders, output=tmp_path / name, distill=steps, **given)
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    merged, taught = (far(base.float(), folders, prompts, tokenizer, tmp_path / name) for name in ("merged", "taught"))
+    assert taught < 0.5 * merged, (merged, taught)
+
+
 def test_over_a_4_bit_base(trained, llama_folder):
     _, folders, prompts = trained
     base = quantized(llama_folder)

@@ -179,6 +179,7 @@ def distill(
     parameters = [x["default"].weight for layer in layers.values() for x in (layer.lora_A, layer.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / WARM_UP) * (1 - s / steps))
+    scaler = torch.amp.GradScaler(model.device.type, init_scale=1024.0, enabled=model.dtype == torch.float16)
     order = in_turn(courses, seed)
     with eval_mode(model):
         for step in bar(range(steps), "distill", progress):
@@ -191,9 +192,11 @@ def distill(
                 loss = torch.stack(losses).sum()
                 if not loss.isfinite():
                     raise ValueError(f"Distillation diverged at step {step + 1}: give a lower learning_rate.")
-                loss.backward()
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             shape.step()
             optimizer.zero_grad()
     found = {}
