@@ -28,7 +28,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain, product
@@ -55,6 +55,7 @@ LORA_WAYS = ("cat", "linear", "ties", "dare_ties")  # those with "svd" as well: 
 MARGIN = 0.1  # above chance: two standard errors of a hundred prompts
 KEY = ("seed", "method", "combined by", "rank", "weight", "prompts", "settings", "scored")
 SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
+METRICS = ("greedy", "label")
 ANY_RULE = {"before", "after", "weights", "canonical", *chain.from_iterable(map(options_of, AFTER.values()))}
 LOOK = {"directions", "last", "strength"}
 LOOKING = {"inputs": LOOK, TWO_PASSES: LOOK | {"passes", "distill", "learning_rate", "answer_tokens"}}
@@ -85,10 +86,19 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     add("--perplexity", metavar="FILE", help="JSON lines of passages (text or page): is the language kept?")
     add("--scorer", default="answers", choices=("answers", "lm-eval"), help="a forward a prompt, or its evaluator")
+    add(
+        "--metrics",
+        nargs="+",
+        default=METRICS,
+        choices=METRICS,
+        help="greedy alone is quicker; the base has both (both)",
+    )
     add("--score-on", default="test", choices=("test", "train"), help="train: records that are no prompts")
     add("--reuse", action="store_true", help="take adapters and rows that are in --output, make the others")
     args = parser.parse_args()
     args.settings = args.settings or [{}]
+    if "greedy" not in args.metrics:
+        parser.error("--metrics: what is kept is of greedy accuracy, so greedy has to be there")
     if args.ranks and len(args.ranks) != len(args.tasks):
         parser.error(f"--ranks has {len(args.ranks)} ranks for {len(args.tasks)} tasks")
     for settings in args.settings:
@@ -128,17 +138,20 @@ class Scorer:
         self.passages = write_lm_eval_perplexity(args.perplexity, folder) if args.perplexity else None
         self.manager = TaskManager(include_path=str(folder), include_defaults=False)
 
-    def task(self, model: Any, tokenizer: Any, name: str) -> dict[str, float]:
-        """{NAME: greedy accuracy, NAME label: accuracy among its labels}."""
+    def task(self, model: Any, tokenizer: Any, name: str, metrics: Sequence[str]) -> dict[str, float]:
+        """{NAME: greedy accuracy, NAME label: accuracy among its labels}, those of `metrics`."""
+        keys = {"greedy": name, "label": f"{name} label"}
         if self.args.scorer == "answers":
             task = self.tasks[name]
-            found = scores.answers(model, tokenizer, task["test"][: self.args.limit], self.size, task["labels"])
-            return {name: found["greedy"], f"{name} label": found["label"]}
+            labels = task["labels"] if "label" in metrics else None
+            found = scores.answers(model, tokenizer, task["test"][: self.args.limit], self.size, labels)
+            return {keys[metric]: found[metric] for metric in metrics}
         ours = self.own[name]
         options = {"limit": self.args.limit, "bootstrap_iters": 0}
-        shown = scores.lm_eval(model, tokenizer, [ours, f"{ours}_greedy"], self.manager, self.size, **options)
-        greedy = shown["results"][f"{ours}_greedy"]["exact_match,label"]
-        return {name: greedy, f"{name} label": shown["results"][ours]["acc,none"]}
+        asked = {"greedy": (f"{ours}_greedy", "exact_match,label"), "label": (ours, "acc,none")}
+        names = [asked[metric][0] for metric in metrics]
+        results = scores.lm_eval(model, tokenizer, names, self.manager, self.size, **options)["results"]
+        return {keys[metric]: results[asked[metric][0]][asked[metric][1]] for metric in metrics}
 
     def perplexity(self, model: Any, tokenizer: Any) -> dict[str, float]:
         if self.passages is None:
@@ -146,10 +159,10 @@ class Scorer:
         found = scores.word_perplexity(model, tokenizer, self.passages, self.manager, self.args.batch_size)
         return {"perplexity": found}
 
-    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+    def __call__(self, model: Any, tokenizer: Any, metrics: Sequence[str]) -> dict[str, float]:
         found = self.perplexity(model, tokenizer)
         for name in self.tasks:
-            found |= self.task(model, tokenizer, name)
+            found |= self.task(model, tokenizer, name, metrics)
         return found
 
 
@@ -161,10 +174,11 @@ def held_out(task: dict[str, Any], args: argparse.Namespace) -> list[dict[str, s
     return rest[-(args.limit or len(task["test"])) :]
 
 
-def means(row: dict[str, Any], tasks: list[Any]) -> dict[str, float]:
-    """Of both accuracies, over all tasks."""
+def means(row: Mapping[str, Any], tasks: list[Any]) -> dict[str, float]:
+    """Of the accuracies that the row has, over all tasks."""
     kinds = {"greedy": "", "label": " label"}
-    return {key: sum(float(row[t["name"] + kind]) for t in tasks) / len(tasks) for key, kind in kinds.items()}
+    values = {key: [row.get(task["name"] + kind, "") for task in tasks] for key, kind in kinds.items()}
+    return {key: sum(map(float, found)) / len(tasks) for key, found in values.items() if "" not in found}
 
 
 def summary(
@@ -264,13 +278,13 @@ class Run:
         model, tokenizer = self.adapters()
         if self.rows.find(base_key) is None:
             with model.disable_adapter():
-                found = self.score(model, tokenizer)
+                found = self.score(model, tokenizer, METRICS)  # its labels are what is learnt above
             self.rows.add(base_key, found | means(found, self.tasks))
         for key, name, task in zip(keys, self.names, self.tasks, strict=True):
             if self.rows.find(key) is None:
                 model.set_adapter(name)
-                found = self.score.task(model, tokenizer, task["name"]) | self.score.perplexity(model, tokenizer)
-                self.rows.add(key, found)
+                found = self.score.task(model, tokenizer, task["name"], self.args.metrics)
+                self.rows.add(key, found | self.score.perplexity(model, tokenizer))
         every = {}
         for key, task in zip(keys, self.tasks, strict=True):
             row = self.rows.find(key) or {}
@@ -284,7 +298,7 @@ class Run:
 
     def add(self, key: dict[str, Any], opened: tuple[Any, Any], seconds: float | str = "") -> None:
         base, own = self.own()
-        found = self.score(*opened)
+        found = self.score(*opened, self.args.metrics)
         self.rows.add(key, found | summary(found, base, own, self.tasks) | {"seconds": seconds})
 
     def combined(self) -> Iterator[tuple[dict[str, Any], str, float, int | None]]:
@@ -408,7 +422,9 @@ def main() -> None:
             path.unlink(missing_ok=True)
         for seed, method, name in product(args.seeds, args.methods, args.tasks):
             shutil.rmtree(output / f"seed-{seed}" / f"{method}-{name}", ignore_errors=True)
-    free = "device output seeds methods ways weights rules merged_ranks prompts settings score_on reuse".split()
+    free = (
+        "device output seeds methods ways weights rules merged_ranks prompts settings metrics score_on reuse".split()
+    )
     runs.claim(output, args, *free, base=base)
     of_tasks = [f"{name}{kind}" for kind in ("", " label") for name in args.tasks]
     rows = runs.Rows(output / "merge.csv", KEY, SHOWN, ["learnt", "seconds", *of_tasks], args.reuse)

@@ -328,9 +328,12 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
         ("inputs", "2", ""),
         ("inputs", "2", '{"floor": 0, "last": 0.25}'),
     ]  # "mean" was there
-    run_recipe(recipe, *command, *more[:6], "mean", "--ways", "--score-on", "train", "--prompts", 4)
+    of_train = ["--score-on", "train", "--prompts", 4, "--metrics", "greedy"]
+    run_recipe(recipe, *command, *more[:6], "mean", "--ways", *of_train)
     on_train = [row for row in csv_rows(output / "merge.csv") if row["scored"] == "train"]
     assert len(on_train) == 5 and all(float(row["sky"] or 0) in (0, 0.5, 1) for row in on_train)  # of two records
+    assert on_train[0]["sky label"] and on_train[0]["label"]  # of the base, whose labels say what is learnt
+    assert all(row["sky label"] == row["label"] == "" for row in on_train[1:]) and on_train[-1]["learnt"]
     with pytest.raises(SystemExit, match="is a run with other arguments.*'r': "):
         run_recipe(recipe, *command, "--reuse", "--r", 2)
 
@@ -338,6 +341,7 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--metrics", "label"], "greedy has to be there"),
         (["--ranks", "8,4"], "--ranks has 2 ranks for 3 tasks"),
         (["--settings", '{"density": 0.1}', "--rules", "two-passes"], "no rule of --rules takes that"),
     ],
