@@ -122,6 +122,21 @@ def text_tokenizer(processor: Any) -> Any:
     return tokenizer
 
 
+def positions(mask: Tensor) -> Tensor:
+    """position_ids (B, S) int64 of an attention mask (B, S): a real token's number among its sequence's."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def left_padded(rows: Sequence[Tensor], pad: int = 0) -> dict[str, Tensor]:
+    """input_ids, attention_mask and position_ids (B, S) int64 of sequences of tokens (S,), padded on the left: to be
+    continued, or so that their last tokens are in one place."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+
+
 class LatestMask:
     """The attention mask of a model's latest forward: for layers that count tokens, while it runs and, where reentrant
     checkpointing computes them again, in its backward.

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
 from .checks import check_field, is_int
-from .inputs import removed_after
+from .inputs import positions, removed_after
 
 
 class _Enough(Exception):
@@ -81,7 +81,7 @@ class HiddenStates:
         given = {name: value for name, value in {**inputs, "use_cache": False}.items() if value is not None}
         mask = given.get("attention_mask")
         if mask is not None and "position_ids" not in given:
-            given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+            given["position_ids"] = positions(mask)
         self.looking = True
         with removed_after(self.watch(enough)):
             try:

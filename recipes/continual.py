@@ -50,7 +50,6 @@ WAYS = {
     "dense+protection": ("dense", 2, True, True, True),
     "task+protection": ("task", 6, True, True, True),
 }
-METRICS = ("greedy", "label")
 ROOM = ["directions", "room left"]  # protected, and the share of a module's dimensions that is not: means over modules
 
 
@@ -62,7 +61,7 @@ def parse() -> argparse.Namespace:
     add("--tasks", type=runs.names, default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
     add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
     add("--scorer", default="lm-eval", choices=("lm-eval", "answers"), help="(%(default)s)")
-    add("--metrics", nargs="+", default=["greedy"], choices=METRICS, help="write or rank the label (%(default)s)")
+    add("--metrics", nargs="+", default=["greedy"], choices=scores.METRICS, help="write or rank it (%(default)s)")
     add("--general", type=runs.names, default="", metavar="A,B", help="further lm-eval tasks to watch")
     add("--perplexity", metavar="FILE", help="JSON lines of passages to watch the perplexity of")
     add("--save-steps", type=int, default=15, help="steps between checkpoints (%(default)s)")

@@ -55,7 +55,7 @@ LORA_WAYS = ("cat", "linear", "ties", "dare_ties")  # those with "svd" as well: 
 MARGIN = 0.1  # above chance: two standard errors of a hundred prompts
 KEY = ("seed", "method", "combined by", "rank", "weight", "prompts", "settings", "scored")
 SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
-METRICS = ("greedy", "label")
+ENDS = {"greedy": "", "label": " label"}  # of the columns of a task
 ANY_RULE = {"before", "after", "weights", "canonical", *chain.from_iterable(map(options_of, AFTER.values()))}
 LOOK = {"directions", "last", "strength"}
 LOOKING = {"inputs": LOOK, TWO_PASSES: LOOK | {"passes", "distill", "learning_rate", "answer_tokens"}}
@@ -87,12 +87,9 @@ def parse() -> argparse.Namespace:
     add("--perplexity", metavar="FILE", help="JSON lines of passages (text or page): is the language kept?")
     add("--scorer", default="answers", choices=("answers", "lm-eval"), help="a forward a prompt, or its evaluator")
     add(
-        "--metrics",
-        nargs="+",
-        default=METRICS,
-        choices=METRICS,
+        "--metrics", nargs="+", default=scores.METRICS, choices=scores.METRICS,
         help="greedy alone is quicker; the base has both (both)",
-    )
+    )  # fmt: skip
     add("--score-on", default="test", choices=("test", "train"), help="train: records that are no prompts")
     add("--reuse", action="store_true", help="take adapters and rows that are in --output, make the others")
     args = parser.parse_args()
@@ -140,18 +137,18 @@ class Scorer:
 
     def task(self, model: Any, tokenizer: Any, name: str, metrics: Sequence[str]) -> dict[str, float]:
         """{NAME: greedy accuracy, NAME label: accuracy among its labels}, those of `metrics`."""
-        keys = {"greedy": name, "label": f"{name} label"}
         if self.args.scorer == "answers":
             task = self.tasks[name]
             labels = task["labels"] if "label" in metrics else None
             found = scores.answers(model, tokenizer, task["test"][: self.args.limit], self.size, labels)
-            return {keys[metric]: found[metric] for metric in metrics}
+            return {name + ENDS[metric]: found[metric] for metric in metrics}
         ours = self.own[name]
         options = {"limit": self.args.limit, "bootstrap_iters": 0}
-        asked = {"greedy": (f"{ours}_greedy", "exact_match,label"), "label": (ours, "acc,none")}
-        names = [asked[metric][0] for metric in metrics]
-        results = scores.lm_eval(model, tokenizer, names, self.manager, self.size, **options)["results"]
-        return {keys[metric]: results[asked[metric][0]][asked[metric][1]] for metric in metrics}
+        every = {"greedy": (f"{ours}_greedy", "exact_match,label"), "label": (ours, "acc,none")}
+        asked = {name + ENDS[metric]: every[metric] for metric in metrics}
+        own = [task for task, _ in asked.values()]
+        results = scores.lm_eval(model, tokenizer, own, self.manager, self.size, **options)["results"]
+        return {column: results[task][value] for column, (task, value) in asked.items()}
 
     def perplexity(self, model: Any, tokenizer: Any) -> dict[str, float]:
         if self.passages is None:
@@ -176,8 +173,7 @@ def held_out(task: dict[str, Any], args: argparse.Namespace) -> list[dict[str, s
 
 def means(row: Mapping[str, Any], tasks: list[Any]) -> dict[str, float]:
     """Of the accuracies that the row has, over all tasks."""
-    kinds = {"greedy": "", "label": " label"}
-    values = {key: [row.get(task["name"] + kind, "") for task in tasks] for key, kind in kinds.items()}
+    values = {key: [row.get(task["name"] + end, "") for task in tasks] for key, end in ENDS.items()}
     return {key: sum(map(float, found)) / len(tasks) for key, found in values.items() if "" not in found}
 
 
@@ -278,7 +274,7 @@ class Run:
         model, tokenizer = self.adapters()
         if self.rows.find(base_key) is None:
             with model.disable_adapter():
-                found = self.score(model, tokenizer, METRICS)  # its labels are what is learnt above
+                found = self.score(model, tokenizer, scores.METRICS)  # its labels are what is learnt above
             self.rows.add(base_key, found | means(found, self.tasks))
         for key, name, task in zip(keys, self.names, self.tasks, strict=True):
             if self.rows.find(key) is None:
@@ -288,7 +284,7 @@ class Run:
         every = {}
         for key, task in zip(keys, self.tasks, strict=True):
             row = self.rows.find(key) or {}
-            every |= {name: row[name] for name in (task["name"], f"{task['name']} label")}
+            every |= {name: row[name] for name in (task["name"] + end for end in ENDS.values())}
         worst = [row["perplexity"] for key in keys if (row := self.rows.find(key) or {}) and row["perplexity"]]
         every |= {"perplexity": max(worst, key=float)} if worst else {}
         base = self.rows.find(base_key) or {}
@@ -422,11 +418,9 @@ def main() -> None:
             path.unlink(missing_ok=True)
         for seed, method, name in product(args.seeds, args.methods, args.tasks):
             shutil.rmtree(output / f"seed-{seed}" / f"{method}-{name}", ignore_errors=True)
-    free = (
-        "device output seeds methods ways weights rules merged_ranks prompts settings metrics score_on reuse".split()
-    )
-    runs.claim(output, args, *free, base=base)
-    of_tasks = [f"{name}{kind}" for kind in ("", " label") for name in args.tasks]
+    free = "device output seeds methods ways weights rules merged_ranks prompts settings metrics score_on reuse"
+    runs.claim(output, args, *free.split(), base=base)
+    of_tasks = [name + end for end in ENDS.values() for name in args.tasks]
     rows = runs.Rows(output / "merge.csv", KEY, SHOWN, ["learnt", "seconds", *of_tasks], args.reuse)
     for seed in args.seeds:
         tasks = [find_task(name, args.data, seed=seed) for name in args.tasks]

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.fingerprint import fingerprint
-from peft_mora.inputs import eval_mode, input_statistics, placeholders, seeded, text_tokenizer, visit
+from peft_mora.inputs import eval_mode, input_statistics, left_padded, placeholders, seeded, text_tokenizer, visit
 
 from .subspace import Subspace
 
@@ -239,9 +239,8 @@ def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, st
     """Sample behind each prompt until it has `length` tokens; with `stop`, only to the end of its text."""
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[end] * (longest - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
+    batch = left_padded([torch.tensor(row) for row in prompts], end)
+    ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
     new = length - min(map(len, prompts))
     out = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=end,
@@ -249,7 +248,7 @@ def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, st
     )  # fmt: skip
     rows = []
     for row, prompt in zip(out.tolist(), prompts, strict=True):
-        added = row[longest:]
+        added = row[ids.shape[1] :]
         added = added[: added.index(end)] if stop and end in added else added
         rows.append((prompt + added)[:length])
     return batch_of(rows, end)

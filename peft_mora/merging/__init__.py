@@ -25,7 +25,7 @@ from ..inputs import check_text, text_tokenizer
 from ..lora_file import Lora, write_lora
 from . import distillation, rules, scaling
 from .adapters import Adapters
-from .core import core_space, reduced, to_lora
+from .core import core_space, reduced, single, to_lora
 from .inputs import (
     Statistics,
     adapted,
@@ -216,8 +216,7 @@ def merge_adapters(
         merge.prepare(adapters, updates)
         merged: dict[str, Lora] = {}
         for module in bar(adapters.sizes, rule, progress):
-            A, B = finished(merge(module, updates(module)), module)
-            merged[module] = Lora(A.float().contiguous(), B.float().contiguous())
+            merged[module] = single(finished(merge(module, updates(module)), module))
         if "lines" in after:
             merged = _lines(adapters, merged, **later["lines"])
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
@@ -318,8 +317,7 @@ class _Look:
                 model, list(merged), courses, weights, steps=distill, learning_rate=learning_rate,
                 batch_size=self.batch_size, seed=seed, progress=progress,
             )  # fmt: skip
-        gauged = {name: reduced(lora) for name, lora in taught.items()}
-        return {name: Lora(A.float().contiguous(), B.float().contiguous()) for name, (A, B) in gauged.items()}
+        return {name: single(reduced(lora)) for name, lora in taught.items()}
 
 
 class _Merge:

@@ -88,6 +88,12 @@ def reduced(lora: Lora, rank: int | None = None) -> Lora:
     return to_lora(space, core, rank)
 
 
+def single(lora: Lora) -> Lora:
+    """In float32, as it is written."""
+    A, B = lora
+    return Lora(A.float().contiguous(), B.float().contiguous())
+
+
 def norm_of(lora: Lora) -> float:
     """‖B·A‖ (Frobenius) of any factors."""
     return float(((lora.B.T @ lora.B) * (lora.A @ lora.A.T)).sum().clamp_min(0).sqrt())

@@ -22,7 +22,7 @@ from torch.nn.functional import kl_div
 from transformers import GenerationConfig
 
 from ..checks import check_field, is_int, is_number
-from ..inputs import eval_mode
+from ..inputs import eval_mode, left_padded
 from ..lora_file import Lora
 from .report import bar
 
@@ -85,7 +85,7 @@ def lessons(
     with eval_mode(model):
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
-            batch = padded(some)
+            batch = left_padded(some)
             written = model.generate(
                 **{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")},
                 generation_config=greedy,
@@ -104,20 +104,11 @@ def _until(answer: Tensor, ends: Sequence[int]) -> Tensor:
     return answer[: int(over[0]) + 1] if len(over) else answer
 
 
-def padded(texts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """input_ids, attention_mask and position_ids (B, S), padded on the left."""
-    width = max(map(len, texts))
-    ids, mask = torch.zeros(2, len(texts), width, dtype=torch.int64)
-    for i, text in enumerate(texts):
-        ids[i, width - len(text) :], mask[i, width - len(text) :] = text, 1
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-
-
 def answer_logits(model: PeftModel, texts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     """(n, V) float32 of each text: what the model gives for each of its last n tokens."""
     base: Any = model.get_base_model()
     accepted = inspect.signature(base.forward).parameters
-    batch: dict[str, Any] = {**padded(texts), "use_cache": False, "logits_to_keep": max(lengths) + 1}
+    batch: dict[str, Any] = {**left_padded(texts), "use_cache": False, "logits_to_keep": max(lengths) + 1}
     given = {
         name: value.to(model.device) if isinstance(value, Tensor) else value
         for name, value in batch.items()

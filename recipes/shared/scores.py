@@ -10,7 +10,12 @@ import torch
 from peft import PeftModel
 from transformers.utils import has_file
 
+from peft_mora.inputs import positions
+
 from .base_model import load_base
+
+
+METRICS = ("greedy", "label")  # of a task
 
 
 def load(base: str, adapter: str | Path | None, device: str, name: str = "default") -> tuple[Any, Any]:
@@ -106,8 +111,8 @@ def answer_scores(
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     pairs = zip(tokenizer(texts).input_ids, tokenizer(prompts).input_ids, strict=True)
     lengths = [len(ids) - common_length(ids, prompt) for ids, prompt in pairs]  # as TRL masks
-    positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
-    logits = model(**batch, position_ids=positions, logits_to_keep=max(lengths) + 1).logits.float().cpu()
+    given = {**batch, "position_ids": positions(batch.attention_mask), "logits_to_keep": max(lengths) + 1}
+    logits = model(**given).logits.float().cpu()
     ids = batch["input_ids"].cpu()
     return [(logits[i, -n - 1 : -1].log_softmax(-1), ids[i, -n:]) for i, n in enumerate(lengths)]
 
