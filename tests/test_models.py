@@ -34,6 +34,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from peft_mora import MoraConfig, expert_usage, record_usage, start_task
 from peft_mora.inputs import input_statistics, quietened
 from peft_mora.merging import merge_adapters
+from peft_mora.merging.distillation import lessons
+from peft_mora.merging.inputs import adapted as peft_model_of
 from peft_mora.merging.inputs import input_spreads
 from trl_callbacks import ActivationBudgetCallback, DriftCallback, OrthogonalProjectionCallback, protect
 from trl_callbacks.general_text import read, sample
@@ -261,6 +263,12 @@ def test_adapters_of_a_model_of_pictures_learn_answers_to_text_alone(llama_folde
         model = get_peft_model(llava(), LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
         randomize(model, seed)
         model.save_pretrained(folder)
+    shown = llava()
+    shown.lm_head.weight.data[IMAGE] *= 100  # one of both signs is what it would say next
+    shown.lm_head.weight.data[IMAGE - 1] = -shown.lm_head.weight.data[IMAGE]
+    with peft_model_of(shown, folders[0]) as model:
+        ids = [torch.tensor(reader.tokenizer(text).input_ids) for text in ("the cat", "a dog ran", "no", "big log")]
+        assert not any((lesson.ids == IMAGE).any() for lesson in lessons(model, ids, reader.tokenizer, 4))
     given = {"model": llava(), "rule": "mean", "tokenizer": reader, "distill": 1, "answer_tokens": 2}
     report = merge_adapters(folders, prompts={folder: ["the cat", "a dog ran"] for folder in folders}, **given)
     assert all(B.isfinite().all() for _, B in report.loras.values())
