@@ -253,6 +253,18 @@ def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+def contiguous_head(model: Any) -> AbstractContextManager[None]:
+    """The output head gets contiguous inputs for the length of a block.
+
+    Of several texts the last hidden states (B, n, D) are a slice. In bfloat16, on a CPU and without gradients, torch
+    multiplies one by bmm, for which oneDNN copies the whole (V, D) weight once for each text: seconds a batch.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    hooks = [] if head is None else [head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))]
+    return removed_after(hooks)
+
+
 @torch.no_grad()
 def visit(
     model: nn.Module,
@@ -304,7 +316,7 @@ def visit(
     hooks = [module.register_forward_hook(partial(hook, n), with_kwargs=True) for n, module in modules.items()]
     if decoder is not None:
         hooks.append(decoder.register_forward_pre_hook(enter_decoder, with_kwargs=True))
-    with eval_mode(model), removed_after(hooks):
+    with eval_mode(model), removed_after(hooks), contiguous_head(model):
         for batch in batches:
             mask, decoder_mask, encoded = batch.get("attention_mask"), batch.get("decoder_attention_mask"), None
             labels = batch.get("labels")

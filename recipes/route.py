@@ -33,6 +33,7 @@ from shared.training import adapter_config, train
 from torch.nn.functional import normalize
 
 from peft_mora import TaskRouter
+from peft_mora.inputs import contiguous_head
 from peft_mora.merging import merge_adapters
 
 
@@ -203,8 +204,9 @@ def cost(model: Any, tokenizer: Any, prompts: list[str], args: argparse.Namespac
     batch = tokenizer(prompts[: args.batch_size], return_tensors="pt", padding=True).to(model.device)
     states: Any = router._states
     seconds: dict[str, list[float]] = {"whole": [], "part": []}
-    for _ in range(7):
-        for name, run in (("whole", lambda: model(**batch, logits_to_keep=1)), ("part", lambda: states.of(batch))):
+    ways = {"whole": lambda: model(**batch, logits_to_keep=1), "part": lambda: states.of(batch)}
+    with contiguous_head(model):
+        for name, run in [*ways.items()] * 7:
             start = time.perf_counter()
             run()
             if model.device.type == "cuda":
@@ -260,13 +262,11 @@ def generate(
             wanted.append(full[scores.common_length(full, tokenizer(record["prompt"]).input_ids) :])
         batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
         given = {} if rows is None else {"adapter_names": [rows[i] for i in order[start : start + batch_size]]}
-        out = model.generate(
-            **batch,
-            **given,
-            do_sample=False,
-            max_new_tokens=max(map(len, wanted)),
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, batch.input_ids.shape[1] :]
+        longest = max(map(len, wanted))
+        with contiguous_head(model):
+            out = model.generate(
+                **batch, **given, do_sample=False, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id
+            )[:, batch.input_ids.shape[1] :]
         for record, answer, new in zip(part, wanted, out.tolist(), strict=True):
             right.setdefault(record["task"], []).append(new[: len(answer)] == answer)
     return {task: statistics.mean(values) for task, values in right.items()}

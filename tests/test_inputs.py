@@ -3,12 +3,16 @@
 import pytest
 import torch
 from helpers import inputs_of, tiny_llama, tiny_t5
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from shared.scores import answers
+from transformers import AutoTokenizer
 
 from peft_mora import MoraConfig
 from peft_mora.export import fit_lora
 from peft_mora.inputs import LOUDEST, input_statistics, layer_similarity, quietened, real_rows, shared_inputs, visit
 from peft_mora.linalg import leading_directions
+from peft_mora.merging.distillation import lessons
+from trl_callbacks.general_text import LENGTH, sample
 
 
 def adapted(model, **kwargs):
@@ -174,3 +178,29 @@ def test_logits_of_all_tokens_are_computed_only_where_the_head_is_asked_for(head
     tokens = []
     visit(model, layers, [padded_batch()], lambda name, x, y, mask: tokens.append(len(real_rows(x, mask, name))))
     assert shapes == [(2, 5 if head else 1)] and set(tokens) == {8}
+
+
+def visited(model, tokenizer) -> None:
+    layers = {"q": model.base_model.model.model.layers[0].self_attn.q_proj}
+    visit(model, layers, [tokenizer(["the cat sat", "a dog ran"], return_tensors="pt")], lambda *seen: None)
+
+
+WAYS = {
+    "visit": visited,
+    "scores": lambda model, tokenizer: answers(model, tokenizer, [{"prompt": "the cat", "answer": "sat"}] * 3, 3),
+    "lessons": lambda model, tokenizer: lessons(model, [torch.tensor([4, 5, 6]), torch.tensor([7, 8])], tokenizer, 3),
+    "sample": lambda model, tokenizer: sample(model, tokenizer, 4 * LENGTH),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_head_never_gets_a_slice_of_several_texts(way, llama_folder):
+    """For which a CPU copies the head's weight once for each text."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.chat_template = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")).eval()
+    seen = []
+    model.get_base_model().lm_head.register_forward_hook(lambda module, args, y: seen.append(args[0]))
+    WAYS[way](model, tokenizer)
+    assert any(len(x) > 1 for x in seen) and all(x.is_contiguous() for x in seen)
+    assert not model.get_base_model().lm_head._forward_pre_hooks

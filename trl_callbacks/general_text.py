@@ -22,7 +22,16 @@ from transformers.pytorch_utils import Conv1D
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.fingerprint import fingerprint
-from peft_mora.inputs import eval_mode, input_statistics, left_padded, placeholders, seeded, text_tokenizer, visit
+from peft_mora.inputs import (
+    contiguous_head,
+    eval_mode,
+    input_statistics,
+    left_padded,
+    placeholders,
+    seeded,
+    text_tokenizer,
+    visit,
+)
 
 from .subspace import Subspace
 
@@ -205,7 +214,7 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
     check_field(start is not None, "protect", "self", "text: the tokenizer has no token that begins or ends one")
     turns = _turns(tokenizer)
     batches, left = [], max(1, tokens // LENGTH)
-    with seeded(seed), eval_mode(model):
+    with seeded(seed), eval_mode(model), contiguous_head(model):
         while left > 0:
             rows = min(ROWS, left)
             talks = rows // 2 if turns is not None else 0

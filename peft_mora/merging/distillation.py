@@ -22,7 +22,7 @@ from torch.nn.functional import kl_div
 from transformers import GenerationConfig
 
 from ..checks import check_field, is_int, is_number
-from ..inputs import eval_mode, left_padded, placeholders
+from ..inputs import contiguous_head, eval_mode, left_padded, placeholders
 from ..lora_file import Lora
 from .report import bar
 
@@ -83,7 +83,7 @@ def lessons(
         do_sample=False, max_new_tokens=answer_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=placeholders(model.get_base_model()) or None,
     )  # fmt: skip
-    with eval_mode(model):
+    with eval_mode(model), contiguous_head(model):
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
             batch = left_padded(some)

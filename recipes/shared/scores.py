@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers.utils import has_file
 
-from peft_mora.inputs import positions
+from peft_mora.inputs import contiguous_head, positions
 
 from .base_model import load_base
 
@@ -53,7 +53,8 @@ def lm_eval(model: Any, tokenizer: Any, names: list[str], manager: Any, batch_si
 
     # Else log-likelihoods are summed in the logits' own bfloat16, which has two or three digits.
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-    return simple_evaluate(lm, tasks=names, task_manager=manager, **{"log_samples": False, **options})
+    with contiguous_head(model):
+        return simple_evaluate(lm, tasks=names, task_manager=manager, **{"log_samples": False, **options})
 
 
 def common_length(one: list[int], other: list[int]) -> int:
@@ -112,7 +113,8 @@ def answer_scores(
     pairs = zip(tokenizer(texts).input_ids, tokenizer(prompts).input_ids, strict=True)
     lengths = [len(ids) - common_length(ids, prompt) for ids, prompt in pairs]  # as TRL masks
     given = {**batch, "position_ids": positions(batch.attention_mask), "logits_to_keep": max(lengths) + 1}
-    logits = model(**given).logits.float().cpu()
+    with contiguous_head(model):
+        logits = model(**given).logits.float().cpu()
     ids = batch["input_ids"].cpu()
     return [(logits[i, -n - 1 : -1].log_softmax(-1), ids[i, -n:]) for i, n in enumerate(lengths)]
 
