@@ -337,6 +337,8 @@ def test_iso_replaces_the_values_of_the_sum_by_their_mean_over_the_support():
     deltas = updates()
     U, S, V = top(sum(deltas), 10)
     torch.testing.assert_close(in_core_space(rules.iso_c, deltas, [1.0] * 3), S.mean() * U @ V.T, rtol=0, atol=1e-4)
+    scaled = in_core_space(rules.iso_c, deltas, [1.0] * 3, factor=1.5)
+    torch.testing.assert_close(scaled, 1.5 * S.mean() * U @ V.T, rtol=0, atol=1e-4)
     one = rules.iso_c([torch.diag(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64))], [1.0])
     assert one.diagonal().tolist() == pytest.approx([2, 2, 0], rel=1e-5)
 
@@ -357,8 +359,8 @@ def test_iso_cts_gives_each_adapter_directions_of_its_own():
         found.append(top(delta - found[0][0] @ found[0][0].T @ delta, 1))
     U, S, V = (torch.cat(x, dim=-1) for x in zip(*found, strict=True))
     want = S.mean() * polar(U) @ polar(V).T
-    got = in_core_space(rules.iso_cts, deltas, [1.0] * 3, common=0.7)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    got = in_core_space(rules.iso_cts, deltas, [1.0] * 3, common=0.7, factor=0.5)
+    torch.testing.assert_close(got, 0.5 * want, rtol=0, atol=1e-4)
     same = in_core_space(rules.iso_c, deltas, [1.0] * 3)
     torch.testing.assert_close(in_core_space(rules.iso_cts, deltas, [1.0] * 3, common=1), same, rtol=0, atol=1e-4)
 
@@ -709,10 +711,10 @@ def test_an_adapter_that_hardly_responds_to_its_inputs_is_not_weighted_without_b
 
 
 def test_without_statistics_another_rule_is_taken_and_said(three):
-    with pytest.warns(UserWarning, match="No input statistics in .*task1.*rule='tsv'.*collect_inputs"):
+    with pytest.warns(UserWarning, match="No input statistics in .*task1.*rule='iso-c'.*collect_inputs"):
         report = merge_adapters(three)
-    assert report.rule == "tsv" and report.options == {"factor": (2 / 3) ** 0.5} and len(report.warnings) == 1
-    close(dense(report), dense(merge_adapters(three, "tsv", factor=(2 / 3) ** 0.5)))
+    assert report.rule == "iso-c" and report.options == {"factor": 2.0} and len(report.warnings) == 1
+    close(dense(report), dense(merge_adapters(three, "iso-c", factor=2.0)))
     with pytest.warns(UserWarning, match="rule='sum'"):
         assert merge_adapters(three[:2]).rule == "sum"
 

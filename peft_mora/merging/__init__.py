@@ -125,7 +125,7 @@ def merge_adapters(
     Args:
         folders: saved adapters: LoRA, LORI, FURINA, MORA "dense". A module that one lacks is an update of 0.
         rule: a key of `RULES`. "inputs" where all folders hold input statistics (`collect_inputs`), or `prompts` are
-            given; if not, it warns and takes what needs no data: "sum" for two adapters, "tsv" · √(2/N) for more.
+            given; if not, it warns and takes what needs no data: "sum" for two adapters, "iso-c" · 2 for more.
         rank: of the result. "sum" keeps all that there is, at most Σr; k truncates every module to k; a share in
             (0, 1) takes the smallest one rank at which that share of the merged update's energy ‖ΔW‖² is kept.
         weights: a number for each folder, 1 by default; what it does is the rule's to say.
@@ -186,7 +186,7 @@ def merge_adapters(
             found = [Statistics.load(folder) for folder in adapters.folders]
             statistics = [one for one in found if one is not None]
             if len(statistics) < len(adapters):
-                rule, options = ("sum", {}) if len(adapters) < 3 else ("tsv", {"factor": (2 / len(adapters)) ** 0.5})
+                rule, options = ("sum", {}) if len(adapters) < 3 else ("iso-c", {"factor": 2.0})
                 missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
                 how = f"rule={rule!r}{f' {options}' if options else ''}"
                 said.append(
@@ -237,7 +237,7 @@ def merge_adapters(
     if rule == "sum" and len(adapters) > 2:
         said.append(
             "The plain sum of three and more adapters is rarely any of them (of eight tasks: greedy accuracy .01, "
-            "where the mean had .51): compare with rule='tsv', or 'inputs'."
+            "where the mean had .51): compare with rule='iso-c', or 'inputs'."
         )
     for text in said:
         warnings.warn(text, stacklevel=2)

@@ -46,8 +46,7 @@ def ties(cores: Cores, weights: Weights, thresholds: Sequence[float]) -> Tensor:
 
     Args:
         thresholds: of each adapter: entries with |m| below it are dropped. `density_threshold` finds it over all
-        modules
-            of the adapter, as the paper does.
+            modules of the adapter, as the paper does.
     """
     kept = torch.stack([core * (core.abs() >= least) for core, least in zip(cores, thresholds, strict=True)])
     agree = merge_utils.calculate_majority_sign_mask(kept, method="total")
@@ -91,25 +90,31 @@ def tsv(cores: Cores, weights: Weights, *, factor: float = 1.0) -> Tensor:
     return factor * (U * torch.cat(values)) @ V.T
 
 
-def iso_c(cores: Cores, weights: Weights) -> Tensor:
-    """Σ w_t M_t with all singular values replaced by their mean. Iso-C, arXiv 2502.04959.
+def iso_c(cores: Cores, weights: Weights, *, factor: float = 1.0) -> Tensor:
+    """`factor ·` Σ w_t M_t with all singular values replaced by their mean. Iso-C, arXiv 2502.04959.
 
     The mean is over the values that are there: over min(O, I), as the code for dense weights does, it would be 0
     almost.
+
+    Args:
+        factor: of the result; the paper's α.
     """
+    check_field(is_number(factor), "factor", factor, "a number")
     U, S, Vh = svd(sum_cores(cores, weights))
-    return (U * _isotropic(S)) @ Vh
+    return factor * (U * _isotropic(S)) @ Vh
 
 
-def iso_cts(cores: Cores, weights: Weights, *, common: float = 0.8) -> Tensor:
+def iso_cts(cores: Cores, weights: Weights, *, common: float = 0.8, factor: float = 1.0) -> Tensor:
     """Iso-C where the weakest common directions make room for each adapter's own. Iso-CTS, arXiv 2502.04959,
     Algorithm 2.
 
     Args:
         common: share of the directions that stay those of the sum, in (0, 1]; the others are divided evenly: for each
             adapter, the leading ones of its residual outside of the common left directions.
+        factor: as in `iso_c`.
     """
     check_field(is_number(common) and 0 < common <= 1, "common", common, "a share in (0, 1]")
+    check_field(is_number(factor), "factor", factor, "a number")
     updates = scaled(cores, weights)
     U, S, Vh = svd(sum_cores(cores, weights))
     own = int((1 - common) * len(S) / len(cores))
@@ -120,7 +125,7 @@ def iso_cts(cores: Cores, weights: Weights, *, common: float = 0.8) -> Tensor:
         found.append((u[:, :own], s[:own], vh[:own]))
     lefts, values, rights = zip(*found, strict=True)
     U, V = polar(torch.cat(lefts, dim=1)), polar(torch.cat(rights).T)
-    return (U * _isotropic(torch.cat(values))) @ V.T
+    return factor * (U * _isotropic(torch.cat(values))) @ V.T
 
 
 def least_squares(cores: Cores, weights: Weights, *, ridge: float = 0.1) -> Tensor:
