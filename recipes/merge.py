@@ -1,7 +1,7 @@
 """Adapters trained apart, then used as one: each task's accuracy with its own adapter, and with all of them merged.
 
 python recipes/merge.py                                  # three embedded tasks, every method, on a CPU
-python recipes/merge.py --methods lora --rules two-passes inputs tsv mean --ways cat ties svd --merged-ranks sum 16 8
+python recipes/merge.py --methods lora --rules two-passes inputs iso-c mean --ways cat ties svd --merged-ranks sum 16 8
 python recipes/merge.py --methods lora --data DIR --tasks agnews,museum --ranks 8,4 --seeds 0 100 --perplexity FILE
 python recipes/merge.py --methods lora --reuse --rules two-passes --settings '{"floor": 0}' '{"passes": 3}' \\
     --score-on train                                     # the same adapters again; choose settings on training records
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     add("--ways", nargs="*", default=LORA_WAYS, help="LoRA: combination_type; svd takes minutes on a CPU")
     add("--weights", nargs="+", type=float, help="of every adapter in these ways; a row each (1 and 1 / tasks)")
     add(
-        "--rules", nargs="*", default=[TWO_PASSES, "inputs", "tsv"], choices=[TWO_PASSES, *RULES],
+        "--rules", nargs="*", default=[TWO_PASSES, "inputs", "iso-c"], choices=[TWO_PASSES, *RULES],
         help="of peft_mora.merging, for what merges (%(default)s)",
     )  # fmt: skip
     add(

@@ -122,6 +122,7 @@ def test_the_merged_adapter_comes_nearer_to_what_each_says(rule, trained, llama_
     learns = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     given = {"rule": rule, "rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-2, "answer_tokens": 4}
+    given["strength"] = 1.0  # farther from what each says
     state = torch.random.get_rng_state()
     taught = merge_adapters(folders, distill=30, output=tmp_path / "taught", **given)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -159,7 +160,7 @@ def test_over_a_base_in_half_precision_small_gradients_are_no_zeros(trained, lla
     _, folders, prompts = trained
     base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float16)
     base.lm_head.weight.data *= 1e-2  # gradients that float16 rounds to 0
-    given = {"rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-2, "answer_tokens": 4}
+    given = {"rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-2, "answer_tokens": 4, "strength": 1.0}
     for name, steps in (("merged", 0), ("taught", 30)):
         merge_adapters(folders, output=tmp_path / name, distill=steps, **given)
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)

@@ -112,7 +112,7 @@ def merge_adapters(
     passes: int = 2,
     directions: int = 32,
     last: float = 0.5,
-    strength: float | None = None,
+    strength: float = 0.5,
     distill: int = 0,
     learning_rate: float = 3e-4,
     answer_tokens: int = 16,
@@ -142,8 +142,8 @@ def merge_adapters(
             it is.
         passes: with a model; 1 looks at the adapters on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
-        strength: with a model: the share of its scale at which each adapter is looked at on its own. None: .5 where
-            that is the only look, as in `collect_inputs`; 1 where the merged one is looked at after it.
+        strength: with a model: the share of its scale at which each adapter is looked at on its own, as in
+            `collect_inputs`.
         distill: with a model that writes text, after any rule: steps in which the merged adapter learns to answer the
             prompts as each adapter does on its own, eight prompts each; takes the memory of a training run.
         learning_rate, answer_tokens: of that, and the most tokens of an answer.
@@ -179,7 +179,6 @@ def merge_adapters(
     if rule == "inputs":
         rules.check_losses(weights)
         if look is not None:
-            strength = (0.5 if passes == 1 else 1.0) if strength is None else strength
             used |= {"passes": passes, **kept, "strength": strength}
             statistics = look.alone(strength)
         else:

@@ -1,7 +1,7 @@
 """What each adapter saw, kept beside it, and the merge that disturbs its outputs there least.
 
-    C_t = E[x xᵀ] of what goes into a module on prompts of adapter t, half over all tokens, half over last ones; where
-          it is looked at once, at half of its strength: under a merged one inputs are nearer to those than to its own
+    C_t = E[x xᵀ] of what goes into a module on prompts of adapter t, half over all tokens, half over last ones, at
+          half of its strength: under a merged one inputs are nearer to those than to its own
     ΔW = argmin Σ_t w_t ‖(ΔW - ΔW_t) C_t^½‖² + λ Σ_t ‖ΔW - ΔW_t‖²
        = Σ_t ΔW_t (w_t C_t + λI) · (Σ_t w_t C_t + NλI)⁻¹                      RegMean, arXiv 2212.09849, with this
        ridge
