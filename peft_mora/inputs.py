@@ -253,14 +253,19 @@ def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+def output_head(model: Any) -> nn.Module | None:
+    """What makes logits of hidden states in a model, or in the one that a PeftModel holds; None where nothing does."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+
+
 def contiguous_head(model: Any) -> AbstractContextManager[None]:
     """The output head gets contiguous inputs for the length of a block.
 
     Of several texts the last hidden states (B, n, D) are a slice. In bfloat16, on a CPU and without gradients, torch
     multiplies one by bmm, for which oneDNN copies the whole (V, D) weight once for each text: seconds a batch.
     """
-    base = getattr(model, "get_base_model", lambda: model)()
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    head = output_head(model)
     hooks = [] if head is None else [head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))]
     return removed_after(hooks)
 
@@ -292,7 +297,7 @@ def visit(
     base: Any = getattr(model, "get_base_model", lambda: model)()
     accepted = inspect.signature(base.forward).parameters
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    head = output_head(base)
     options = {"use_cache": False, "logits_to_keep": 1}
     if any(module is part for module in modules.values() for part in (head.modules() if head is not None else ())):
         del options["logits_to_keep"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .base import BASE_ADAPTER, AdapterLinear, refuse_part_of_adapter
+from .inputs import output_head
 from .task_features import HiddenStates, adapters_off, pooled, real_tokens
 
 
@@ -137,7 +138,7 @@ class Driver:
             self.handles.append(layer.register_forward_hook(self._after))
         if new:
             late = [m for block in self.states.blocks[self.states.layers[-1] :] for m in block.modules()]
-            head = self.base.get_output_embeddings() if hasattr(self.base, "get_output_embeddings") else None
+            head = output_head(self.base)
             behind = {id(m) for m in (*late, *(head.modules() if head is not None else ()))}
             self.early = any(key not in behind for key in self.hooked)
 
