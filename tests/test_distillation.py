@@ -114,6 +114,49 @@ def test_adapters_take_turns_and_show_all_their_prompts_before_one_again():
     assert Counter(x for t, x in turns[:6] if t == 0) == Counter("abc") == Counter(x for t, x in turns[6:] if t == 0)
 
 
+def test_of_several_strengths_that_stays_whose_merge_answers_most_as_the_adapters_do(trained, llama_folder, tmp_path):
+    base, folders, prompts = trained
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    given = {"rank": 2, "model": base, "prompts": prompts, "answer_tokens": 4}
+    each = {x: merge_adapters(folders, strength=x, output=tmp_path / f"{x}", **given) for x in (0.0, 0.5, 1.0)}
+    distances = {x: far(base, folders, prompts, tokenizer, tmp_path / f"{x}") for x in each}
+    best = min(distances, key=lambda x: distances[x])
+    assert distances[best] < 0.99 * sorted(distances.values())[1]
+    for strengths in ((0.0, 0.5, 1.0), (1.0, 0.5, 0.0, 0.5)):
+        chosen = merge_adapters(folders, strength=strengths, **given)
+        assert chosen.options == {**each[best].options, "answer_tokens": 4} and chosen.options["strength"] == best
+        assert list(chosen.tried) == list(dict.fromkeys(strengths)) and each[best].tried == {}
+        for strength, found in chosen.tried.items():
+            assert sum(found) / 2 == pytest.approx(distances[strength], rel=1e-3)
+        for name, (A, B) in each[best].loras.items():
+            torch.testing.assert_close(chosen.loras[name].B @ chosen.loras[name].A, B @ A)
+        for one, other in zip(chosen.adapters, each[best].adapters, strict=True):
+            assert one.output_error == pytest.approx(other.output_error)
+    assert f"strength {best:g}: KL from their answers" in str(chosen) and str(chosen).count("stays") == 1
+    first = merge_adapters(folders, strength=(0.0, 0.5, 1.0), weights=[1, 0], **given)
+    assert first.options["strength"] == min(first.tried, key=lambda x: first.tried[x][0])
+
+
+def test_strengths_are_compared_by_answers_where_a_model_writes_some(trained, llama_folder, tmp_path):
+    base, folders, prompts = trained
+    classifier = AutoModelForSequenceClassification.from_pretrained(llama_folder)
+    report = merge_adapters(folders, model=classifier, prompts=prompts, strength=(1.0, 0.5))
+    assert (report.options["strength"], report.tried) == (1.0, {}) and "answer_tokens" not in report.options
+    base.lm_head.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="answers is not finite"):
+        merge_adapters(folders, model=base, prompts=prompts, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not any("lora" in name for name, _ in base.named_modules())
+
+
+def test_an_empty_prompt_is_none(trained):
+    base, folders, prompts = trained
+    given = {"rank": 2, "model": base, "answer_tokens": 2}
+    with_empty = merge_adapters(folders, prompts={path: ["", *texts, ""] for path, texts in prompts.items()}, **given)
+    without = merge_adapters(folders, prompts=prompts, **given)
+    assert with_empty.tried == without.tried
+    assert all(torch.equal(with_empty.loras[name].B, B) for name, (_, B) in without.loras.items())
+
+
 @pytest.mark.parametrize("rule", ["inputs", "mean"])
 def test_the_merged_adapter_comes_nearer_to_what_each_says(rule, trained, llama_folder, tmp_path):
     base, folders, prompts = trained

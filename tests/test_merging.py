@@ -835,6 +835,8 @@ def test_statistics_of_other_weights_or_a_damaged_file_are_refused(trained):
         merge_adapters(folders)
     with pytest.raises(ValueError, match="`texts` must be"):
         collect_inputs(base, [], folders[0])
+    with pytest.raises(ValueError, match="`texts` must be"):
+        collect_inputs(base, ["", ""], folders[0])
 
 
 def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merged(trained, llama_folder, tmp_path):
@@ -844,14 +846,15 @@ def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merge
         collect_inputs(base, TEXTS[path.name], path, directions=8)
     files = merge_adapters(folders, rank=4, output=tmp_path / "files")
     prompts = {str(path): TEXTS[path.name] for path in folders}
-    one, two = (merge_adapters(folders, rank=4, model=base, prompts=prompts, passes=n, directions=8) for n in (1, 2))
+    given = {"rank": 4, "model": base, "prompts": prompts, "directions": 8}
+    one, two = (merge_adapters(folders, passes=n, strength=0.5, **given) for n in (1, 2))
     assert set(dict(base.named_modules())) == names
     assert files.rule == one.rule == "inputs" and two.options == {
         "passes": 2, "directions": 8, "last": 0.5, "strength": 0.5
     }  # fmt: skip
     assert one.options == {**two.options, "passes": 1}
     reader = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(llama_folder))  # a processor
-    full = merge_adapters(folders, rank=4, model=base, prompts=prompts, tokenizer=reader, directions=8, strength=1)
+    full = merge_adapters(folders, tokenizer=reader, strength=1, **given)
     assert full.options == {**two.options, "strength": 1}
     assert any((full.loras[n].B @ full.loras[n].A - B @ A).norm() > 1e-3 for n, (A, B) in two.loras.items())
     for name, (A, B) in one.loras.items():
@@ -881,6 +884,8 @@ def test_prompts_need_a_base_model_and_every_folder(trained):
         ({"rule": "tsv", "model": base, "prompts": prompts}, "with rule='inputs'"),
         ({"model": base, "prompts": {folders[0]: ["a"]}}, "`prompts` has no texts for .*task2"),
         ({"model": base, "prompts": prompts, "passes": 0}, "`passes` must be"),
+        ({"model": base, "prompts": prompts, "strength": []}, "`strength` must be a share"),
+        ({"model": base, "prompts": prompts, "strength": [0.5, 2]}, "`strength` must be a share"),
         ({"model": base, "prompts": prompts, "weights": [1, -1]}, "weighs squared errors"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from .core import core_space, reduced, single, to_lora
 from .inputs import (
     Statistics,
     adapted,
+    check_strengths,
     collect_inputs,
     input_spreads,
     inputs,
@@ -112,7 +114,7 @@ def merge_adapters(
     passes: int = 2,
     directions: int = 32,
     last: float = 0.5,
-    strength: float = 0.5,
+    strength: float | Sequence[float] = (0.5, 1.0),
     distill: int = 0,
     learning_rate: float = 3e-4,
     answer_tokens: int = 16,
@@ -143,10 +145,11 @@ def merge_adapters(
         passes: with a model; 1 looks at the adapters on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
         strength: with a model: the share of its scale at which each adapter is looked at on its own, as in
-            `collect_inputs`.
+            `collect_inputs`. Several: each is tried, and that whose merge answers the prompts most as the adapters do
+            stays (a model that writes no text: the first).
         distill: with a model that writes text, after any rule: steps in which the merged adapter learns to answer the
             prompts as each adapter does on its own, eight prompts each; takes the memory of a training run.
-        learning_rate, answer_tokens: of that, and the most tokens of an answer.
+        learning_rate: of that. answer_tokens: the most tokens of an answer, of what is compared too.
         batch_size: with a model: prompts that go through it at a time.
         progress: show a bar; None: in a terminal.
         options: of the rule, by name: see its function; "ties": density (.2), "ties" and "dare": space ("core", or
@@ -159,6 +162,7 @@ def merge_adapters(
     _check_arguments(rule, rank, before, after, output, options)
     check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
+    strengths = check_strengths(strength)
     distillation.check_lessons(model, distill, learning_rate, answer_tokens)
     adapters = Adapters(folders)
     weights = adapters.check_weights(weights)
@@ -174,13 +178,15 @@ def merge_adapters(
         raise ValueError("`distill` learns from prompts: give `model` and `prompts`, or leave it out.")
     if model is not None and prompts is not None:
         kept = {"directions": directions, "last": last}
-        look = _Look(model, texts_of(prompts, adapters.folders), tokenizer, batch_size, kept, adapters)
+        texts = texts_of(prompts, adapters.folders)
+        look = _Look(model, texts, tokenizer, batch_size, kept, adapters, answer_tokens, progress)
     used: dict[str, Any] = {}  # of the arguments that a model brings
+    tried: dict[float, list[float]] = {}
     if rule == "inputs":
         rules.check_losses(weights)
         if look is not None:
-            used |= {"passes": passes, **kept, "strength": strength}
-            statistics = look.alone(strength)
+            strengths = strengths if distillation.writes_text(look.model) else strengths[:1]
+            used |= {"passes": passes, **kept} | ({"answer_tokens": answer_tokens} if len(strengths) > 1 else {})
         else:
             found = [Statistics.load(folder) for folder in adapters.folders]
             statistics = [one for one in found if one is not None]
@@ -220,18 +226,36 @@ def merge_adapters(
             merged = _lines(adapters, merged, **later["lines"])
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        merged = run()
-        if look is not None and rule == "inputs":
+    def looked(look: _Look) -> dict[str, Lora]:
+        """From each strength in all passes; what answers most as the adapters do."""
+        nearest, best, statistics = math.inf, {}, []
+        for share in strengths:
+            merge.statistics = look.alone(share)
+            merged = run()
             for _ in range(passes - 1):
                 merge.statistics = look.under(merged)
                 merged = run()
+            if len(strengths) > 1:
+                tried[share] = look.divergences(merged)
+            far = sum(w * x for w, x in zip(weights, tried[share], strict=True)) / sum(weights) if tried else 0.0
+            if far < nearest:
+                nearest, best, statistics, used["strength"] = far, merged, merge.statistics, share
+        if not best:
+            raise ValueError(
+                "What the merged adapter answers is not finite (NaN or inf) in this model's dtype: load the base in "
+                "bfloat16 or float32, or merge by another rule."
+            )
+        merge.statistics = statistics
+        return best
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged = looked(look) if look is not None and rule == "inputs" else run()
         if look is not None and distill:
             told: dict[str, Any] = {"distill": distill, "learning_rate": learning_rate, "answer_tokens": answer_tokens}
             used |= told
             counts = weights if rule == "inputs" else [1.0] * len(weights)
-            merged = look.taught(merged, counts, seed, progress, **told)
+            merged = look.taught(merged, counts, seed, distill, learning_rate)
     said += dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
     if rule == "sum" and len(adapters) > 2:
         said.append(
@@ -243,7 +267,7 @@ def merge_adapters(
     report = _report(
         adapters, merged, weights, merge.statistics, progress,
         rule=rule, space=merge.space, ordered=chosen.ordered, before=list(before), after=list(after),
-        options={**options, **used}, seed=seed, warnings=said,
+        options={**options, **used}, seed=seed, warnings=said, tried=tried,
     )  # fmt: skip
     if output is not None:
         write_lora(output, merged, saved=adapters.saved, beside=report.save, **adapters.fields)
@@ -261,10 +285,13 @@ class _Look:
         batch_size: int,
         kept: dict[str, Any],
         adapters: Adapters,
+        answer_tokens: int,
+        progress: bool | None,
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
         self.model, self.adapters, self.kept, self.batch_size = model, adapters, kept, batch_size
+        self.answer_tokens, self.progress = answer_tokens, progress
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
         self.batches = [tokenized(each, self.tokenizer, batch_size) for each in texts]
 
@@ -292,29 +319,34 @@ class _Look:
             with adapted(self.model, Path(folder) / "merged", trainable) as model:
                 yield model
 
-    def taught(
-        self,
-        merged: dict[str, Lora],
-        weights: list[float],
-        seed: int,
-        progress: bool | None,
-        distill: int,
-        learning_rate: float,
-        answer_tokens: int,
-    ) -> dict[str, Lora]:
-        """The merged adapter after `distill` steps on what each adapter answers, in its SVD gauge."""
-        courses = []
-        for folder, batches in bar(list(zip(self.adapters.folders, self.batches, strict=True)), "answers", progress):
+    @cached_property
+    def courses(self) -> list[list[distillation.Lesson]]:
+        """What each adapter answers its prompts."""
+        found = []
+        each = list(zip(self.adapters.folders, self.batches, strict=True))
+        for folder, batches in bar(each, "answers", self.progress):
             check_text(self.model, batches, "give prompts without images, or leave `distill` out.")
             rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+            prompts = [ids[mask.bool()] for ids, mask in rows]
             with adapted(self.model, folder) as model:
-                prompts = [ids[mask.bool()] for ids, mask in rows]
-                lessons = distillation.lessons(model, prompts, self.tokenizer, answer_tokens, self.batch_size)
-                courses.append(lessons)
+                found.append(distillation.lessons(model, prompts, self.tokenizer, self.answer_tokens, self.batch_size))
+        return found
+
+    def divergences(self, merged: dict[str, Lora]) -> list[float]:
+        """How far what the merged adapter says is from what each adapter does."""
+        courses = self.courses  # each adapter is on the base for its own; then the merged one is
+        with self.onto(merged) as model:
+            return distillation.divergences(model, courses, self.batch_size)
+
+    def taught(
+        self, merged: dict[str, Lora], weights: list[float], seed: int, distill: int, learning_rate: float
+    ) -> dict[str, Lora]:
+        """The merged adapter after `distill` steps on what each adapter answers, in its SVD gauge."""
+        courses = self.courses
         with self.onto(merged, trainable=True) as model:
             taught = distillation.distill(
                 model, list(merged), courses, weights, steps=distill, learning_rate=learning_rate,
-                batch_size=self.batch_size, seed=seed, progress=progress,
+                batch_size=self.batch_size, seed=seed, progress=self.progress,
             )  # fmt: skip
         return {name: single(reduced(lora)) for name, lora in taught.items()}
 

@@ -55,13 +55,16 @@ def check_lessons(model: Any, steps: int, learning_rate: float, answer_tokens: i
     check_field(is_int(steps) and steps >= 0, "distill", steps, "a number of steps >= 0")
     check_field(is_number(learning_rate) and learning_rate > 0, "learning_rate", learning_rate, "a number > 0")
     check_field(is_int(answer_tokens) and answer_tokens >= 1, "answer_tokens", answer_tokens, "an integer >= 1")
-    if not steps or model is None:
-        return
-    if not getattr(model, "can_generate", bool)() or getattr(model.config, "is_encoder_decoder", False):
+    if steps and model is not None and not writes_text(model):
         raise ValueError(
             f"distill is for causal language models, whose answers can be compared; {type(model).__name__} is none: "
             "leave `distill` out."
         )
+
+
+def writes_text(model: Any) -> bool:
+    """Whether it is a causal language model, one token after the other."""
+    return bool(getattr(model, "can_generate", bool)()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 @torch.no_grad()
@@ -130,6 +133,25 @@ def divergence(logits: Tensor, lesson: Lesson) -> Tensor:
     """KL(p_t ‖ p) in nats, mean over the answer's tokens."""
     found = log_mass(logits, lesson.top.to(logits.device))
     return kl_div(found, lesson.mass.to(found.device), reduction="batchmean")
+
+
+@torch.no_grad()
+def divergences(model: PeftModel, courses: Sequence[Sequence[Lesson]], batch_size: int = 8) -> list[float]:
+    """KL(p_t ‖ p) in nats of a model from what each adapter says, mean over the lessons of each.
+
+    Args:
+        batch_size: prompts at a time.
+    """
+    found = []
+    with eval_mode(model), contiguous_head(model):
+        for course in courses:
+            total = 0.0
+            for start in range(0, len(course), batch_size):
+                some = course[start : start + batch_size]
+                logits = answer_logits(model, [x.ids for x in some], [len(x.top) for x in some])
+                total += sum(float(divergence(rows, x)) for rows, x in zip(logits, some, strict=True))
+            found.append(total / len(course))
+    return found
 
 
 def in_turn(courses: Sequence[Sequence[Lesson]], seed: int) -> Iterator[tuple[int, Lesson]]:

@@ -223,9 +223,10 @@ def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
 def tokenized(
     texts: Sequence[str], tokenizer: Any, batch_size: int = 8, max_length: int = 1024
 ) -> list[dict[str, Tensor]]:
-    """input_ids and attention_mask (batch_size, S) of texts; of a processor, its tokenizer's."""
+    """input_ids and attention_mask (batch_size, S) of texts, without empty ones; of a processor, its tokenizer's."""
     tokenizer = text_tokenizer(tokenizer)
-    check_field(not isinstance(texts, str) and len(texts) > 0, "texts", texts, "a list of at least one text")
+    check_field(not isinstance(texts, str) and any(texts), "texts", texts, "a list of at least one text")
+    texts = [text for text in texts if text]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": max_length}
@@ -243,6 +244,16 @@ def check_looking(directions: int, last: float, strength: float) -> None:
     check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
     for name, share in (("last", last), ("strength", strength)):
         check_field(is_number(share) and 0 <= share <= 1, name, share, "a share in [0, 1]")
+
+
+def check_strengths(strength: Any) -> list[float]:
+    """One strength or several, each once; refuse what is none."""
+    several = isinstance(strength, Sequence) and not isinstance(strength, str)
+    found = list(strength) if several else [strength]
+    check_field(bool(found), "strength", strength, "a share in [0, 1], or several")
+    for one in found:
+        check_looking(1, 0.0, one)
+    return list(dict.fromkeys(found))
 
 
 def input_spreads(

@@ -59,6 +59,8 @@ class MergeReport:
         interference: [t][s] is ‖ΔW_s x‖ / ‖ΔW_t x‖ over the inputs of t, root mean square over all modules: what s
             adds to the outputs of t beside its own; None where inputs are not known, and for a t that does nothing
             to its own.
+        tried: strength -> how far the merge that was looked at with it is from what each adapter answers, mean
+            KL(p_t ‖ p) in nats; {} where one strength was given. `options` has the one that stayed.
         warnings: what was said while merging.
         versions: of the packages that took part.
         loras: module -> the merged ΔW; not in the JSON.
@@ -79,6 +81,7 @@ class MergeReport:
     after: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    tried: dict[float, list[float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("torch", "peft")})
     loras: dict[str, Lora] = field(default_factory=dict, repr=False)
@@ -100,6 +103,9 @@ class MergeReport:
                 f"{a.folder[-24:]:>24} {a.weight:6.3g} {a.rank:5d} {a.norm:8.4g} {a.share:6.1%} "
                 f"{a.kept:6.1%} {error:>6}   {others}"
             )
+        for strength, far in self.tried.items():
+            stays = ", stays" if strength == self.options["strength"] else ""
+            lines.append(f"strength {strength:g}: KL from their answers {' '.join(f'{x:.3f}' for x in far)}{stays}")
         return "\n".join([*lines, *self.warnings])
 
 
