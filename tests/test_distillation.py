@@ -1,5 +1,6 @@
 """A merged adapter that learns from each adapter's own answers: the loss, the answers, and what comes of it."""
 
+import json
 import math
 from collections import Counter
 from itertools import islice
@@ -13,7 +14,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_mora.inputs import left_padded
-from peft_mora.merging import merge_adapters
+from peft_mora.merging import distillation, merge_adapters
 from peft_mora.merging.distillation import Lesson, divergence, in_turn, lessons
 from peft_mora.merging.inputs import adapted
 
@@ -133,8 +134,28 @@ def test_of_several_strengths_that_stays_whose_merge_answers_most_as_the_adapter
         for one, other in zip(chosen.adapters, each[best].adapters, strict=True):
             assert one.output_error == pytest.approx(other.output_error)
     assert f"strength {best:g}: KL from their answers" in str(chosen) and str(chosen).count("stays") == 1
-    first = merge_adapters(folders, strength=(0.0, 0.5, 1.0), weights=[1, 0], **given)
-    assert first.options["strength"] == min(first.tried, key=lambda x: first.tried[x][0])
+
+
+@pytest.mark.parametrize(
+    ("weights", "distances", "chosen"),
+    [
+        ([1, 1], ([0.1, 0.9], [0.3, 0.2]), 0.5),
+        ([9, 1], ([0.1, 0.9], [0.3, 0.2]), 1.0),
+        ([1, 0], ([0.1, math.nan], [0.3, 0.2]), 1.0),
+        ([1, 1], ([0.1, math.nan], [0.3, 0.2]), 0.5),
+    ],
+)
+def test_weights_count_where_strengths_are_compared(weights, distances, chosen, trained, tmp_path, monkeypatch):
+    base, folders, prompts = trained
+    told = iter(distances)
+    monkeypatch.setattr(distillation, "divergences", lambda *_: next(told))
+    given = {"model": base, "prompts": prompts, "passes": 1, "answer_tokens": 1, "output": tmp_path / "out"}
+    report = merge_adapters(folders, weights=weights, strength=(1.0, 0.5), **given)
+    assert report.options["strength"] == chosen and list(report.tried.values()) == list(distances)
+    text = (tmp_path / "out" / "merge_report.json").read_text(encoding="utf-8")
+    written = json.loads(text, parse_constant=pytest.fail)["tried"]
+    finite = [[None if math.isnan(x) else x for x in far] for far in distances]
+    assert written == dict(zip(("1.0", "0.5"), finite, strict=True))
 
 
 def test_strengths_are_compared_by_answers_where_a_model_writes_some(trained, llama_folder, tmp_path):
@@ -143,15 +164,18 @@ def test_strengths_are_compared_by_answers_where_a_model_writes_some(trained, ll
     report = merge_adapters(folders, model=classifier, prompts=prompts, strength=(1.0, 0.5))
     assert (report.options["strength"], report.tried) == (1.0, {}) and "answer_tokens" not in report.options
     base.lm_head.weight.data.fill_(torch.inf)
-    with pytest.raises(ValueError, match="answers is not finite"):
+    with pytest.raises(ValueError, match="answer is not finite"):
         merge_adapters(folders, model=base, prompts=prompts, output=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not any("lora" in name for name, _ in base.named_modules())
+    assert merge_adapters(folders, model=base, prompts=prompts, strength=0.5).tried == {}
 
 
-def test_an_empty_prompt_is_none(trained):
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_a_prompt_without_tokens_is_none(empty, trained):
     base, folders, prompts = trained
     given = {"rank": 2, "model": base, "answer_tokens": 2}
-    with_empty = merge_adapters(folders, prompts={path: ["", *texts, ""] for path, texts in prompts.items()}, **given)
+    more = {path: (text for text in [empty, *texts, empty]) for path, texts in prompts.items()}
+    with_empty = merge_adapters(folders, prompts=more, **given)
     without = merge_adapters(folders, prompts=prompts, **given)
     assert with_empty.tried == without.tried
     assert all(torch.equal(with_empty.loras[name].B, B) for name, (_, B) in without.loras.items())

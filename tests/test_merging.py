@@ -18,6 +18,7 @@ from peft_mora.lora_file import PREFIX, Lora, read_lora, write_lora
 from peft_mora.merging import RULES, collect_inputs, merge_adapters, merge_into_base, rules, scaling, sequential
 from peft_mora.merging.core import canonical, core_space, reduced, to_lora
 from peft_mora.merging.inputs import Inputs, Spread, Statistics, at_strength, inputs, output_energy, spread
+from peft_mora.merging.inputs import adapted as put_onto
 from peft_mora.merging.lego import lego, robust
 
 
@@ -874,6 +875,23 @@ def test_a_4_bit_base_is_looked_at_and_left_as_it_was(trained, llama_folder):
     after = base.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], t) for name, t in before.items())
     assert all(adapter.output_error < 0.7 for adapter in report.adapters)
+
+
+def test_what_an_adapter_saves_in_full_does_not_stay_in_the_base(llama_folder, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama_folder), config)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1.0)
+    model.save_pretrained(tmp_path / "task1")
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    before, head = {name: tensor.clone() for name, tensor in base.state_dict().items()}, base.lm_head
+    ids = torch.arange(5)[None]
+    own = base(ids).logits
+    with put_onto(base, tmp_path / "task1") as with_adapter:
+        assert not torch.allclose(with_adapter(ids).logits, own)
+    assert base.lm_head is head and base.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+    assert torch.equal(base(ids).logits, own)
 
 
 def test_prompts_need_a_base_model_and_every_folder(trained):

@@ -142,11 +142,11 @@ def merge_adapters(
             for the tokenizer that was saved with the first adapter, or the model's. With them "inputs" looks at what
             goes into the modules itself, and in each further pass again, under the merged adapter. The model stays as
             it is.
-        passes: with a model; 1 looks at the adapters on their own only.
+        passes: with a model; 1 solves with what the adapters see on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
         strength: with a model: the share of its scale at which each adapter is looked at on its own, as in
-            `collect_inputs`. Several: each is tried, and that whose merge answers the prompts most as the adapters do
-            stays (a model that writes no text: the first).
+            `collect_inputs`. Several: each is tried, and the merge whose answers to the prompts are nearest to the
+            adapters' stays (of a model that writes no text: the first).
         distill: with a model that writes text, after any rule: steps in which the merged adapter learns to answer the
             prompts as each adapter does on its own, eight prompts each; takes the memory of a training run.
         learning_rate: of that. answer_tokens: the most tokens of an answer, of what is compared too.
@@ -227,26 +227,28 @@ def merge_adapters(
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
 
     def looked(look: _Look) -> dict[str, Lora]:
-        """From each strength in all passes; what answers most as the adapters do."""
-        nearest, best, statistics = math.inf, {}, []
+        """From each strength in all passes; of several, that whose answers are nearest to the adapters'."""
+        nearest, best = math.inf, None
         for share in strengths:
             merge.statistics = look.alone(share)
             merged = run()
             for _ in range(passes - 1):
                 merge.statistics = look.under(merged)
                 merged = run()
-            if len(strengths) > 1:
-                tried[share] = look.divergences(merged)
-            far = sum(w * x for w, x in zip(weights, tried[share], strict=True)) / sum(weights) if tried else 0.0
+            if len(strengths) == 1:
+                used["strength"] = share
+                return merged
+            tried[share] = look.divergences(merged)
+            far = sum(weight * x for weight, x in zip(weights, tried[share], strict=True) if weight)
             if far < nearest:
-                nearest, best, statistics, used["strength"] = far, merged, merge.statistics, share
-        if not best:
+                nearest, best, used["strength"] = far, (merged, merge.statistics), share
+        if best is None:
             raise ValueError(
-                "What the merged adapter answers is not finite (NaN or inf) in this model's dtype: load the base in "
-                "bfloat16 or float32, or merge by another rule."
+                "What the adapters or the merged one answer is not finite (NaN, inf), so that no strength is nearer: "
+                "look at the base's dtype and at the adapters, or give one `strength`, which compares nothing."
             )
-        merge.statistics = statistics
-        return best
+        merged, merge.statistics = best
+        return merged
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -188,10 +189,13 @@ def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> It
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]  # PEFT freezes the base
     with unmoved():  # PEFT draws A before it reads the file
         with_adapter = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    saved = {name: m.original_module for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
     try:
         yield with_adapter
     finally:
-        with_adapter.unload()
+        with_adapter.unload()  # which leaves what the adapter has saved in full
+        for name, module in saved.items():
+            model.set_submodule(name, module)
         for parameter in learns:
             parameter.requires_grad_(True)
 
@@ -223,14 +227,15 @@ def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
 def tokenized(
     texts: Sequence[str], tokenizer: Any, batch_size: int = 8, max_length: int = 1024
 ) -> list[dict[str, Tensor]]:
-    """input_ids and attention_mask (batch_size, S) of texts, without empty ones; of a processor, its tokenizer's."""
+    """input_ids and attention_mask (batch_size, S) of the texts that have tokens; of a processor, its tokenizer's."""
     tokenizer = text_tokenizer(tokenizer)
-    check_field(not isinstance(texts, str) and any(texts), "texts", texts, "a list of at least one text")
-    texts = [text for text in texts if text]
+    cut = {"truncation": True, "max_length": max_length}
+    some = [] if isinstance(texts, str) else [text for text in texts if tokenizer(text, **cut)["input_ids"]]
+    check_field(len(some) > 0, "texts", texts, "a list of texts, at least one with tokens")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": max_length}
-    return [dict(tokenizer(list(texts[i : i + batch_size]), **options)) for i in range(0, len(texts), batch_size)]
+    starts = range(0, len(some), batch_size)
+    return [dict(tokenizer(some[i : i + batch_size], return_tensors="pt", padding=True, **cut)) for i in starts]
 
 
 def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:

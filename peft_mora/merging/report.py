@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -59,8 +60,9 @@ class MergeReport:
         interference: [t][s] is ‖ΔW_s x‖ / ‖ΔW_t x‖ over the inputs of t, root mean square over all modules: what s
             adds to the outputs of t beside its own; None where inputs are not known, and for a t that does nothing
             to its own.
-        tried: strength -> how far the merge that was looked at with it is from what each adapter answers, mean
-            KL(p_t ‖ p) in nats; {} where one strength was given. `options` has the one that stayed.
+        tried: strength -> how far the answers of its merge are from each adapter's, mean KL(p_t ‖ p) in nats, before
+            `distill`; {} where one strength was given. `options` has the one that stayed. In the JSON strengths are
+            strings, and what is not finite is null.
         warnings: what was said while merging.
         versions: of the packages that took part.
         loras: module -> the merged ΔW; not in the JSON.
@@ -89,6 +91,8 @@ class MergeReport:
     def save(self, folder: Path) -> None:
         """Write FOLDER/merge_report.json."""
         fields = {name: value for name, value in asdict(self).items() if name != "loras"}
+        tried = self.tried.items()
+        fields["tried"] = {strength: [x if math.isfinite(x) else None for x in far] for strength, far in tried}
         (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
