@@ -186,7 +186,7 @@ def merge_adapters(
         rules.check_losses(weights)
         if look is not None:
             strengths = strengths if distillation.writes_text(look.model) else strengths[:1]
-            used |= {"passes": passes, **kept} | ({"answer_tokens": answer_tokens} if len(strengths) > 1 else {})
+            used |= {"passes": passes, **kept}
         else:
             found = [Statistics.load(folder) for folder in adapters.folders]
             statistics = [one for one in found if one is not None]
@@ -238,6 +238,7 @@ def merge_adapters(
             if len(strengths) == 1:
                 used["strength"] = share
                 return merged
+            used["answer_tokens"] = answer_tokens
             tried[share] = look.divergences(merged)
             far = sum(weight * x for weight, x in zip(weights, tried[share], strict=True) if weight)
             if far < nearest:

@@ -247,8 +247,12 @@ def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
 def check_looking(directions: int, last: float, strength: float) -> None:
     """Refuse arguments of `input_spreads`."""
     check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
-    for name, share in (("last", last), ("strength", strength)):
-        check_field(is_number(share) and 0 <= share <= 1, name, share, "a share in [0, 1]")
+    check_share("last", last)
+    check_share("strength", strength)
+
+
+def check_share(name: str, value: Any) -> None:
+    check_field(is_number(value) and 0 <= value <= 1, name, value, "a share in [0, 1]")
 
 
 def check_strengths(strength: Any) -> list[float]:
@@ -257,7 +261,7 @@ def check_strengths(strength: Any) -> list[float]:
     found = list(strength) if several else [strength]
     check_field(bool(found), "strength", strength, "a share in [0, 1], or several")
     for one in found:
-        check_looking(1, 0.0, one)
+        check_share("strength", one)
     return list(dict.fromkeys(found))
 
 
