@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
+Key = TypeVar("Key")
 LOUDEST = 16.0  # median squared norms that one token may count as in a sum over tokens
 
 
@@ -353,10 +354,33 @@ def quietened(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Σ x xᵀ of each distinct input, float32 on the model's device, and the modules that share it."""
+    """Which modules share an input, and Σ x xᵀ of each distinct one, found when it is asked for.
 
-    covariance: dict[str, Tensor]  # group -> (I, I); a group is named after the first module called with it
+    Args:
+        groups: group -> the modules that share an input; a group is named after the first one called with it.
+        sizes: group -> I, the numbers of that input.
+        look: some groups -> their Σ x xᵀ (I, I), float32 on the model's device.
+        budget_gib: GiB of matrices held at a time.
+    """
+
     groups: dict[str, tuple[str, ...]]
+    sizes: dict[str, int]
+    look: Callable[[Sequence[str]], dict[str, Tensor]]
+    budget_gib: float = 4.0
+
+    def each(self, sets: Sequence[Sequence[str]]) -> Iterator[list[Tensor]]:
+        """The matrices of each set of groups in turn: those of as many sets as the budget has room for are found at
+        once, of one set at least, and dropped before the next are."""
+        costs = {i: sum(4 * self.sizes[name] ** 2 for name in names) for i, names in enumerate(sets)}
+        for part in parts(costs, self.budget_gib * 2**30):
+            found = self.look(list(dict.fromkeys(name for i in part for name in sets[i])))
+            for i in part:
+                yield [found[name] for name in sets[i]]
+            found.clear()
+
+    def all(self) -> dict[str, Tensor]:
+        """Those of every group, held at once."""
+        return {group: C for group, (C,) in zip(self.groups, self.each([[g] for g in self.groups]), strict=True)}
 
 
 def input_statistics(
@@ -365,44 +389,47 @@ def input_statistics(
     batches: Sequence[Mapping[str, Any]],
     budget_gib: float = 4.0,
 ) -> InputStatistics:
-    """Stream batches through the model and add up Σ x xᵀ of what goes into each module, over real tokens.
+    """Σ x xᵀ of what goes into each module over the real tokens of some batches, which stream through the model.
 
     A token counts as `LOUDEST` typical ones at most. Where a first token has hundreds of times the norm of the others
     (an attention sink: two modules of SmolLM2), it is one direction, and without a limit it would be all of the sum.
 
     Modules that are called with the very same tensor (q/k/v; gate/up) share one matrix. Each matrix takes 4·I² bytes
-    and all of them at once would not fit beside a large model, so the batches go through the model as often as
-    `budget_gib` asks for. Nothing but the matrices is kept. Where there are several processes, all must call this.
+    and all of them at once would not fit beside a large model, so they are found as they are asked for, with as many
+    passes of the batches as `budget_gib` makes necessary. The model is to stay as it is meanwhile. Where there are
+    several processes, all must ask for the same.
 
     Args:
         model, modules, batches: as `visit`; the inputs are (..., I), `attention_mask` (B, S) marks padding.
         budget_gib: GiB of matrices held at a time; at least one is.
 
     Raises:
-        ValueError: a module was never called, its tokens are not those of the attention mask, or it got NaN or inf.
+        ValueError: a module was never called, or its tokens are not those of the attention mask; when its matrix is
+            asked for: it got NaN or inf.
     """
     groups, sizes = shared_inputs(model, modules, batches[0])
-    covariance: dict[str, Tensor] = {}
 
-    def add(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        rows = quietened(real_rows(x, mask, name).float())
-        if name not in covariance:
-            covariance[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        covariance[name].addmm_(rows.T, rows)
+    def look(names: Sequence[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
 
-    done: dict[str, Tensor] = {}
-    for part in parts({name: 4 * size**2 for name, size in sizes.items()}, budget_gib * 2**30):
-        visit(model, {name: modules[name] for name in part}, batches, add)
-        for name in part:
+        def add(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+            rows = quietened(real_rows(x, mask, name).float())
+            if name not in found:
+                found[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+            found[name].addmm_(rows.T, rows)
+
+        visit(model, {name: modules[name] for name in names}, batches, add)
+        for name in names:
             if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(covariance[name])
-            done[name] = covariance.pop(name)
-            if not done[name].isfinite().all():
+                dist.all_reduce(found[name])
+            if not found[name].isfinite().all():
                 raise ValueError(
                     f"The inputs of module {name!r} are not finite (NaN, inf, or squares beyond float32): the model "
                     "has diverged, or a batch is broken."
                 )
-    return InputStatistics(done, groups)
+        return found
+
+    return InputStatistics(groups, sizes, look, budget_gib)
 
 
 def shared_inputs(
@@ -461,9 +488,9 @@ def layer_similarity(
     return {name: float(total / count) for name, (total, count) in sums.items()}
 
 
-def parts(sizes: Mapping[str, float], budget: float) -> Iterator[list[str]]:
-    """Names in their order, as many at a time as `budget` has room for; at least one."""
-    part: list[str] = []
+def parts(sizes: Mapping[Key, float], budget: float) -> Iterator[list[Key]]:
+    """Keys in their order, as many at a time as `budget` has room for; at least one."""
+    part: list[Key] = []
     used = 0.0
     for name, size in sizes.items():
         if part and used + size > budget:

@@ -31,6 +31,7 @@ from transformers import (
 
 import peft_mora
 from peft_mora import start_task
+from peft_mora.inputs import InputStatistics
 
 
 class Form(NamedTuple):
@@ -190,6 +191,12 @@ def inputs_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[torch.Te
     yield seen
     for handle in handles:
         handle.remove()
+
+
+def given_statistics(covariance: dict[str, torch.Tensor], groups: dict[str, tuple[str, ...]]) -> InputStatistics:
+    """Statistics that need no model."""
+    sizes = {name: len(C) for name, C in covariance.items()}
+    return InputStatistics(groups, sizes, lambda names: {name: covariance[name] for name in names})
 
 
 def padded() -> dict[str, torch.Tensor]:

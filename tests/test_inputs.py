@@ -9,7 +9,16 @@ from transformers import AutoTokenizer
 
 from peft_mora import MoraConfig
 from peft_mora.export import fit_lora
-from peft_mora.inputs import LOUDEST, input_statistics, layer_similarity, quietened, real_rows, shared_inputs, visit
+from peft_mora.inputs import (
+    LOUDEST,
+    InputStatistics,
+    input_statistics,
+    layer_similarity,
+    quietened,
+    real_rows,
+    shared_inputs,
+    visit,
+)
 from peft_mora.linalg import leading_directions
 from peft_mora.merging.distillation import lessons
 from trl_callbacks.general_text import LENGTH, sample
@@ -41,26 +50,42 @@ def test_statistics_are_of_real_tokens_and_shared_inputs_share_them(budget_gib):
     batches = [padded_batch(), padded_batch()]
     model.train()
     found = input_statistics(model, layers, batches, budget_gib)
+    covariance = found.all()
     assert model.training
     expected = seen_inputs(model, layers, batches)
     for group, modules in found.groups.items():
         for name in modules:
             x = expected[name]
-            torch.testing.assert_close(found.covariance[group].double(), x.T @ x, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(covariance[group].double(), x.T @ x, rtol=1e-5, atol=1e-5)
     sharing = {tuple(name.rsplit(".", 1)[-1] for name in modules) for modules in found.groups.values()}
     assert sharing == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
     assert len(found.groups) == 8
 
 
+def test_sets_of_inputs_are_found_together_by_as_few_passes_as_the_budget_allows():
+    sizes = {"q": 64, "o": 64, "gate": 64, "down": 128}
+    passes = []
+
+    def look(names):
+        passes.append(names)
+        return {name: torch.eye(sizes[name]) for name in names}
+
+    room = 4 * 3 * 64**2 / 2**30
+    found = InputStatistics({name: (name,) for name in sizes}, sizes, look, room)
+    sets = [["q", "o"], ["o"], ["gate"], ["down", "q"]]
+    assert [[len(C) for C in several] for several in found.each(sets)] == [[64, 64], [64], [64], [128, 64]]
+    assert passes == [["q", "o"], ["gate"], ["down", "q"]]  # a set is whole, whatever it takes
+
+
 def test_a_token_counts_as_so_many_typical_ones_at_most(monkeypatch):
     model, layers = adapted(tiny_llama())
     monkeypatch.setattr("peft_mora.inputs.LOUDEST", 0.9)  # the longer half is cut
-    found = input_statistics(model, layers, [padded_batch(), padded_batch()])
+    found = input_statistics(model, layers, [padded_batch(), padded_batch()]).all()
     for name, x in seen_inputs(model, layers, [padded_batch()]).items():
-        if name in found.groups:
+        if name in found:
             squares = x.square().sum(dim=1, keepdim=True)
             x = x * (0.9 * squares.median() / squares).sqrt().clamp_max(1)
-            torch.testing.assert_close(found.covariance[name].double(), 2 * x.T @ x, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[name].double(), 2 * x.T @ x, rtol=1e-5, atol=1e-5)
 
 
 def test_an_attention_sink_is_one_direction_of_many():
@@ -125,7 +150,7 @@ def test_inputs_whose_squares_are_not_finite_are_an_error(value):
     model.get_input_embeddings().weight.data[4] = value
     layers = {"embedded": model.get_base_model().model.layers[0]}
     with pytest.raises(ValueError, match="'embedded' are not finite"):
-        input_statistics(model, layers, [padded_batch()])
+        input_statistics(model, layers, [padded_batch()]).all()
 
 
 def test_module_that_saw_no_input_is_an_error():

@@ -143,12 +143,13 @@ def test_image_tokens_count_as_inputs_and_patches_do_whatever_the_texts_mask_say
         model(**batch)
     meter = next(iter(layers.values())).usage["default"].meter
     counted = {name: int(meter.pending[place.stop - 1]) for name, place in meter.places.items()}
+    covariance = found.all()
     for group, modules in found.groups.items():
         for name in modules:
             x = seen[name][0].flatten(0, -2).double()
             x = quietened(x[real] if is_text(name) else x)
             assert counted["base_model.model." + name] == len(x)
-            torch.testing.assert_close(found.covariance[group].double(), x.T @ x, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(covariance[group].double(), x.T @ x, rtol=1e-5, atol=1e-5)
     assert sum(not is_text(name) for name in layers) > 4 and meter.last_inputs is None
     with pytest.raises(ValueError, match="`pixel_attention_mask` has zeros.*exclude_modules"), record_usage(model):
         model(**batch, pixel_attention_mask=torch.zeros(2, 8, 8))

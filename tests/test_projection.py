@@ -2,13 +2,15 @@
 
 import json
 import math
+import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
-from helpers import At, inputs_of, losses, quantized, ranks, texts, tiny_llama
+from helpers import At, given_statistics, inputs_of, losses, quantized, ranks, texts, tiny_llama
 from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_linalg import covariance
@@ -123,6 +125,28 @@ def test_adamw_steps_stay_out_of_the_protected_span(kind, second):
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert leaks[OrthogonalProjectionCallback] <= 1e-5
     assert leaks[GradientOnly] >= 1e-2
+
+
+@pytest.mark.parametrize("start", ["contrast", "osrm"])
+def test_inputs_of_one_module_are_held_at_a_time(start, second, monkeypatch):
+    """Where the budget has room for one Σ x xᵀ, no more than one is there when the model is called for the next. All
+    of them would not fit beside a large model."""
+    each, there = InputStatistics.each, []
+
+    def watched(self, sets):
+        found = []
+
+        def look(names):
+            there.append(sum(C() is not None for C in found))
+            looked = self.look(names)
+            found.extend(weakref.ref(C) for C in looked.values())
+            return looked
+
+        yield from each(replace(self, look=look, budget_gib=0), sets)
+
+    monkeypatch.setattr(InputStatistics, "each", watched)
+    second("dense", start=start)[1].train()
+    assert len(there) == 2 * 8 and max(there) == 1  # before the first step and after the last
 
 
 @pytest.mark.parametrize("start", ["random", "inputs", "contrast"])
@@ -388,7 +412,7 @@ def test_osrm_starts_where_the_other_tasks_inputs_are_weakest_and_holds_nothing(
     for task in (1, 2):
         memory = Subspace("inputs", fingerprint(base), seen_energy=1.0)
         spread = {name: covariance(64, 64, seed=10 * task + i, decay=0.9) for i, name in enumerate(names)}
-        memory.add_inputs(InputStatistics(spread, {name: (name,) for name in names}), 0.5, None)
+        memory.add_inputs(given_statistics(spread, {name: (name,) for name in names}), 0.5, None)
         memory.save(tmp_path / str(task))
         others.append(spread)
     C = {name: others[0][name] / others[0][name].trace() + others[1][name] / others[1][name].trace() for name in names}

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import quantized, tiny_gpt2, tiny_llama
+from helpers import given_statistics, quantized, tiny_gpt2, tiny_llama
 from peft import get_peft_model
 from test_linalg import covariance, is_orthonormal
 
 from peft_mora import MoraConfig
 from peft_mora.fingerprint import fingerprint
-from peft_mora.inputs import InputStatistics
 from peft_mora.linalg import upper_bound
 from trl_callbacks import subspace as S
 
@@ -58,7 +57,7 @@ def test_inputs_go_behind_the_directions_of_the_group_that_has_the_modules():
     subspace = make_subspace()
     before = subspace.right["q"]
     seen = {"k": covariance(8, 6, seed=1).float(), "o": covariance(5, 3, seed=2).float()}
-    subspace.add_inputs(InputStatistics(seen, {"k": ("k", "q"), "o": ("o",)}), 0.95, None)
+    subspace.add_inputs(given_statistics(seen, {"k": ("k", "q"), "o": ("o",)}), 0.95, None)
     assert subspace.groups == {"q": ("q", "k"), "o": ("o",)} and subspace.weights == {"q": 1, "o": 1}
     V = subspace.right["q"]
     assert torch.equal(V[:, :3], before) and is_orthonormal(V.double(), atol=1e-5)
@@ -71,8 +70,8 @@ def test_each_group_learns_of_the_inputs_of_its_modules_and_counts_the_task_once
     """q, k and v get copies of their input in one task and one tensor in the next, and the other way round."""
     one, two = covariance(8, 3, seed=1).float(), covariance(8, 4, seed=2).float()
     qkv = ("q", "k", "v")
-    copies = InputStatistics(dict.fromkeys(qkv, one), {name: (name,) for name in qkv})
-    shared = InputStatistics({"q": two}, {"q": (*qkv, "new")})
+    copies = given_statistics(dict.fromkeys(qkv, one), {name: (name,) for name in qkv})
+    shared = given_statistics({"q": two}, {"q": (*qkv, "new")})
     for parts, groups in (
         ((copies, shared), {"q": ("q",), "k": ("k",), "v": ("v",), "new": ("new",)}),
         ((shared, copies), {"q": (*qkv, "new")}),
@@ -94,7 +93,7 @@ def test_each_group_learns_of_the_inputs_of_its_modules_and_counts_the_task_once
 
 def test_a_module_whose_inputs_are_all_padding_is_refused():
     with pytest.raises(ValueError, match="module 'q' are 0 or padding"):
-        make_subspace().add_inputs(InputStatistics({"q": torch.zeros(8, 8)}, {"q": ("q",)}), 0.95, None)
+        make_subspace().add_inputs(given_statistics({"q": torch.zeros(8, 8)}, {"q": ("q",)}), 0.95, None)
 
 
 def test_subspace_comes_back_from_its_files_as_it_was(tmp_path):

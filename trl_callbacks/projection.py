@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -345,19 +345,18 @@ class OrthogonalProjectionCallback(HostCallback):
     @torch.no_grad()
     def _place(self, run: Run) -> None:
         """Start A inside the complement, with the row norms that it was initialised with."""
-        found = run.statistics() if self.start != "random" else None
-        for (group, device), names in sharing(self._subspace, run.factors).items():
-            V = self._subspace.right[group].to(device)
-            if found is not None:
-                lead = next(lead for lead, modules in found.groups.items() if names[0] in modules)
+        if self.start != "random":
+            for group, names, covariance in self._inputs(run):
                 r = max(len(run.factors[name].A) for name in names)
                 # In rows, as a checkpoint gives them back: products of another layout differ in their last bits.
-                self._room[group] = self._directions(group, found.covariance[lead], self.room or 2 * r).contiguous()
+                self._room[group] = self._directions(group, covariance, self.room or 2 * r).contiguous()
+        for (group, device), names in sharing(self._subspace, run.factors).items():
+            V = self._subspace.right[group].to(device)
             for name in names:
                 A = run.factors[name].A.data
                 norms = A.norm(dim=1, keepdim=True)
                 rows = project_out(project_out(A, V), V)
-                if found is not None:
+                if group in self._room:
                     U = self._room[group].to(A)
                     rows = rows @ U @ U.T
                 rows = rows * (norms / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny))
@@ -366,23 +365,34 @@ class OrthogonalProjectionCallback(HostCallback):
     @torch.no_grad()
     def _begin_weakest(self, run: Run, resumed: bool) -> None:
         """OSRM: start A where the other tasks' inputs are weakest, with rows of norm 1."""
-        found, self._now = run.statistics(), Subspace(self.source.name, {})
         for (group, _), names in sharing(self._subspace, run.factors).items():
             if group not in self._subspace.seen:
                 raise ValueError(
                     f"No `memory` says what goes into module {names[0]!r} on the other tasks, so start='osrm' has no "
                     "weakest directions there. Write them with `protect(model, texts, folder, whole=True)`."
                 )
-            lead = next(lead for lead, modules in found.groups.items() if names[0] in modules)
-            self._now.remember(group, found.covariance[lead])
-            if resumed:
-                continue
+        self._now = Subspace(self.source.name, {})
+        for group, _, covariance in self._inputs(run):
+            self._now.remember(group, covariance)
+        for (group, _), names in () if resumed else sharing(self._subspace, run.factors).items():
             C = self._subspace.old_covariance(group, torch.float64)
             for name in names:
                 pair = run.factors[name]
                 _check_fresh(name, pair)
                 near = pair.A.detach().to(C)
                 pair.A.copy_(weakest_directions(C, len(near), near).T)
+
+    def _inputs(self, run: Run) -> Iterator[tuple[str, list[str], Tensor]]:
+        """Σ x xᵀ of this task for each group of the memory with its modules, one at a time: A is to stay meanwhile, on
+        which the model's outputs may depend even while B is 0 (MORA "bank")."""
+        groups: dict[str, list[str]] = {}
+        for (group, _), names in sharing(self._subspace, run.factors).items():
+            groups.setdefault(group, []).extend(names)
+        found = run.statistics()
+        lead = {module: group for group, modules in found.groups.items() for module in modules}
+        each = found.each([[lead[names[0]]] for names in groups.values()])
+        for (group, names), (covariance,) in zip(groups.items(), each, strict=True):
+            yield group, names, covariance
 
     def _ratio(self, factors: Mapping[str, Factors], now: Subspace) -> float:
         """‖A x_k‖ / ‖A x_t‖ over all modules together, x_k of the other tasks and x_t of this one."""

@@ -89,8 +89,7 @@ class Subspace:
             for group in sorted({self.group_of(module) or unknown[0] for module in modules}):
                 fed.setdefault(group, []).append(name)
                 fresh[group] = unknown
-        for group, names in fed.items():
-            covariances = [found.covariance[name] for name in names]
+        for group, covariances in zip(fed, found.each(list(fed.values())), strict=True):
             # Where nothing is held, one decomposition, which is what this costs, says what to hold and to remember.
             known = None if group in self.right else spectrum(covariances[0])
             for covariance in covariances:
@@ -99,7 +98,7 @@ class Subspace:
             total = covariances[0] / covariances[0].trace()
             for further in covariances[1:]:
                 total += further / further.trace()
-            known = known if len(names) == 1 else None
+            known = known if len(covariances) == 1 else None
             self.remember(group, total, known=known and Spectrum(known.values / known.values.sum(), known.vectors))
 
     def remember(self, group: str, covariance: Tensor, weight: float = 1, known: Spectrum | None = None) -> None:

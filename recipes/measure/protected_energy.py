@@ -62,13 +62,13 @@ def main() -> None:
     layers = linear_layers(model)
     names = [title(source) for source in args.look]
     looked = [
-        input_statistics(model, layers, text(source, args.look_tokens, model, tokenizer, seed=1)).covariance
+        input_statistics(model, layers, text(source, args.look_tokens, model, tokenizer, seed=1)).all()
         for source in args.look
     ]
     rows: list[dict[str, Any]] = []
     for source in args.protect:
         for tokens in args.tokens:
-            found = input_statistics(model, layers, text(source, tokens, model, tokenizer, seed=0)).covariance
+            found = input_statistics(model, layers, text(source, tokens, model, tokenizer, seed=0)).all()
             ranks: dict[float, list[float]] = {energy: [] for energy in args.energy}
             room: dict[float, list[float]] = {energy: [] for energy in args.energy}
             held: dict[tuple[float, str], list[float]] = {(e, name): [] for e in args.energy for name in names}
