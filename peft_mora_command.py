@@ -209,7 +209,8 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
 
         from peft_mora.export import effect_error, exact_lora, fit_lora, save_base, save_lora
         from peft_mora.info import adapter_info
-        from peft_mora.merging.inputs import tokenized
+        from peft_mora.inputs import batches_of
+        from peft_mora.merging.inputs import encoded
 
         def load() -> Any:
             base = load_model(args)
@@ -255,10 +256,9 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
             raise ValueError(f"{args.texts} has one text: give at least two, to fit on and to measure.")
         base = load()
         tokenizer = load_tokenizer(args.folder, base)
-        tokenizer.padding_side = "right"
         model = PeftModel.from_pretrained(base, args.folder).eval()
         seen, unseen = (
-            [{name: x.to(model.device) for name, x in batch.items()} for batch in tokenized(part, tokenizer)]
+            [{name: x.to(model.device) for name, x in b.items()} for b in batches_of(encoded(part, tokenizer), 8)]
             for part in (texts, test)
         )
         loras = fit_lora(model, seen, rank=args.rank)

@@ -138,6 +138,20 @@ def left_padded(rows: Sequence[Tensor], pad: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
 
 
+def right_padded(rows: Sequence[Any], pad: int = 0) -> dict[str, Tensor]:
+    """input_ids and attention_mask (B, S) int64 of sequences of tokens (tensors or lists), padded on the right: to be
+    read, as every model numbers real tokens from 0 there."""
+    ids, mask = (torch.full((len(rows), max(map(len, rows))), value) for value in (pad, 0))
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.as_tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def batches_of(rows: Sequence[Any], size: int, pad: int = 0) -> list[dict[str, Tensor]]:
+    """`right_padded` batches of `size` sequences each, the last of what is left."""
+    return [right_padded(rows[start : start + size], pad) for start in range(0, len(rows), size)]
+
+
 class LatestMask:
     """The attention mask of a model's latest forward: for layers that count tokens, while it runs and, where reentrant
     checkpointing computes them again, in its backward.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import METHODS, adapted, quantized, randomize, tiny_llama
+from helpers import METHODS, adapted, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
@@ -822,6 +822,23 @@ def test_lori_s_own_sum_is_that_of_the_files(tmp_path):
     for name, (A, B) in report.loras.items():
         want = model.get_base_model().get_submodule(name).get_delta_weight("both")
         torch.testing.assert_close(B @ A, want, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_read_as_each_is_alone_whatever_the_tokenizer_pads_with(llama_folder, tmp_path):
+    """Padded on the left and without position ids, GPT-2 would number the tokens of a short text from its padding."""
+    base = tiny_gpt2()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+    randomize(model)
+    model.save_pretrained(tmp_path / "one")
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder, padding_side="left")
+    tokenizer.pad_token = None
+    base = model.unload()
+    both = [collect_inputs(base, TEXTS["task1"], tmp_path / "one", tokenizer, batch_size=size) for size in (8, 1)]
+    eye = torch.eye(len(both[0].spreads["transformer.h.0.mlp.c_fc"].Q), dtype=torch.float64)
+    for module in both[0].spreads:
+        together, alone = (found.of(module).times(eye) for found in both)
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert tokenizer.pad_token is None and tokenizer.padding_side == "left"
 
 
 def test_statistics_of_other_weights_or_a_damaged_file_are_refused(trained):

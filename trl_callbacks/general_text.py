@@ -28,6 +28,7 @@ from peft_mora.inputs import (
     input_statistics,
     left_padded,
     placeholders,
+    right_padded,
     seeded,
     text_tokenizer,
     visit,
@@ -137,7 +138,7 @@ def read(source: Any, tokenizer: Any, tokens: int, model: Any = None) -> list[Ba
         if not set(images).isdisjoint(ids):
             raise ValueError(_images("the text stands for images"))
         if len(ids) > 1:  # a beginning-of-text token alone is no text
-            batches.append(batch_of([ids]))
+            batches.append(right_padded([ids]))
             left -= len(ids)
         if left <= 1:
             break
@@ -260,16 +261,7 @@ def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, st
         added = row[ids.shape[1] :]
         added = added[: added.index(end)] if stop and end in added else added
         rows.append((prompt + added)[:length])
-    return batch_of(rows, end)
-
-
-def batch_of(rows: list[list[int]], pad: int = 0) -> Batch:
-    """Sequences of tokens, padded on the right."""
-    longest = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
-    }
+    return right_padded(rows, end)
 
 
 def linear_layers(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
@@ -294,5 +286,5 @@ def linear_layers(model: Any, adapter_name: str | None = None) -> dict[str, nn.M
         check_field(bool(found), "adapter_name", adapter_name, f"one of {sorted(getattr(model, 'peft_config', {}))}")
         return found
     reached: set[str] = set()
-    visit(model, found, [batch_of([[0, 0]])], lambda name, *_: reached.add(name))
+    visit(model, found, [right_padded([[0, 0]])], lambda name, *_: reached.add(name))
     return {name: layer for name, layer in found.items() if name in reached}

@@ -20,11 +20,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int
-from peft_mora.inputs import check_text, shared_inputs
+from peft_mora.inputs import batches_of, check_text, shared_inputs
 from peft_mora.lora_file import TENSORS, digest, read_lora
 from peft_mora.merging.inputs import check_looking, input_spreads, submodules
 
-from .general_text import batch_of
 from .host import HostCallback, calibration_batches, keep_stopped, output_folder
 
 
@@ -98,9 +97,7 @@ class InputStatisticsCallback(HostCallback):
             for batch in calibration_batches(train_dataloader, args, count, otherwise)()
             for prompt in prompts_of(batch)
         ]
-        rows = [prompt.tolist() for prompt in prompts[: self.prompts]]
-        size = args.per_device_train_batch_size
-        self._batches = [batch_of(rows[start : start + size]) for start in range(0, len(rows), size)]
+        self._batches = batches_of(prompts[: self.prompts], args.per_device_train_batch_size)
         self._name = self.adapter_name or in_training(model)
         use_exact_4bit_kernels(model)
         with saved(model, self._name) as folder:

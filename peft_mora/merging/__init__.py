@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number, listed
-from ..inputs import check_text, text_tokenizer
+from ..inputs import batches_of, check_text, text_tokenizer
 from ..lora_file import Lora, write_lora
 from . import distillation, rules, scaling
 from .adapters import Adapters
@@ -32,13 +32,13 @@ from .inputs import (
     adapted,
     check_strengths,
     collect_inputs,
+    encoded,
     input_spreads,
     inputs,
     output_energies,
     output_error,
     saved_tokenizer,
     texts_of,
-    tokenized,
 )
 from .into_base import IntoBase, merge_into_base
 from .lego import lego, robust
@@ -296,7 +296,8 @@ class _Look:
         self.model, self.adapters, self.kept, self.batch_size = model, adapters, kept, batch_size
         self.answer_tokens, self.progress = answer_tokens, progress
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
-        self.batches = [tokenized(each, self.tokenizer, batch_size) for each in texts]
+        self.prompts = [encoded(each, self.tokenizer) for each in texts]
+        self.batches = [batches_of(prompts, batch_size) for prompts in self.prompts]
 
     def alone(self, strength: float) -> list[Statistics]:
         """Each under its own adapter, at a share of its scale."""
@@ -326,11 +327,9 @@ class _Look:
     def courses(self) -> list[list[distillation.Lesson]]:
         """What each adapter answers its prompts."""
         found = []
-        each = list(zip(self.adapters.folders, self.batches, strict=True))
-        for folder, batches in bar(each, "answers", self.progress):
+        each = list(zip(self.adapters.folders, self.prompts, self.batches, strict=True))
+        for folder, prompts, batches in bar(each, "answers", self.progress):
             check_text(self.model, batches, "give prompts without images, or leave `distill` out.")
-            rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-            prompts = [ids[mask.bool()] for ids, mask in rows]
             with adapted(self.model, folder) as model:
                 found.append(distillation.lessons(model, prompts, self.tokenizer, self.answer_tokens, self.batch_size))
         return found

@@ -82,8 +82,9 @@ def lessons(
     of_model = getattr(model.generation_config, "eos_token_id", None)
     known = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
     ends = sorted({end for end in known if end is not None})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=answer_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id,
+        do_sample=False, max_new_tokens=answer_tokens, eos_token_id=ends or None, pad_token_id=pad,
         suppress_tokens=placeholders(model.get_base_model()) or None,
     )  # fmt: skip
     with eval_mode(model), contiguous_head(model):

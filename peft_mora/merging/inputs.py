@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number
 from ..files import whole_file
-from ..inputs import check_text, parts, real_rows, seeded, shared_inputs, text_tokenizer, unmoved, visit
+from ..inputs import batches_of, check_text, parts, real_rows, seeded, shared_inputs, text_tokenizer, unmoved, visit
 from ..lora_file import Lora, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
 
@@ -172,7 +172,7 @@ def collect_inputs(
     modules = list(read_lora(folder).loras)
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
-        batches = tokenized(texts, tokenizer, batch_size, max_length)
+        batches = batches_of(encoded(texts, tokenizer, max_length), batch_size)
         statistics = input_spreads(with_adapter, modules, batches, directions=directions, last=last, strength=strength)
     statistics.save(folder)
     return statistics
@@ -224,18 +224,18 @@ def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
             layer.scaling.update(scaling)
 
 
-def tokenized(
-    texts: Sequence[str], tokenizer: Any, batch_size: int = 8, max_length: int = 1024
-) -> list[dict[str, Tensor]]:
-    """input_ids and attention_mask (batch_size, S) of the texts that have tokens; of a processor, its tokenizer's."""
+def encoded(texts: Sequence[str], tokenizer: Any, max_length: int = 1024) -> list[Tensor]:
+    """Token ids (S,) int64 of each text that has any; of a processor, its tokenizer's.
+
+    Raises:
+        ValueError: none has.
+    """
     tokenizer = text_tokenizer(tokenizer)
-    cut = {"truncation": True, "max_length": max_length}
-    some = [] if isinstance(texts, str) else [text for text in texts if tokenizer(text, **cut)["input_ids"]]
-    check_field(len(some) > 0, "texts", texts, "a list of texts, at least one with tokens")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    starts = range(0, len(some), batch_size)
-    return [dict(tokenizer(some[i : i + batch_size], return_tensors="pt", padding=True, **cut)) for i in starts]
+    some = [] if isinstance(texts, str) else list(texts)
+    found = tokenizer(some, truncation=True, max_length=max_length)["input_ids"] if some else []
+    rows = [torch.tensor(ids) for ids in found if len(ids)]
+    check_field(len(rows) > 0, "texts", texts, "a list of texts, at least one with tokens")
+    return rows
 
 
 def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from peft_mora.inputs import batches_of
 from peft_mora.lora_file import read_lora
-from peft_mora.merging.inputs import Spread, Statistics, adapted, input_spreads, tokenized
+from peft_mora.merging.inputs import Spread, Statistics, adapted, encoded, input_spreads
 from peft_mora.merging.scaling import block_of
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     table = Table("task", "strength", "all", "first third", "second", "last")
     for name in args.tasks:
         task = find_task(name, args.data, seed=args.seed)
-        batches = tokenized([record["prompt"] for record in task["train"][: args.prompts]], tokenizer)
+        batches = batches_of(encoded([record["prompt"] for record in task["train"][: args.prompts]], tokenizer), 8)
         folder = Path(args.adapters) / f"lora-{name}"
         modules = list(read_lora(folder).loras)
         with adapted(model, args.merged) as under:
