@@ -2,7 +2,7 @@
 
 python recipes/continual.py                                        # three embedded tasks, offline, on a CPU
 python recipes/continual.py --data DIR --tasks a,b,c --perplexity pages.jsonl
-python recipes/continual.py --ways all --scorer answers            # what each way forgets, without lm-eval
+python recipes/continual.py --ways all --scorer answers            # what each way forgets, in minutes
 python recipes/continual.py --data DIR --tasks dbpedia-1of4,warehouse,dbpedia-2of4   # embedded ones too, and parts
 python recipes/continual.py --model Qwen/Qwen3-0.6B --device cuda --data DIR --tasks a,b --general arc_easy
 

@@ -79,6 +79,20 @@ def test_the_loss_is_the_divergence_between_the_kept_tokens_and_all_others_toget
         torch.testing.assert_close(got.detach(), whole)
 
 
+def test_answers_are_greedy_whatever_the_base_generates_by(trained, llama_folder):
+    base, folders, prompts = trained
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    asked = ids_of(prompts[folders[0]], tokenizer)
+    own = base.generation_config
+    with adapted(base, folders[0]) as model:
+        plain = lessons(model, asked, tokenizer, 6)
+        own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = 3.0, 1, 2
+        assert all(torch.equal(x.ids, y.ids) for x, y in zip(lessons(model, asked, tokenizer, 6), plain, strict=True))
+        free = model.generate(input_ids=asked[0][None], max_new_tokens=6)[0]
+        assert not torch.equal(free, plain[0].ids)  # the base's own settings would give another answer
+    assert base.generation_config is own and own.num_beams == 2
+
+
 def test_answers_are_those_of_each_prompt_on_its_own_up_to_their_end(trained, llama_folder):
     base, folders, prompts = trained
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)

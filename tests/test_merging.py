@@ -351,6 +351,16 @@ def test_a_cut_of_isotropic_values_keeps_what_was_largest():
     torch.testing.assert_close(B @ A, torch.diag(torch.tensor([0.0, 3, 0], dtype=torch.float64)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rank", "own"), [(2, 1), (4, 1), (8, 1), (10, 2)])
+def test_iso_cts_leaves_each_adapter_its_share_of_directions_and_one_at_least(rank, own):
+    cores = [torch.randn(3 * rank, 3 * rank, generator=torch.Generator().manual_seed(t)).double() for t in range(3)]
+    got = rules.iso_cts(cores, [1.0] * 3)
+    U = torch.linalg.svd(sum(cores))[0]
+    k = 3 * rank - 3 * own
+    inside = torch.linalg.svdvals(U[:, :k].T @ torch.linalg.svd(got)[0][:, : 3 * rank])
+    assert len(inside) == k and (got - rules.iso_c(cores, [1.0] * 3)).norm() > 0.01 * got.norm()
+
+
 def test_iso_cts_gives_each_adapter_directions_of_its_own():
     deltas = updates()
     total = sum(deltas)
@@ -697,6 +707,22 @@ def test_sums_of_one_adapter_after_the_other_are_exact_in_any_order(tasks):
         torch.testing.assert_close(B @ A, want)
 
 
+def test_sums_of_many_adapters_take_no_more_memory_and_are_those_of_all_at_once():
+    tasks, spreads = [loras(seed, 6)[LAYERS[0]] for seed in range(20)], [spread(C, 4) for C in covariances(20)]
+    sums, sizes = Inputs(), []
+    for lora, C in zip(tasks, spreads, strict=True):
+        sums.add(lora, C)
+        sizes.append(sum(t.numel() for kept in (sums.A, sums.AC, sums.B, sums.halves) for t in kept))
+    assert max(sizes[10:]) <= 2 * 20 * 16 + 20 * 20 + 2 * 16 * 16 + 6 * (2 * 16 + 20)
+    eye = torch.eye(16, dtype=torch.float64)
+    weighted = [C.times(eye) / output_energy(lora, C) for lora, C in zip(tasks, spreads, strict=True)]
+    lam = 0.01 * sum(weighted).trace() / 16 / 20
+    deltas = [lora.B.double() @ lora.A.double() for lora in tasks]
+    right = sum(delta @ (C + lam * eye) for delta, C in zip(deltas, weighted, strict=True))
+    A, B = sums.result()
+    torch.testing.assert_close(B @ A, right @ torch.linalg.inv(sum(weighted) + 20 * lam * eye), rtol=1e-8, atol=1e-10)
+
+
 def test_an_adapter_that_hardly_responds_to_its_inputs_is_not_weighted_without_bound(tasks):
     spreads = [spread(C, 4) for C in covariances(3)]
     weak = Lora(tasks[2].A, 1e-4 * tasks[2].B)
@@ -718,6 +744,16 @@ def test_without_statistics_another_rule_is_taken_and_said(three):
     close(dense(report), dense(merge_adapters(three, "iso-c", factor=2.0)))
     with pytest.warns(UserWarning, match="rule='sum'"):
         assert merge_adapters(three[:2]).rule == "sum"
+
+
+def test_what_is_done_after_a_merge_stays_as_it_was_asked_for_under_another_rule(three):
+    with pytest.warns(UserWarning, match="No input statistics"):
+        report = merge_adapters(three, after=["svc"], alpha=5.0)
+    close(dense(report), dense(merge_adapters(three, "iso-c", factor=2.0, after=["svc"], alpha=5.0)))
+    assert report.options == {"factor": 2.0, "alpha": 5.0}
+    assert (
+        dense(report)[LAYERS[0]] - dense(merge_adapters(three, "iso-c", factor=2.0, after=["svc"]))[LAYERS[0]]
+    ).norm() > 0.1
 
 
 TEXTS = {"task1": ["the cat sat on the mat", "a dog ran", "no"], "task2": ["big blue log", "yes the small red cat"]}
@@ -824,6 +860,44 @@ def test_lori_s_own_sum_is_that_of_the_files(tmp_path):
         torch.testing.assert_close(B @ A, want, rtol=1e-4, atol=1e-5)
 
 
+def state_of(model: torch.nn.Module) -> tuple:
+    modules = {name: (id(module), module.training) for name, module in model.named_modules()}
+    return modules, {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}, sorted(vars(model))
+
+
+@pytest.mark.parametrize("fault", [None, "another base", "out of memory"])
+def test_the_base_is_afterwards_as_it_was_also_where_an_adapter_does_not_load(fault, trained, tmp_path, monkeypatch):
+    base, folders = trained
+    base.train()
+    base.model.layers[0].eval()
+    base.lm_head.requires_grad_(False)
+    before = state_of(base)
+    folder = folders[0]
+    if fault == "another base":
+        write_lora(
+            folder := tmp_path / "other", {"model.layers.1.mlp.up_proj": Lora(torch.ones(2, 64), torch.ones(96, 2))}
+        )
+    if fault == "out of memory":
+        monkeypatch.setattr(PeftModel, "load_adapter", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room")))
+    expected = {
+        None: warnings.catch_warnings(),
+        "another base": pytest.raises(
+            ValueError, match="up_proj' by 96 x 64, which is 128 x 64 in the model: it is of an"
+        ),
+        "out of memory": pytest.raises(MemoryError, match="no room"),
+    }[fault]
+    with expected:
+        collect_inputs(base, TEXTS["task1"], folder)
+    assert state_of(base) == before
+
+
+def test_prompts_are_read_to_their_end_unless_a_length_is_given(trained):
+    base, folders = trained
+    text = "the cat " * 45
+    found = [collect_inputs(base, [text], folders[0], max_length=length).tokens for length in (None, 7)]
+    assert found[0] >= 90 and found[1] == 7
+
+
 def test_prompts_are_read_as_each_is_alone_whatever_the_tokenizer_pads_with(llama_folder, tmp_path):
     """Padded on the left and without position ids, GPT-2 would number the tokens of a short text from its padding."""
     base = tiny_gpt2()
@@ -850,6 +924,11 @@ def test_statistics_of_other_weights_or_a_damaged_file_are_refused(trained):
         merge_adapters(folders)
     file.write_bytes(b"no")
     with pytest.raises(ValueError, match="is damaged.*collect_inputs writes it anew"):
+        merge_adapters(folders)
+    broken = collect_inputs(base, TEXTS["task1"], folders[0])
+    broken.spreads["model.layers.1.mlp.up_proj"].values[0] = float("nan")
+    broken.save(folders[0])
+    with pytest.raises(ValueError, match="is damaged.*up_proj.values' is not finite"):
         merge_adapters(folders)
     with pytest.raises(ValueError, match="`texts` must be"):
         collect_inputs(base, [], folders[0])

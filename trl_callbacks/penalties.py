@@ -541,7 +541,7 @@ class AdapterPenaltyCallback(HostCallback):
 def add_gradients(run: Run, rule: Rule, scale: float = 1.0) -> Tensor | None:
     """Add `scale` times the gradient of the rule's penalty to the `grad` of each A and B in training.
 
-    A module at a time, so that one (O, I) matrix is there at once.
+    A module at a time, so that its (O, I) matrices alone are there at once.
 
     Returns:
         The penalty, the mean over the modules; None where the rule has none.

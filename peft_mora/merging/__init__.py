@@ -180,6 +180,7 @@ def merge_adapters(
         kept = {"directions": directions, "last": last}
         texts = texts_of(prompts, adapters.folders)
         look = _Look(model, texts, tokenizer, batch_size, kept, adapters, answer_tokens, progress)
+    later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
     used: dict[str, Any] = {}  # of the arguments that a model brings
     tried: dict[float, list[float]] = {}
     if rule == "inputs":
@@ -191,9 +192,10 @@ def merge_adapters(
             found = [Statistics.load(folder) for folder in adapters.folders]
             statistics = [one for one in found if one is not None]
             if len(statistics) < len(adapters):
-                rule, options = ("sum", {}) if len(adapters) < 3 else ("iso-c", {"factor": 2.0})
+                rule, needs = ("sum", {}) if len(adapters) < 3 else ("iso-c", {"factor": 2.0})
                 missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
-                how = f"rule={rule!r}{f' {options}' if options else ''}"
+                how = f"rule={rule!r}{f' {needs}' if needs else ''}"
+                options = needs | {name: options[name] for names in later.values() for name in names}
                 said.append(
                     f"No input statistics in {listed(missing, 'and')}: merged by {how}, which "
                     "keeps less of what each adapter can do. collect_inputs(model, texts, folder) writes them."
@@ -201,7 +203,6 @@ def merge_adapters(
                 statistics = []
     chosen = RULES[rule]
     gauge = canonical and rule != "slao"
-    later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
     own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
     merge = _Merge(chosen, rank, weights, own, seed, statistics)
 
@@ -269,8 +270,8 @@ def merge_adapters(
         warnings.warn(text, stacklevel=2)
     report = _report(
         adapters, merged, weights, merge.statistics, progress,
-        rule=rule, space=merge.space, ordered=chosen.ordered, before=list(before), after=list(after),
-        options={**options, **used}, seed=seed, warnings=said, tried=tried,
+        rule=rule, space=merge.space, ordered=chosen.ordered or distill > 0, before=list(before), after=list(after),
+        options={**options, **used}, seed=seed, canonical=canonical, wanted_rank=rank, warnings=said, tried=tried,
     )  # fmt: skip
     if output is not None:
         write_lora(output, merged, saved=adapters.saved, beside=report.save, **adapters.fields)

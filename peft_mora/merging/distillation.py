@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -87,13 +88,12 @@ def lessons(
         do_sample=False, max_new_tokens=answer_tokens, eos_token_id=ends or None, pad_token_id=pad,
         suppress_tokens=placeholders(model.get_base_model()) or None,
     )  # fmt: skip
-    with eval_mode(model), contiguous_head(model):
+    with eval_mode(model), contiguous_head(model), generating_by(model, greedy):
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
             batch = left_padded(some)
             written = model.generate(
-                **{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")},
-                generation_config=greedy,
+                **{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
             )
             answers = [_until(row, ends) for row in written[:, batch["input_ids"].shape[1] :].cpu()]
             texts = [torch.cat(pair) for pair in zip(some, answers, strict=True)]
@@ -101,6 +101,18 @@ def lessons(
                 top = logits.topk(min(TOP, logits.shape[-1] - 1), dim=-1).indices
                 found.append(Lesson(ids, top.cpu(), log_mass(logits, top).exp().cpu()))
     return found
+
+
+@contextmanager
+def generating_by(model: PeftModel, config: GenerationConfig) -> Iterator[None]:
+    """A config in the place of the base's own for the length of a block: as an argument, `generate` would complete it
+    by the base's repetition penalty, beams and so on."""
+    base: Any = model.get_base_model()
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _until(answer: Tensor, ends: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ directions and one number for all others, so that the system is solved in their 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..checks import check_field, is_int, is_number
 from ..files import whole_file
@@ -131,7 +132,9 @@ class Statistics:
             }
             statistics = cls(spreads, groups, text["prompts"], text["tokens"], text.get("strength", 1.0))
             version, adapter = text["version"], text["adapter_sha256"]
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            if broken := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
+                raise ValueError(f"{broken[0]!r} is not finite")
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # JSON's is a ValueError
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {again}") from error
         if version != VERSION or adapter != digest(folder):
             what = f"has version {version}" if version != VERSION else "was made with other weights of the adapter"
@@ -149,7 +152,7 @@ def collect_inputs(
     last: float = 0.5,
     strength: float = 0.5,
     batch_size: int = 8,
-    max_length: int = 1024,
+    max_length: int | None = None,
 ) -> Statistics:
     """See what goes into an adapter's modules on some of its prompts, and keep that beside it.
 
@@ -165,9 +168,11 @@ def collect_inputs(
         directions: k of every C; the others have one mean.
         last: share of C that is over last tokens alone, 0..1.
         strength: share of its scale that the adapter has meanwhile, 0..1.
+        max_length: tokens of a text that are read, from its first on; None: all, for what a prompt asks for is mostly
+            its end.
 
     Raises:
-        ValueError: as `read_lora`; no texts; a module that saw no input.
+        ValueError: as `read_lora`; the model is not the adapter's base; no texts; a module that saw no input.
     """
     modules = list(read_lora(folder).loras)
     tokenizer = tokenizer or saved_tokenizer(model, folder)
@@ -180,24 +185,54 @@ def collect_inputs(
 
 @contextmanager
 def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> Iterator[PeftModel]:
-    """A base model with an adapter for the length of a block; a PeftModel as it is. In 4 bits the layers keep the
-    kernels of training: else bitsandbytes repacks the base at its first forward on some CPUs, and rounds it."""
+    """A base model with an adapter for the length of a block, and as it was after it; a PeftModel as it is. In 4 bits
+    the layers keep the kernels of training: else bitsandbytes repacks the base at its first forward on some CPUs, and
+    rounds it.
+
+    Raises:
+        ValueError: the adapter is of another base model.
+    """
     use_exact_4bit_kernels(model)
     if isinstance(model, PeftModel):
         yield model
         return
-    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]  # PEFT freezes the base
-    with unmoved():  # PEFT draws A before it reads the file
-        with_adapter = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    saved = {name: m.original_module for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+    check_base(model, folder)
+    before = dict(model.named_modules())
+    states: list[tuple[Any, str, bool]] = [(module, "training", module.training) for module in before.values()]
+    states += [(parameter, "requires_grad", parameter.requires_grad) for parameter in model.parameters()]
+    described = "peft_config" in vars(model)
     try:
+        with unmoved():  # PEFT draws A before it reads the file
+            with_adapter = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         yield with_adapter
     finally:
-        with_adapter.unload()  # which leaves what the adapter has saved in full
-        for name, module in saved.items():
-            model.set_submodule(name, module)
-        for parameter in learns:
-            parameter.requires_grad_(True)
+        for name, module in before.items():  # from the outside in: also those of an adapter that broke off in loading
+            if name and model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+        if not described:
+            vars(model).pop("peft_config", None)
+        for owner, field, value in states:
+            setattr(owner, field, value)
+
+
+def check_base(model: nn.Module, folder: str | Path) -> None:
+    """Refuse an adapter whose modules a base model has not, or has with other sizes.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    there = dict(model.named_modules())
+    for name, (A, B) in read_lora(folder).loras.items():
+        layer: Any = there.get(name)
+        given = tuple(getattr(layer, field, None) for field in ("out_features", "in_features"))
+        if isinstance(layer, Conv1D):
+            given = tuple(reversed(layer.weight.shape))
+        if layer is None or (None not in given and given != (len(B), A.shape[1])):
+            has = "which the model has not" if layer is None else f"which is {given[0]} x {given[1]} in the model"
+            raise ValueError(
+                f"The adapter in {folder} updates {name!r} by {len(B)} x {A.shape[1]}, {has}: it is of another base "
+                "model. Give the one that its adapter_config.json names."
+            )
 
 
 @contextmanager
@@ -224,15 +259,16 @@ def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
             layer.scaling.update(scaling)
 
 
-def encoded(texts: Sequence[str], tokenizer: Any, max_length: int = 1024) -> list[Tensor]:
-    """Token ids (S,) int64 of each text that has any; of a processor, its tokenizer's.
+def encoded(texts: Sequence[str], tokenizer: Any, max_length: int | None = None) -> list[Tensor]:
+    """Token ids (S,) int64 of each text that has any, as many as `max_length`; of a processor, its tokenizer's.
 
     Raises:
         ValueError: none has.
     """
+    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     tokenizer = text_tokenizer(tokenizer)
     some = [] if isinstance(texts, str) else list(texts)
-    found = tokenizer(some, truncation=True, max_length=max_length)["input_ids"] if some else []
+    found = (copy.deepcopy(tokenizer) if cut else tokenizer)(some, **cut)["input_ids"] if some else []
     rows = [torch.tensor(ids) for ids in found if len(ids)]
     check_field(len(rows) > 0, "texts", texts, "a list of texts, at least one with tokens")
     return rows
@@ -320,7 +356,8 @@ def input_spreads(
 
 
 class Inputs:
-    """The sums of one module, to which adapters are added one at a time: exact, in any order.
+    """The sums of one module, to which adapters are added one at a time: exact, in any order, and no more than
+    2·O·I + 2·I² numbers, however many there are.
 
     Args:
         ridge: ε, of λ = ε · mean(diag Σ w_t C_t) / Σ weights.
@@ -350,6 +387,8 @@ class Inputs:
             w = weight / output
             self.AC.append(w * C.times(A.T).T)
             self.halves.append(w**0.5 * C.half)
+            if sum(H.shape[1] for H in self.halves) > 2 * len(C.Q):  # no more than I are ever needed
+                self.halves = [torch.linalg.qr(torch.cat(self.halves, dim=1).T).R.T]
             self.rest += w * C.rest
             self.trace += w * C.trace()
         else:

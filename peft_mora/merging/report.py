@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,10 +49,10 @@ class MergeReport:
     """What `merge_adapters` did.
 
     Args:
-        rule, before, after, options, seed: as they ran.
+        rule, before, after, options, seed, canonical: as they ran.
         space: where the rule ran: "core", "factors", "full" or "inputs".
         ordered: whether the result depends on the order of the adapters.
-        rank: of the written LoRA.
+        rank: of the written LoRA. wanted_rank: what was asked for.
         adapters: one entry a folder, in order.
         norm: ‖ΔW‖ of the result. mean_norm: mean of the adapters' norms.
         cosine: of ΔW_s and ΔW_t over all modules. rows, columns: overlap ‖P_s P_t‖² / min(r_s, r_t), 0..1, of the
@@ -83,6 +83,8 @@ class MergeReport:
     after: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    canonical: bool = True
+    wanted_rank: str | int | float = "sum"
     tried: dict[float, list[float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("torch", "peft")})
@@ -90,7 +92,8 @@ class MergeReport:
 
     def save(self, folder: Path) -> None:
         """Write FOLDER/merge_report.json."""
-        fields = {name: value for name, value in asdict(self).items() if name != "loras"}
+        fields = asdict(replace(self, loras={}))  # which would be copied
+        del fields["loras"]
         tried = self.tried.items()
         fields["tried"] = {strength: [x if math.isfinite(x) else None for x in far] for strength, far in tried}
         (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

@@ -110,14 +110,16 @@ def iso_cts(cores: Cores, weights: Weights, *, common: float = 0.8, factor: floa
 
     Args:
         common: share of the directions that stay those of the sum, in (0, 1]; the others are divided evenly: for each
-            adapter, the leading ones of its residual outside of the common left directions.
+            adapter, the leading ones of its residual outside of the common left directions, one at least where it is
+            below 1.
         factor: as in `iso_c`.
     """
     check_field(is_number(common) and 0 < common <= 1, "common", common, "a share in (0, 1]")
     check_field(is_number(factor), "factor", factor, "a number")
     updates = scaled(cores, weights)
     U, S, Vh = svd(sum_cores(cores, weights))
-    own = int((1 - common) * len(S) / len(cores))
+    own = int((1 - common) * len(S) / len(cores) + 1e-9)  # a fifth of 10 is 1.99…
+    own = max(own, int(common < 1 and len(S) > len(cores)))
     k = len(S) - own * len(cores)
     found = [(U[:, :k], S[:k], Vh[:k])]
     for update in updates:
