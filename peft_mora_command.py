@@ -205,10 +205,8 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
     _add_model(parser, "the base model (the one that the adapter names)")
 
     def call(args: Any) -> None:
-        from peft import PeftModel
-
         from peft_mora.export import effect_error, exact_lora, fit_lora, save_base, save_lora
-        from peft_mora.info import adapter_info
+        from peft_mora.info import adapter_info, vllm_options
         from peft_mora.inputs import batches_of
         from peft_mora.merging.inputs import encoded
 
@@ -224,7 +222,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         def write(model: Any, loras: Any, said: str) -> None:
             to = args.base_to and Path(args.base_to).resolve()
             config = save_lora(model, loras, args.output, base=to)
-            print(f"{said}LoRA of rank {config.r} in {args.output}")
+            print(f"{said}LoRA of rank {config.r} in {args.output}; vLLM: {vllm_options(config.r, not found.routed)}")
             if to:
                 save_base(model.unload(), to, args.folder)
                 print(f"its base in 16 bits in {args.base_to}")
@@ -240,7 +238,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
             raise ValueError(f"{args.folder} does not say which base it is for: give it as --model NAME_OR_DIR.")
         if found.merges:
             there = load() if args.base_to else _without_weights(args.model, args.folder)
-            write(model := PeftModel.from_pretrained(there, args.folder), exact_lora(model), "exact; ")
+            write(model := with_adapter(there, args.folder), exact_lora(model), "exact; ")
             return
         if not found.routed:
             raise ValueError(found.refusal)
@@ -256,7 +254,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
             raise ValueError(f"{args.texts} has one text: give at least two, to fit on and to measure.")
         base = load()
         tokenizer = load_tokenizer(args.folder, base)
-        model = PeftModel.from_pretrained(base, args.folder).eval()
+        model = with_adapter(base, args.folder).eval()
         seen, unseen = (
             [{name: x.to(model.device) for name, x in b.items()} for b in batches_of(encoded(part, tokenizer), 8)]
             for part in (texts, test)
@@ -299,9 +297,9 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
     _add_model(parser, "the base model")
 
     def call(args: Any) -> None:
-        from peft import PeftModel
-
         from peft_mora import TaskRouter
+        from peft_mora.files import check_own
+        from peft_mora.task_router import FILES, check_routed
 
         new, adapters = _pairs(args.add, "--add"), _pairs(args.adapters, "--adapters")
         texts = [*args.prompts, *(read_texts(args.file) if args.file else [])]
@@ -309,8 +307,12 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
             raise ValueError("--adapters and --output go together: TASK=DIR of each task, and the folder to write.")
         if (new or texts or adapters) and args.model is None:
             raise ValueError("A router reads prompts with the base model: give it as --model NAME_OR_DIR.")
-        model = load_model(args) if args.model else None
-        tokenizer = load_tokenizer(args.model, model) if model is not None else None
+        if new or args.remove:
+            check_own(args.router, FILES)
+        if adapters:
+            check_routed(args.output)
+        model: Any = load_model(args) if args.model else None
+        tokenizer = load_tokenizer(args.model, model) if args.model else None
         if Path(args.router).exists() or not new:
             router = TaskRouter.load(args.router, model, tokenizer)
         else:
@@ -328,11 +330,9 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
             for text, name, row in zip(texts, routes.names, routes.probabilities.tolist(), strict=True):
                 print(f"{name}\t{max(row):.3f}\t{' '.join(text.split())}")
         if adapters:
-            (first, folder), *others = adapters.items()
-            driven: Any = PeftModel.from_pretrained(model, folder, first)  # type: ignore[arg-type]
-            for name, folder in others:
-                driven.load_adapter(folder, name)
-            router.attach(driven.eval())
+            for name, folder in adapters.items():
+                model = with_adapter(model, folder, name)
+            router.attach(model.eval())
             router.save_pretrained(args.output)
             print(f"{len(adapters)} adapters and the router are in {args.output}")
 
@@ -348,7 +348,7 @@ def protect(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
 In the training script: OrthogonalProjectionCallback("out/general")."""
     parser.add_argument("model", help="base model: a folder, or a name on the Hub")
     parser.add_argument("--source", default="self", help="self: text that it samples; or JSON lines (%(default)s)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the memory; what is there is replaced")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the memory; an earlier one there is replaced")
     parser.add_argument(
         "--energy", type=float, help="share of the inputs' energy that is held (the library's default)"
     )
@@ -357,7 +357,9 @@ In the training script: OrthogonalProjectionCallback("out/general")."""
 
     def call(args: Any) -> None:
         from trl_callbacks import protect
+        from trl_callbacks.subspace import Subspace
 
+        Subspace.check_folder(args.output)
         given = {name: getattr(args, name) for name in ("energy", "tokens") if getattr(args, name) is not None}
         model = load_model(args)
         found = protect(model, args.source, args.output, tokenizer=load_tokenizer(args.model, model), **given)
@@ -393,6 +395,32 @@ def load_model(args: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=device, **options)
     use_exact_4bit_kernels(model)
     return model.eval()
+
+
+def with_adapter(model: Any, folder: str, name: str = "default") -> Any:
+    """The model, or a PeftModel with the adapters that it has, with the adapter of a folder.
+
+    Raises:
+        ValueError: its weights are not of the sizes of this base, or their file is damaged.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, name)
+            return model
+        return PeftModel.from_pretrained(model, folder, name)
+    except SafetensorError as error:
+        raise ValueError(f"{folder} is damaged ({error}): save the adapter again.") from error
+    except RuntimeError as error:
+        wrong = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        if wrong is None:
+            raise
+        raise ValueError(
+            f"The adapter in {folder} is of another base than {model.config.name_or_path} ({wrong.rstrip('.')}): give "
+            "the one that it was trained over as --model."
+        ) from error
 
 
 def load_tokenizer(where: str, model: Any) -> Any:
@@ -448,7 +476,14 @@ def read_texts(path: str, answers: bool = False) -> list[str]:
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"{path}:{number} has no text: write a non-empty 'text' or 'prompt'.")
                 if answers and "prompt" in record:
-                    text += f" {record['answer']}" if "answer" in record else record.get("completion", "")
+                    name = "answer" if "answer" in record else "completion"
+                    answer = record.get(name, "")
+                    if not isinstance(answer, (str, int, float)):
+                        raise ValueError(
+                            f"{path}:{number} has a {type(answer).__name__} as {name!r}: write it as text, as the "
+                            "prompt is."
+                        )
+                    text += f" {answer}" if name == "answer" else str(answer)
             found.append(text)
     if not found:
         raise ValueError(f"{path} has no text in it.")

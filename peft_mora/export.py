@@ -28,6 +28,9 @@ from .lora_file import Lora, write_lora
 from .quantization import dequantized, save_plain
 
 
+TOKENS = 64  # whose logits are in float32 at a time
+
+
 def exact_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Lora]:
     """Each module's ΔW as it is.
 
@@ -54,7 +57,7 @@ def fit_lora(
     *,
     rank: int | None = None,
     ridge: float = 1e-4,
-    gram_bytes: int = 2**31,
+    gram_bytes: int = 2**32,
 ) -> dict[str, Lora]:
     """Each module's closest LoRA on given inputs.
 
@@ -64,7 +67,8 @@ def fit_lora(
         adapter_name: which adapter.
         rank: k. None takes as many as a module has experts: more cannot help, the output has no other directions.
         ridge: damping, as a share of the inputs' mean square.
-        gram_bytes: memory for XᵀX of the modules that are fitted in one pass.
+        gram_bytes: memory for XᵀX of the modules that are fitted in one pass, and for solving one of them, which takes
+            three more of its size. One module takes what it takes.
 
     Raises:
         ValueError: as `exportable_layers`, or a wrong rank.
@@ -72,7 +76,8 @@ def fit_lora(
     check_field(rank is None or (is_int(rank) and rank >= 1), "rank", rank, "an integer >= 1, or None")
     loras = {}
     layers = exportable_layers(model, adapter_name)
-    for names in parts({n: 8 * layer.in_features**2 for n, layer in layers.items()}, gram_bytes):
+    sizes = {n: 8 * layer.in_features**2 for n, layer in layers.items()}
+    for names in parts(sizes, gram_bytes - 3 * max(sizes.values())):
         group = {n: layers[n] for n in names}
         # Y lies in the span of B's columns: regressing R coordinates there is the same problem as regressing all O.
         bases = {n: torch.linalg.qr(layer.factors(adapter_name)[1].double()).Q for n, layer in group.items()}
@@ -80,11 +85,15 @@ def fit_lora(
 
         def add(name: str, x: Tensor, y: Tensor, bases: Any = bases, sums: Any = sums) -> None:
             x, z = x.double(), y.double() @ bases[name]
-            xx, xz = x.T @ x, x.T @ z
-            sums[name] = (sums[name][0] + xx, sums[name][1] + xz) if name in sums else (xx, xz)
+            if name not in sums:
+                sums[name] = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], z.shape[1])
+            xx, xz = sums[name]
+            xx.addmm_(x.T, x)
+            xz.addmm_(x.T, z)
 
         _visit(model, group, batches, adapter_name, add)
-        for name, (xx, xz) in sums.items():
+        for name in list(sums):
+            xx, xz = sums.pop(name)
             A, C = reduced_rank_regression(xx, xz, min(rank or xz.shape[1], xz.shape[1]), ridge)
             loras[name] = Lora(A.float(), (bases[name] @ C).float())
     return loras
@@ -123,33 +132,44 @@ def effect_error(
 ) -> Effect:
     """How much of the adapter's effect on the model's logits the LoRAs miss, over all tokens of given inputs.
 
-    Logits count less their mean over the vocabulary, which no probability depends on.
+    Logits count less their mean over the vocabulary, which no probability depends on. Those of one batch by two models
+    are in memory at a time, in the model's dtype.
     """
     layers = exportable_layers(model, adapter_name)
     _check_linear(layers)
-    sums = torch.zeros(5, dtype=torch.float64)
+    missed, effect = torch.zeros(2, 2, dtype=torch.float64)
+    count = 0
 
     def logits(batch: dict[str, Tensor]) -> Tensor:
-        found = model(**batch).logits[batch["attention_mask"].bool()].float()
-        return found - found.mean(-1, keepdim=True)
+        return model(**batch).logits.flatten(0, 1)
 
     def add_lora(lora: Lora) -> Callable[[Any, Any, Tensor], Tensor]:
         return lambda layer, args, y: y + (args[0].float() @ lora.A.T @ lora.B.T).to(y.dtype)
 
     with eval_mode(model):
         for batch in batches:
+            real = batch["attention_mask"].flatten().nonzero().squeeze(1)
             adapter = logits(batch)
             with model.disable_adapter():
-                base = logits(batch)
+                effect += _compared(logits(batch), adapter, real)
                 hooks = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]
                 with removed_after(hooks):
-                    lora = logits(batch)
-            written = [x.argmax(-1) for x in (adapter, lora, base)]
-            same = [(w == written[0]).sum() for w in written]
-            missed, effect = (lora - adapter).square().sum(), (base - adapter).square().sum()
-            sums += torch.stack([missed, effect, *same]).double().cpu()
-    error, size, tokens, same_lora, same_base = sums.tolist()
-    return Effect((error / size) ** 0.5 if size else 0.0, same_lora / tokens, same_base / tokens)
+                    missed += _compared(logits(batch), adapter, real)
+            count += len(real)
+    (error, same_lora), (size, same_base) = missed.tolist(), effect.tolist()
+    return Effect((error / size) ** 0.5 if size else 0.0, same_lora / count, same_base / count)
+
+
+def _compared(logits: Tensor, others: Tensor, tokens: Tensor) -> Tensor:
+    """|logits - others|² of some rows of (T, V), each less its mean, and how many have the same likeliest token."""
+    found = torch.zeros(2, dtype=torch.float64)
+    for some in tokens.split(TOKENS):
+        x, y = logits[some].float(), others[some].float()
+        same = (x.argmax(-1) == y.argmax(-1)).sum()
+        x -= y
+        x -= x.mean(-1, keepdim=True)
+        found += torch.stack([x.square().sum(), same]).double().cpu()
+    return found
 
 
 def save_lora(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # of file managers
 
 
 @contextmanager
@@ -18,10 +22,12 @@ def whole_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
 
     Args:
         folder: where the result belongs; its parents are made. A link stays one: what it points to is written.
-        replace: whether a folder that is there already goes, all of it. It stays as it is if the block fails.
+        replace: whether a folder that is there already goes, if it holds files of the new one's names alone
+            (`check_own`, which says so earlier). It stays as it is if the block fails.
 
     Raises:
-        FileExistsError: `folder` exists and `replace` is false; at the start, or another process was first.
+        FileExistsError: `folder` exists and `replace` is false; at the start, or another process was first. At the
+            end: it holds something else.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not replace:
@@ -39,6 +45,7 @@ def whole_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
         if folder.exists():
             if not replace:
                 raise FileExistsError(f"{folder} exists: another process wrote it meanwhile.")
+            check_own(folder, os.listdir(written))
             folder.rename(old)
         try:
             written.rename(folder)
@@ -49,6 +56,24 @@ def whole_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
     finally:
         shutil.rmtree(written, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_own(folder: str | Path, names: Collection[str]) -> None:
+    """Refuse a folder that is to be replaced as a whole and holds anything but files of these names.
+
+    Raises:
+        FileExistsError: naming the first such entry.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, where a folder is to be: give another one.")
+    entries = sorted(folder.iterdir()) if folder.exists() else []
+    for entry in entries:
+        if entry.name not in LITTER and not (entry.name in names and entry.is_file()):
+            raise FileExistsError(
+                f"{folder} holds {entry.name!r}, which would be deleted, as the folder is replaced as a whole: give a "
+                f"folder of its own, or one that has nothing but {', '.join(sorted(names))}."
+            )
 
 
 @contextmanager

@@ -29,6 +29,15 @@ def vllm_rank(rank: int) -> int | None:
     return next((size for size in VLLM_RANKS if size >= rank), None)
 
 
+def vllm_options(rank: int, exact: bool) -> str:
+    """What vLLM takes to serve a LoRA of this rank; or that it does not, and what to do with one that is exact, or
+    fitted."""
+    if (size := vllm_rank(rank)) is not None:
+        return f"--enable-lora --max-lora-rank {size}"
+    less = "merge it into its base (merge_into_base)" if exact else "fit it at a lower --rank"
+    return f"no: it takes ranks up to {VLLM_RANKS[-1]}, {less}"
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """What `adapter_info` found; `print` it.
@@ -66,7 +75,7 @@ class AdapterInfo:
     @property
     def serve(self) -> list[str]:
         """Shell commands that serve it, in their order; the last one stays."""
-        base, folder = self.base or "BASE", shlex.quote(self.folder)
+        base, folder = shlex.quote(self.base or "BASE"), shlex.quote(self.folder)
         lora, name = folder, Path(self.folder).name or "adapter"
         rank = vllm_rank(max(self.ranks.values(), default=1))
         if self.lora != "no" and rank is not None:
@@ -96,9 +105,10 @@ class AdapterInfo:
             "size": f"{self.parameters:,} numbers ({', '.join(self.dtypes)}), {self.bytes / 1e6:.1f} MB in files",
             "merges": merges[self.merges],
             "note": self.refusal if self.merges else "",
-            "serve": "\n           ".join(self.serve),
+            "serve": self.serve[0],
         }
-        return "\n".join([self.folder, *(f"  {name:8} {value}" for name, value in rows.items() if value)])
+        lines = [f"  {name:8} {_printable(value)}" for name, value in rows.items() if value]
+        return "\n".join([self.folder, *lines, *(f"{'':11}{_printable(command)}" for command in self.serve[1:])])
 
 
 def adapter_info(folder: str | Path) -> AdapterInfo:
@@ -162,6 +172,11 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
         lora, also, sum(map(prod, shapes.values())),
         sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), dtypes,
     )  # fmt: skip
+
+
+def _printable(text: str) -> str:
+    """What a stranger's file says stays in its line: no line break, nothing that moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _ranks(shapes: dict[str, tuple[int, ...]], prefixes: list[str]) -> dict[str, int]:

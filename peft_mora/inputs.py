@@ -232,6 +232,18 @@ def rows_of(
 
 
 @contextmanager
+def generating_by(model: Any, config: Any) -> Iterator[None]:
+    """A GenerationConfig in the place of the model's own for the length of a block: as an argument, `generate` would
+    complete it by the model's repetition penalty, beams and so on."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode for the length of a block; every module then as it was, for a part may not have been in
     training mode before."""

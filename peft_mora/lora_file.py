@@ -221,7 +221,6 @@ def write_lora(
     saved: Mapping[str, Tensor] | None = None,
     experts: Mapping[str, int] | None = None,
     beside: Callable[[Path], None] | None = None,
-    replace: bool = False,
     **fields: Any,
 ) -> LoraConfig:
     """Write ΔW's as PEFT writes a LoRA; plain `PeftModel.from_pretrained` opens it bit for bit.
@@ -236,11 +235,10 @@ def write_lora(
             (O, k·experts), rank after rank; `target_parameters` in `fields` has to name it.
         saved: further tensors by their keys in the file; `modules_to_save` in `fields` has to name their modules.
         beside: called with the folder before it appears, to write further files.
-        replace: whether an existing folder is replaced, as a whole.
         fields: of the LoraConfig; `target_modules` is the modules' names if it is not given.
 
     Raises:
-        FileExistsError: the folder exists and `replace` is false.
+        FileExistsError: the folder exists.
     """
     stacks = {name: (experts or {}).get(name, 1) for name in loras}
     rank = max([1, *(len(lora.A) // stacks[name] for name, lora in loras.items())])
@@ -251,7 +249,7 @@ def write_lora(
             A = nn.functional.pad(A.view(stacks[name], -1, A.shape[1]), (0, 0, 0, missing)).view(-1, A.shape[1])
             B = nn.functional.pad(B, (0, missing * stacks[name]))  # its ranks are the slow index
         state |= {f"{PREFIX}{name}.lora_{x}.weight": t.detach().cpu().contiguous() for x, t in (("A", A), ("B", B))}
-    with whole_folder(folder, replace=replace) as written:
+    with whole_folder(folder) as written:
         config.save_pretrained(str(written))
         save_file(state, written / TENSORS, {"format": "pt"})
         if beside is not None:

@@ -13,6 +13,7 @@ Any-SSR (arXiv 2503.13575) solves one ridge regression over all tasks' sums.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ from transformers import AutoTokenizer
 
 from .base import BASE_ADAPTER
 from .checks import check_field, is_indices, is_int, is_number
-from .files import whole_folder
-from .fingerprint import fingerprint
+from .files import check_own, whole_folder
+from .fingerprint import differences, fingerprint
 from .inputs import eval_mode, text_tokenizer
 from .task_driver import Driver, Rows
 from .task_features import HiddenStates, adapters_off, decoder_layers, pooled
@@ -40,7 +41,8 @@ from .task_scores import NONE, Scores
 
 
 VERSION = 1
-TENSORS, DESCRIPTION = "router.safetensors", "router.json"
+FILES = TENSORS, DESCRIPTION = "router.safetensors", "router.json"
+ROUTED = CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 DEPTH = 8 / 30  # layer 8 of SmolLM2-135M's 30: docs/routing.md has the others
 BATCH = 8  # prompts at a time
 
@@ -114,10 +116,7 @@ class TaskRouter:
         # A quarter of the words, which lm-eval never cuts off when it opens an adapter.
         words = made_with.get("vocab_size", base.get_input_embeddings().weight.shape[0] // 4)
         found = fingerprint(base, words)
-        differs = [
-            f"{key} {there!r} there, {found[key]!r} here" for key, there in made_with.items() if found[key] != there
-        ]
-        if differs:
+        if differs := differences(made_with, found):
             raise ValueError(
                 f"The router is of another base model ({', '.join(differs)}). Features of one model mean nothing to "
                 "another: open it with the model that it was made with, or make a new TaskRouter(model) and add the "
@@ -379,7 +378,12 @@ class TaskRouter:
         return router
 
     def save(self, folder: str | Path) -> None:
-        """Write FOLDER/router.safetensors, the tasks' features, and FOLDER/router.json; what was there is replaced."""
+        """Write FOLDER/router.safetensors, the tasks' features, and FOLDER/router.json, in place of an earlier save.
+
+        Raises:
+            FileExistsError: the folder holds other files.
+        """
+        check_own(folder, FILES)
         with whole_folder(folder, replace=True) as written:
             save_file({name: rows.contiguous() for name, rows in self.rows.items()}, written / TENSORS)
             (written / DESCRIPTION).write_text(json.dumps(self._text(), indent=1) + "\n", encoding="utf-8")
@@ -410,11 +414,14 @@ class TaskRouter:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the attached model's adapters and the router as one folder that PEFT opens as it opens an adapter, and
-        with it `pipeline` and plain lm-eval; the model that comes out is driven by the router.
+        with it `pipeline` and plain lm-eval; the model that comes out is driven by the router. An earlier save there
+        is replaced, a README.md beside it kept.
 
         Raises:
             ValueError: the router is not attached, or an adapter brings whole modules or tokens of its own.
+            FileExistsError: as `check_routed`.
         """
+        check_routed(folder)
         if self._driver is None:
             raise ValueError("Only a router that drives adapters can be saved with them: router.attach(model) first.")
         names = sorted({row for row in self._adapters.values() if row != BASE_ADAPTER})
@@ -454,8 +461,10 @@ class TaskRouter:
             auto = {"base_model_class": type(self.base).__name__, "parent_library": type(self.base).__module__}
             config.auto_mapping = auto
         with whole_folder(folder, replace=True) as written:
-            save_file(tensors, written / "adapter_model.safetensors", {"format": "pt"})
+            save_file(tensors, written / WEIGHTS, {"format": "pt"})
             config.save_pretrained(str(written), auto_mapping_dict=config.auto_mapping)
+            if (card := Path(folder, CARD)).exists():
+                shutil.copy(card, written / CARD)
 
     @staticmethod
     def of(model: Any) -> TaskRouter:
@@ -468,6 +477,18 @@ class TaskRouter:
             if isinstance(module, RouterInModel):
                 return module.router
         raise ValueError("No router came with this model: TaskRouter.load(folder, model), then attach().")
+
+
+def check_routed(folder: str | Path) -> None:
+    """Refuse a folder that `save_pretrained` would delete more of than an earlier save.
+
+    Raises:
+        FileExistsError: it holds other files, or is an adapter's.
+    """
+    check_own(folder, ROUTED)
+    config = Path(folder, CONFIG)
+    if config.exists() and TaskRouterConfig.method not in config.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{folder} holds an adapter, which would be deleted: give a folder of its own.")
 
 
 def _without_adapter(key: str, prefix: str, name: str) -> str | None:

@@ -27,7 +27,7 @@ from shared.tasks import find_task
 
 from peft_mora import METHODS
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_base, save_lora
-from peft_mora.info import VLLM_RANKS, vllm_rank
+from peft_mora.info import vllm_options
 from peft_mora.lora_file import Lora
 
 
@@ -111,12 +111,7 @@ def main() -> None:
 def write(model: Any, loras: dict[str, Lora], args: argparse.Namespace, exact: bool) -> None:
     to = args.base_to and args.base_to.resolve()
     config = save_lora(model, loras, args.output, base=to)
-    rank, less = (
-        vllm_rank(config.r),
-        "merge it into its base (merge_into_base)" if exact else "fit it at a lower --rank",
-    )
-    options = f"--enable-lora --max-lora-rank {rank}" if rank else f"no: it takes ranks up to {VLLM_RANKS[-1]}, {less}"
-    print(f"LoRA of rank {config.r} in {args.output}; vLLM: {options}")
+    print(f"LoRA of rank {config.r} in {args.output}; vLLM: {vllm_options(config.r, exact)}")
     if to:
         save_base(model.unload(), to, args.adapter)
         print(f"its base in 16 bits in {args.base_to}; llama.cpp: convert_lora_to_gguf.py --base {args.base_to}")

@@ -217,6 +217,23 @@ def test_a_run_that_is_stopped_before_the_target_says_so(llama_folder, tmp_path)
     assert (tmp_path / "stopped-3" / "adapter_model.safetensors").is_file()  # nothing that was learnt is lost
 
 
+@pytest.mark.parametrize("until, stop", [(1.0, None), (0.9, None), (0.5, 4)])
+def test_a_target_that_is_reached_at_the_last_step_leaves_the_usage_of_the_whole_run(
+    until, stop, llama_folder, tmp_path
+):
+    callback = ActivationBudgetCallback(1, until=until, prune_below=0.5)
+    run = trainer(llama_folder, tmp_path, callback, config())
+    if stop:
+        run.add_callback(At(stop, "stop"))
+    run.train()
+    with open(tmp_path / "expert_usage.csv", newline="") as file:
+        active = [sum(map(float, row[2:])) for row in list(csv.reader(file))[1:]]
+    logged = [entry["active_experts"] for entry in run.state.log_history if "loss" in entry]
+    assert len(logged) == (stop or 8) and logged[0] > logged[-1]
+    assert sum(active) / MODULES == pytest.approx(sum(logged) / len(logged), abs=0.02)
+    assert sum(layer.expert_count("default") for layer in routed_layers(run.model).values()) < 6 * MODULES
+
+
 class Reporter(TrainerCallback):
     """Stands where a tracker's callback stands: before every callback of the user."""
 

@@ -9,13 +9,13 @@ import transformers
 from helpers import LORA, METHODS, STATIC, adapted
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from peft_mora import TaskRouter
 from peft_mora.export import exact_lora, save_lora
-from peft_mora.info import adapter_info
+from peft_mora.info import adapter_info, vllm_options
 from peft_mora.merging import merge_adapters
-from peft_mora_command import RUN, USAGE, VERBS, main, parse
+from peft_mora_command import RUN, USAGE, VERBS, main, parse, with_adapter
 from trl_callbacks import protect
 from trl_callbacks.subspace import Subspace
 
@@ -88,7 +88,8 @@ def test_export_writes_what_the_library_writes_and_reads_no_weight_of_the_base(
     model = trained(method, llama_folder, here / "one", 2 if method == "mora-dense" else 1)
     save_lora(model, exact_lora(model), here / "wanted")
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
-    assert "exact; LoRA of rank" in command("export", "one", "--output", "lora")
+    said = command("export", "one", "--output", "lora")
+    assert re.search(r"^exact; LoRA of rank \d+ in lora; vLLM: --enable-lora --max-lora-rank (8|16|32)\n$", said)
     same_tensors(here / "wanted", here / "lora")
     assert adapter_info("lora").lora == "is"
     assert "plain LoRA already" in command("export", "lora", "--output", "again")
@@ -109,8 +110,15 @@ def test_export_of_a_routed_adapter_is_fitted_measured_and_refused_where_it_is_f
     assert "give --texts FILE" in command("export", "one", "--output", "lora")
     arguments = ("export", "one", "--output", "lora", "--texts", "pets.jsonl", "--test-texts", "walks.txt")
     assert "Nothing written: fitted on 4 texts" in command(*arguments) and not (here / "lora").exists()
-    assert "LoRA of rank 4" in command(*arguments, "--max-error", 9, "--device", "cpu")
+    said = command(*arguments, "--max-error", 9, "--device", "cpu")
+    assert "LoRA of rank 4 in lora; vLLM: --enable-lora --max-lora-rank 8\n" in said
     assert adapter_info("lora").lora == "is"
+
+
+@pytest.mark.parametrize(("exact", "what_to_do"), [(True, "merge it into its base"), (False, "at a lower --rank")])
+def test_the_ranks_that_vllm_takes_are_named(exact, what_to_do):
+    assert [vllm_options(rank, exact).split()[-1] for rank in (1, 9, 512)] == ["1", "16", "512"]
+    assert re.search(f"^no: it takes ranks up to 512, .*{what_to_do}", vllm_options(513, exact))
 
 
 def test_merge_writes_what_the_library_writes(llama_folder, here, command):
@@ -150,6 +158,28 @@ def test_route_makes_extends_asks_and_ships_a_router(llama_folder, here, command
     assert command("route", "router", "--remove", "walks") == "router knows pets\n"
 
 
+def test_a_folder_with_something_else_is_refused_before_the_model_is_loaded(llama_folder, here, command):
+    for name in ("pets", "walks"):
+        trained("lora", llama_folder, here / "out" / name)
+    model = trained("lori", llama_folder, here / "lori")
+    save_lora(model, exact_lora(model), here / "lora")  # two files, of the names of a routed folder's
+    how = ("--model", llama_folder, "--device", "cpu")
+    command("route", "out/router", *how, "--add", "pets=pets.jsonl", "walks=walks.txt")
+    before = sorted(here.rglob("*"))
+    adapters = ("--model", "nowhere", "--adapters", "pets=out/pets", "walks=out/walks", "--output")
+    for arguments, said in (
+        (("route", "out/router", *adapters, "out"), "out holds 'pets', which would be deleted.*a folder of its own"),
+        (("route", "out/router", *adapters, "lora"), "lora holds an adapter, which would be deleted"),
+        (("route", "out/router", *adapters, "out/router"), "out/router holds 'router.json', which"),
+        (("route", ".", "--model", "nowhere", "--add", "pets=pets.jsonl"), "holds 'lora', which would be deleted"),
+        (("route", "out", "--remove", "pets"), "out holds 'pets', which would be deleted"),
+        (("protect", "nowhere", "--output", "out"), "out holds 'pets', which would be deleted"),
+    ):
+        line = command(*arguments)
+        assert re.search(f"^peft-mora {arguments[0]}: .*{said}", line), line
+    assert sorted(here.rglob("*")) == before
+
+
 def test_protect_writes_the_memory_that_the_library_writes(llama_folder, here, command):
     base = AutoModelForCausalLM.from_pretrained(llama_folder)
     wanted = protect(base, "pets.jsonl", "wanted", tokenizer=AutoTokenizer.from_pretrained(llama_folder), energy=0.9)
@@ -167,6 +197,9 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
     (here / "bad/adapter_config.json").write_text('{"peft_type": "LORA"')
     (here / "bad/adapter_model.safetensors").write_text("no weights")
     (here / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    (here / "chat.jsonl").write_text(
+        '{"prompt": "a", "answer": 1}\n{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n'
+    )
     routed = ("route", "router", "--model", llama_folder)
     for arguments, said in (
         (("info", "nowhere"), "nowhere/adapter_config.json is missing: give the folder"),
@@ -177,6 +210,7 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
         (("merge", "lora", "--output", "both", "--prompts", "pets.jsonl"), "--model and --prompts go together"),
         (("export", "lora", "--output", "x"), "a plain LoRA already"),
         (("export", "fly", "--output", "lora"), "lora exists: delete it or choose"),
+        (("export", "fly", "--output", "x", "--texts", "chat.jsonl"), "chat.jsonl:2 has a list as 'completion'"),
         (("route", "nowhere", "a prompt"), "with the base model: give it as --model"),
         ((*routed, "a prompt"), "router/router.safetensors is missing"),
         ((*routed, "--add", "pets"), "--add pets: write TASK=PATH"),
@@ -186,6 +220,31 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
         line = command(*arguments)
         assert "\n" not in line and re.search(f"^peft-mora {arguments[0]}: .*{said}", line), line
     assert command("merge", "lora") == "2"  # argparse has said why
+
+
+def test_an_adapter_of_another_base_is_refused_in_one_line_that_names_it(llama_folder, here, command):
+    config = LlamaConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=64)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(here / "other")
+    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(here / "other")
+    for method in ("lora", *METHODS):
+        trained(method, llama_folder, here / method)
+        with pytest.raises(ValueError):
+            with_adapter(AutoModelForCausalLM.from_pretrained("other"), method)
+    how = ("--model", "other", "--device", "cpu")
+    assert "router knows" in command("route", "router", *how, "--add", "pets=pets.jsonl", "walks=walks.txt")
+    files = ("--adapters", "pets=lora", "walks=lora", "--output", "out")
+    for arguments, folder in (
+        (("export", "mora", "--output", "out", "--texts", "pets.jsonl"), "mora"),
+        (("export", "lori", "--output", "out"), "lori"),
+        (("route", "router", *files), "lora"),
+    ):
+        line = command(*arguments, *how)
+        wanted = rf"adapter in {folder} is of another base than other \(size mismatch .*: give the one .* as --model"
+        assert "\n" not in line and re.search(f"^peft-mora {arguments[0]}: The {wanted}", line), line
+    weights = here / "lora/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:99])
+    assert "lora is damaged" in command("route", "router", *files, *how) and not (here / "out").exists()
 
 
 def test_every_example_in_the_help_is_a_command_that_is_taken(command, capsys):

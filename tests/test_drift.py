@@ -1,15 +1,16 @@
 """How far an adapter has carried the model from its base on general text, in the logs and within a bound."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import LORA, adapted, padded, quantized, sft
+from helpers import LORA, At, adapted, losses, padded, quantized, randomize, sft, tiny_llama
 from peft import get_peft_model
 from transformers import AutoTokenizer, TrainerCallback
 
-from peft_mora import MoraConfig
-from trl_callbacks import DriftCallback, OrthogonalProjectionCallback
+from peft_mora import LoriConfig, MoraConfig, start_task
+from trl_callbacks import DriftCallback, LoriCalibrationCallback, OrthogonalProjectionCallback
 from trl_callbacks.drift import drift
 from trl_callbacks.general_text import read
 
@@ -51,6 +52,58 @@ def test_an_adapter_that_is_far_off_is_measured_and_one_of_nan_has_drifted_by_na
     assert math.isnan(found["kl"]) and math.isnan(found["perplexity"]) and math.isfinite(found["base_perplexity"])
 
 
+def beside_a_frozen_one():
+    """A fresh LoRA "two" in training beside a frozen "one", both active."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), LORA(target_modules=["q_proj"]), adapter_name="one")
+    randomize(model)
+    model.add_adapter("two", LORA(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["two", "one"])
+    model.set_requires_grad("one", requires_grad=False)
+    return model
+
+
+def test_a_measurement_leaves_frozen_adapters_frozen_also_where_it_fails():
+    model = beside_a_frozen_one()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert sum(before.values()) == 4
+    drift(model, [padded()])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+    def fails(module, args):
+        if not any(p.requires_grad for p in model.parameters()):
+            raise MemoryError
+
+    model.get_base_model().lm_head.register_forward_pre_hook(fails)
+    with pytest.raises(MemoryError):
+        drift(model, [padded()])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("source", [TEXT, "self"])
+def test_a_run_beside_a_frozen_adapter_is_as_without_measurements(source, llama_folder, tmp_path):
+    def run(*callbacks):
+        trainer = sft(beside_a_frozen_one(), llama_folder, tmp_path, callbacks=list(callbacks), save_strategy="no")
+        trainer.train()
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses(trainer), norms, {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    free, measured = run(), run(DriftCallback(source, interval=2, tokens=32, max_kl=1.0))
+    assert free[:2] == measured[:2] and free[2].keys() == measured[2].keys()
+
+
+def test_a_bound_holds_beside_a_frozen_adapter(llama_folder, tmp_path):
+    held_out = read(TEXT, AutoTokenizer.from_pretrained(llama_folder), 32)
+    bound = 1.1 * drift(beside_a_frozen_one(), held_out)["kl"]
+    callback = DriftCallback(TEXT, interval=2, tokens=32, max_kl=bound)
+    options = {"callbacks": [callback], "save_strategy": "no", "learning_rate": 0.3}
+    trainer = sft(beside_a_frozen_one(), llama_folder, tmp_path, **options)
+    trainer.train()
+    found = [entry for entry in trainer.state.log_history if "drift_kept" in entry]
+    assert len(found) == 3 and max(entry["drift_kl"] for entry in found) <= bound
+    assert min(entry["drift_kept"] for entry in found) < 1
+
+
 def trained(llama_folder, output, *callbacks, **arguments):
     torch.manual_seed(0)
     model = get_peft_model(quantized(llama_folder), MoraConfig(r=4, routing="dense", target_modules="all-linear"))
@@ -78,6 +131,87 @@ def test_an_adapter_is_held_within_the_bound_and_within_its_constraints(llama_fo
     entries = [entry for entry in trainer.state.log_history if "drift_kept" in entry]
     assert [entry["step"] for entry in entries] == [2, 4, 6] and min(entry["drift_kept"] for entry in entries) < 1
     assert all(entry["leakage"] < 1e-5 for entry in entries)
+
+
+@pytest.mark.parametrize("logging_steps", [4, 500])
+def test_a_measurement_is_in_the_logs_of_its_step_whatever_the_logging_steps(logging_steps, llama_folder, tmp_path):
+    callback = DriftCallback(TEXT, interval=3, tokens=32)
+    trainer = trained(llama_folder, tmp_path, callback, logging_steps=logging_steps, max_steps=5)
+    steps = {entry["step"]: "drift_kl" in entry for entry in trainer.state.log_history if "loss" in entry}
+    assert steps == {3: True, **({4: False} if logging_steps == 4 else {}), 5: True}
+
+
+def test_a_resumed_run_has_the_bound_that_it_began_with(llama_folder, tmp_path):
+    """The checkpoint's own weights are beyond it: they are of a step between two measurements."""
+
+    def run(output, max_kl=1e-4):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), MoraConfig(r=4, routing="dense", target_modules="all-linear"))
+        callback = DriftCallback(TEXT, interval=4, tokens=100, max_kl=max_kl)
+        return sft(model, llama_folder, tmp_path / output, callbacks=[callback])
+
+    whole = run("whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = run("resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == losses(whole)
+    found = [[e for e in t.state.log_history if "drift_kept" in e] for t in (whole, resumed)]
+    assert [e["step"] for e in found[1]] == [4, 6] and max(e["drift_kl"] for e in found[1]) <= 1e-4
+    assert [e["drift_kl"] for e in found[0]] == [e["drift_kl"] for e in found[1]]
+    with pytest.raises(ValueError, match="resumes with max_kl=1e-05, but .* are within 0.0001"):
+        run("tighter", 1e-5).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "drift.safetensors").unlink()
+    with pytest.raises(ValueError, match="resumes at step 3, but the checkpoint has no drift.safetensors"):
+        run("without").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_run_that_resumes_another_adapters_bound_is_refused(llama_folder, tmp_path):
+    """transformers trains the first active adapter, which is the frozen one here."""
+
+    def run(order):
+        model = beside_a_frozen_one()
+        model.base_model.set_adapter(order)
+        model.set_requires_grad("one", requires_grad=False)
+        callback = DriftCallback(TEXT, interval=4, tokens=32, max_kl=1.0)
+        return sft(model, llama_folder, tmp_path, callbacks=[callback])
+
+    run(["two", "one"]).train()
+    with pytest.raises(ValueError, match=r"other parameters in training.*lora_A.*set_adapter\(\[NAME, OLD\]\)"):
+        run(["one", "two"]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_an_adapter_that_is_beyond_the_bound_before_the_first_step_is_refused(llama_folder, tmp_path):
+    model = adapted(MoraConfig, r=4, routing="dense").train()
+    start_task(model, "two")
+    callback = DriftCallback(TEXT, tokens=32, max_kl=1e-3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Before the first step the adapter is .* nats .*max_kl is 0.001"):
+            sft(model, llama_folder, tmp_path, callbacks=[callback]).train()
+
+
+def test_a_run_that_begins_anew_with_a_smaller_batch_keeps_its_bound(llama_folder, tmp_path):
+    """Memory runs out in step 3, where the weights are beyond it."""
+    out = At(3, "memory")
+    callback = DriftCallback(TEXT, interval=4, tokens=100, max_kl=1e-4)
+    trainer = trained(llama_folder, tmp_path, callback, out, auto_find_batch_size=True)
+    assert out.done and trainer.state.global_step == 6
+    found = [entry for entry in trainer.state.log_history if "drift_kept" in entry]
+    assert len(found) == 2 and max(entry["drift_kl"] for entry in found) <= 1e-4
+
+
+def test_what_replaces_parameters_or_holds_them_in_pieces_is_refused_with_a_bound(llama_folder, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), LoriConfig(r=4, target_modules=["q_proj"]))
+    callbacks = [LoriCalibrationCallback(calibration_steps=2), DriftCallback(TEXT, interval=3, tokens=32, max_kl=1.0)]
+    with pytest.raises(ValueError, match="At step 3 the parameters in training are not those that the run began with"):
+        sft(model, llama_folder, tmp_path, callbacks=callbacks, save_strategy="no").train()
+    plain = {"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": [], "load_best_model_at_end": False}
+    for kind, message in (("deepspeed", "steps copies of the weights"), ("fsdp", "holds the weights in pieces")):
+        run = SimpleNamespace(**{**plain, kind: ["x"]})
+        DriftCallback(TEXT).refuse(run)
+        with pytest.raises(ValueError, match=message):
+            DriftCallback(TEXT, max_kl=1.0).refuse(run)
 
 
 class Breaks(TrainerCallback):

@@ -94,6 +94,27 @@ def test_the_model_samples_the_same_text_each_time_and_nothing_else_changes(toke
     assert not torch.equal(sample(model, tokenizer, 16 * LENGTH, seed=1)[0]["input_ids"], one["input_ids"])
 
 
+def test_what_is_sampled_is_the_models_own_text_whatever_it_generates_by(tokenizer):
+    model = tiny_llama()
+    plain = sample(model, tokenizer, 2 * LENGTH)
+    own = model.generation_config
+    own.repetition_penalty, own.num_beams, own.no_repeat_ngram_size = 5.0, 2, 1
+    for one, other in zip(sample(model, tokenizer, 2 * LENGTH), plain, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+    assert model.generation_config is own
+
+
+def test_a_folder_with_other_files_is_refused_before_a_step(llama_folder, tmp_path):
+    """Where the run's memory goes in the end."""
+    notes = tmp_path / "one" / "subspace" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    trainer = trainer_of(llama_folder, tmp_path / "one", OrthogonalProjectionCallback())
+    with pytest.raises(FileExistsError, match="holds 'notes.txt', which would be deleted"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and notes.read_text() == "mine"
+
+
 def test_half_of_what_a_chat_model_samples_is_conversations(tokenizer):
     tokenizer.chat_template = CHAT
     text, conversations = sample(tiny_llama(), tokenizer, 32 * LENGTH)
@@ -181,6 +202,16 @@ def test_the_first_task_leaves_protected_text_as_it_was(how, llama_folder, token
     assert (after - before).norm() < 1e-4 * before.norm()
     tasks = Subspace.load(tmp_path / "one" / "subspace").tasks
     assert [task["name"] for task in tasks] == ["general text", "initial"]
+
+
+def test_max_rank_counts_the_text_and_a_memory_that_is_full_is_said(llama_folder, tmp_path):
+    callback = OrthogonalProjectionCallback(protect=TEXT, energy=None, max_rank=4)
+    with pytest.warns(UserWarning, match="max_rank=4 is reached .* 8 of 8 module inputs.*not be protected"):
+        trainer_of(llama_folder, tmp_path / "one", callback).train()
+    for folder in ("protected", "subspace"):
+        assert {V.shape[1] for V in Subspace.load(tmp_path / "one" / folder).right.values()} == {4}
+    with pytest.raises(ValueError, match="max_rank"):
+        OrthogonalProjectionCallback(source="past_adapters", max_rank=4)
 
 
 def test_a_text_that_the_memory_holds_is_not_added_again_and_another_is(llama_folder, tmp_path):

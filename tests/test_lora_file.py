@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from peft_mora.export import exact_lora
-from peft_mora.files import whole_folder
+from peft_mora.files import check_own, whole_folder
 from peft_mora.lora_file import Lora, read_lora, write_lora
 from trl_callbacks.subspace import Subspace
 
@@ -49,35 +49,58 @@ def test_what_is_written_has_the_modes_that_mkdir_and_open_give(umask, tmp_path)
 def test_a_failure_half_way_leaves_the_old_folder_and_nothing_else(when, tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "old").write_text("old")
+    (folder / "file").write_text("old")
     rename = Path.rename
 
     def full_disk(self, target):
-        if when == "renamed" and (self / "new").exists():
+        if when == "renamed" and (self / "file").read_text() == "new":
             raise OSError("no space")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", full_disk)
     with pytest.raises(OSError, match="no space"), whole_folder(folder, replace=True) as written:
-        (written / "new").write_text("new")
+        (written / "file").write_text("new")
         if when == "written":
             raise OSError("no space")
-    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["old"]
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["file"]
+    assert (folder / "file").read_text() == "old"
 
 
 def test_a_folder_is_replaced_whole_and_only_where_that_is_asked_for(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "old").write_text("old")
+    for name in ("one", "two", ".DS_Store"):
+        (folder / name).write_text("old")
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(FileExistsError, match="delete it"), whole_folder(folder):
         raise AssertionError("not to be entered")
     with whole_folder(tmp_path / "link", replace=True) as written:
-        (written / "new").write_text("new")
-    assert os.listdir(folder) == ["new"] and (tmp_path / "link").is_symlink()
+        for name in ("one", "two"):
+            (written / name).write_text("new")
+    assert sorted(os.listdir(folder)) == ["one", "two"] and (tmp_path / "link").is_symlink()
+    assert (folder / "one").read_text() == "new"
     with pytest.raises(FileExistsError, match="meanwhile"), whole_folder(tmp_path / "other"):
         (tmp_path / "other").mkdir()
     assert sorted(os.listdir(tmp_path)) == ["folder", "link", "other"]
+
+
+@pytest.mark.parametrize("other", ["notes.txt", ".git", "pets/adapter_model.safetensors", "one/two"])
+def test_a_folder_that_holds_something_else_is_not_replaced(other, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / other).parent.mkdir(parents=True)
+    for name in ("two", other):
+        (folder / name).write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    match = f"folder holds '{other.split('/')[0]}', which would be deleted.*give a folder of its own.*but one, two"
+    with pytest.raises(FileExistsError, match=match):
+        check_own(folder, ("two", "one"))
+    with pytest.raises(FileExistsError, match=match), whole_folder(folder, replace=True) as written:
+        for name in ("one", "two"):
+            (written / name).write_text("new")
+    assert sorted(tmp_path.rglob("*")) == before and (folder / "two").read_text() == "old"
+    with pytest.raises(FileExistsError, match="two is a file, where a folder is to be"):
+        check_own(folder / "two", ("one", "two"))
+    check_own(tmp_path / "nowhere", ())
 
 
 # Files

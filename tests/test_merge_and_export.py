@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,11 @@ from helpers import METHODS, STATIC, adapted, csv_rows, inputs_of, jsonl, load_r
 from peft import PeftModel
 from safetensors.torch import load_file
 from shared.tasks import find_task
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_mora import export
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 from peft_mora.lora_file import read_lora
 
@@ -153,6 +158,57 @@ def test_a_fitted_lora_s_error_on_other_inputs_is_what_an_independent_measuremen
         worse = lora_errors(model, other, seen)
         assert all(fitted[name] < worse[name] for name in fitted)
     assert model.active_adapters == ["default"] and not model.training
+
+
+class Live(TorchDispatchMode):
+    """The most bytes at a time of tensors that operations have made and that `counts` says yes to."""
+
+    def __init__(self, counts: Callable[[torch.Tensor], bool]) -> None:
+        super().__init__()
+        self.counts, self.most = counts, 0
+        self.made: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.made += [weakref.ref(x) for x in tree_leaves(made) if isinstance(x, torch.Tensor) and self.counts(x)]
+        storages = [x.untyped_storage() for ref in self.made if (x := ref()) is not None]
+        self.most = max(self.most, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+        return made
+
+
+def words(model: torch.nn.Module, count: int) -> torch.nn.Module:
+    model.resize_token_embeddings(count)
+    return model
+
+
+@torch.no_grad()
+def test_the_effect_is_the_plain_formula_s_a_few_tokens_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOKENS", 7)
+    model, batches = adapted("mora", words(tiny_llama(), 4000)), padded(1)
+    loras = fit_lora(model, batches)
+    save_lora(model, loras, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(words(tiny_llama(), 4000), tmp_path / "lora").eval()
+    effect = effect_error(model, loras, batches)
+    assert logit_error(model, lora, batches) == pytest.approx(effect.error, rel=1e-4)
+    same = []
+    for batch in batches:
+        found = [m(**batch).logits[batch["attention_mask"].bool()].argmax(-1) for m in (model, lora)]
+        with model.disable_adapter():
+            found.append(model(**batch).logits[batch["attention_mask"].bool()].argmax(-1))
+        same.append(torch.stack([found[0] == other for other in found[1:]]))
+    assert torch.cat(same, 1).double().mean(1).tolist() == pytest.approx(effect[1:])
+    with Live(lambda x: x.shape[-1:] == (4000,) and len(x) != 64) as live:  # not the head's weight
+        effect_error(model.bfloat16(), loras, batches)
+    row = 4000 * 4  # bytes of a token's logits in float32
+    assert live.most <= 2 * 8 * 12 * row / 2 + 5 * 7 * row < 3 * 8 * 12 * row / 2
+
+
+def test_the_memory_for_fitting_is_what_was_asked_for():
+    model, batches = adapted("mora"), padded(0)
+    for budget in (4, 6):  # in XᵀX of the widest module
+        with Live(lambda x: x.dtype == torch.float64 and x.dim() == 2 and x.shape[0] == x.shape[1] >= 64) as live:
+            fit_lora(model, batches, gram_bytes=budget * 8 * 128**2)
+        assert 2 * 8 * 128**2 < live.most <= budget * 8 * 128**2
 
 
 def test_fitting_in_several_passes_gives_the_same_loras():

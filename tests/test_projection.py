@@ -61,8 +61,8 @@ def first_task(llama_folder, tmp_path_factory):
     return folders
 
 
-def second_task(kind, folders, llama_folder):
-    """The model that goes on to task two, with fresh weights in training."""
+def second_task(kind, folders, llama_folder, active=("two", "one")):
+    """The model that goes on to task two, with fresh weights in training; LoRAs are `active` in this order."""
     torch.manual_seed(1)
     if kind != "lora":
         model = PeftModel.from_pretrained(quantized(llama_folder), folders[kind], is_trainable=True)
@@ -70,7 +70,7 @@ def second_task(kind, folders, llama_folder):
         return model
     model = PeftModel.from_pretrained(quantized(llama_folder), folders[kind], adapter_name="one")
     model.add_adapter("two", LoraConfig(r=4, target_modules=model.peft_config["one"].target_modules))
-    model.base_model.set_adapter(["one", "two"])
+    model.base_model.set_adapter(list(active))
     model.set_requires_grad("one", requires_grad=False)
     return model
 
@@ -213,6 +213,35 @@ def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(second, tm
     assert worst.leak <= 1e-5
     saved = load_file(tmp_path / "whole" / "checkpoint-3" / "adapter_model.safetensors")
     assert {t.dtype for name, t in saved.items() if "mora_A" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize("began", ["two one", "one two"])
+@pytest.mark.parametrize("start", ["contrast", "random"])
+def test_a_second_lora_resumes_beside_the_first_and_repeats_the_unbroken_run(
+    start, began, first_task, llama_folder, tmp_path
+):
+    """transformers leaves the first active adapter alone active, and makes the optimizer of its weights."""
+
+    def run(output, active):
+        model = second_task("lora", first_task, llama_folder, active.split())
+        callback = OrthogonalProjectionCallback(first_task["lora"] / "subspace", start=start)
+        options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+        return sft(model, llama_folder, tmp_path / output, callback, **options)
+
+    whole = run("whole", began)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = run("resumed", "two one")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == losses(whole)
+    assert resumed.model.active_adapters == began.split()
+    for (name, p), q in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q) and p.requires_grad == (".two." in name), name
+    with pytest.raises(ValueError, match=r"trains adapter 'two'.*here 'one'.*set_adapter\(\['two', 'one'\]\)"):
+        run("wrong", "one two").train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "orthogonal_projection.safetensors").unlink()
+    with pytest.raises(ValueError, match="does not say which .*'one', 'two'.* were active"):
+        run("silent", "two one").train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -493,7 +522,7 @@ def test_past_adapters_are_avoided_without_a_memory(kind, second, tmp_path):
 def test_modules_that_no_past_adapter_had_are_free(llama_folder, tmp_path):
     model = get_peft_model(quantized(llama_folder), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="one")
     model.add_adapter("two", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    model.base_model.set_adapter(["one", "two"])
+    model.base_model.set_adapter(["two", "one"])
     model.set_requires_grad("one", requires_grad=False)
     trainer = sft(model, llama_folder, tmp_path, OrthogonalProjectionCallback(source="past_adapters"))
     trainer.train()
@@ -584,7 +613,7 @@ def test_a_task_that_adapts_fewer_modules_is_remembered_in_all(llama_folder, tmp
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), adapter_name="one")
     sft(model, llama_folder, tmp_path / "one", OrthogonalProjectionCallback(max_rank=2)).train()
     model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"]))
-    model.base_model.set_adapter(["one", "two"])
+    model.base_model.set_adapter(["two", "one"])
     model.set_requires_grad("one", requires_grad=False)
     callback = OrthogonalProjectionCallback(tmp_path / "one" / "subspace", energy=0.9, calibration_batches=12)
     trainer = sft(model, llama_folder, tmp_path / "two", callback)
@@ -692,7 +721,7 @@ def test_data_without_inputs_is_refused_before_the_training_and_not_after_it(lla
 def test_a_start_from_weights_of_its_own_is_named(init, first_task, llama_folder, tmp_path):
     model = PeftModel.from_pretrained(tiny_llama(), first_task["lora"], adapter_name="one")
     model.add_adapter("two", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
-    model.base_model.set_adapter(["one", "two"])
+    model.base_model.set_adapter(["two", "one"])
     model.set_requires_grad("one", requires_grad=False)
     subspace = Subspace.load(first_task["lora"] / "subspace")
     subspace.model = fingerprint(model.get_base_model())
@@ -721,7 +750,7 @@ def test_a_model_of_pictures_keeps_its_first_task(start, tmp_path):
 
     train("one", OrthogonalProjectionCallback())
     model.add_adapter("two", lora)
-    model.base_model.set_adapter(["one", "two"])
+    model.base_model.set_adapter(["two", "one"])
     model.set_requires_grad("one", requires_grad=False)
     leakage = train("two", OrthogonalProjectionCallback(tmp_path / "one" / "subspace", start=start))
     assert len(leakage) == 3 and 0 < max(leakage) <= 1e-5
@@ -756,7 +785,7 @@ def test_a_memory_of_other_modules_another_source_or_its_own_output_is_refused(f
         attempt(output=first_task["task"])
     assert Subspace.load(memory)  # still there
     text = json.loads((memory / "subspace.json").read_text())
-    text["model"]["weights_sha256"] = "0"
+    text["model"] |= {name: "0" for name in text["model"] if name.startswith("weights_sha256")}
     other = tmp_path / "other"
     Subspace.load(memory).save(other)
     (other / "subspace.json").write_text(json.dumps(text))

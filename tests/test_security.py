@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_a_planted_pickle_and_planted_code_do_not_run(llama_folder, tmp_path, ca
     assert TaskRouter.load(tmp_path / "router", base(), tokenizer).route(TEXTS).names
     PeftModel.from_pretrained(base(), tmp_path / "routed")
     assert not ran.exists()
+
+
+def test_a_name_in_a_strangers_folder_is_no_command_and_no_line_of_its_own(tmp_path):
+    base = "meta llama; touch ran\n  serve    rm -rf ~\x1b[2J"
+    for name, method in (("lora", LORA), ("lori", METHODS["lori"])):
+        adapted(method, task_type="CAUSAL_LM").save_pretrained(tmp_path / name)
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+        found = adapter_info(tmp_path / name)
+        assert shlex.split(found.serve[-1])[:4] == ["vllm", "serve", base, "--enable-lora"]
+        lines = str(found).split("\n")
+        assert all(line.isprintable() for line in lines)
+        assert [line.split()[0] for line in lines].count("serve") == 1
 
 
 def test_an_adapter_that_has_a_pickle_alone_is_not_opened(llama_folder, tmp_path):

@@ -1,5 +1,6 @@
 """The files that protected directions are kept in, and which base model they are of."""
 
+import copy
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from peft import get_peft_model
 from test_linalg import covariance, is_orthonormal
 
 from peft_mora import MoraConfig
-from peft_mora.fingerprint import fingerprint
+from peft_mora.fingerprint import HASHES, differences, fingerprint
 from peft_mora.linalg import upper_bound
 from trl_callbacks import subspace as S
 
@@ -109,6 +110,17 @@ def test_subspace_comes_back_from_its_files_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["subspace"]  # nothing temporary is left
 
 
+def test_a_memory_replaces_an_earlier_one_and_nothing_else(tmp_path):
+    subspace = make_subspace()
+    for _ in range(2):
+        subspace.save(tmp_path / "subspace")
+    (tmp_path / "subspace" / "README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "subspace").iterdir()}
+    with pytest.raises(FileExistsError, match=r"holds 'README.md', which would be deleted"):
+        make_subspace(tiny_llama(seed=1)).save(tmp_path / "subspace")
+    assert {path: path.read_bytes() for path in (tmp_path / "subspace").iterdir()} == before
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"basis\.safetensors is missing"):
         S.Subspace.load(tmp_path)
@@ -129,6 +141,45 @@ def test_another_base_model_is_refused_by_what_differs(tmp_path):
         subspace.check_model(fingerprint(tiny_llama(seed=1)), tmp_path)
     with pytest.raises(ValueError, match="model_type 'llama' there, 'gpt2' here"):
         subspace.check_model(fingerprint(tiny_gpt2()), tmp_path)
+
+
+def in_dtypes(model):
+    """Fingerprints of a checkpoint, loaded in each float dtype."""
+    return [fingerprint(copy.deepcopy(model).to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_in_16_bits_is_one_model_in_every_dtype_small_weights_and_all(stored, tmp_path):
+    model = tiny_llama()
+    model.get_input_embeddings().weight.data *= torch.logspace(-8, 2, 64)  # below what float16 tells from 0, too
+    found = in_dtypes(model.to(stored))
+    assert [one[HASHES[1]] for one in found] == 3 * [found[0][HASHES[1]]]
+    assert not [differences(there, here) for there in found for here in found if differences(there, here)]
+    first = [one[HASHES[0]] for one in found]
+    assert first[0] == first[1] and (first[1] == first[2]) == (stored == torch.float16)
+    other = fingerprint(tiny_llama(seed=1))
+    assert [line.split()[0] for line in differences(found[0], other)] == [HASHES[0]]
+    make_subspace(model.bfloat16()).save(tmp_path / "s")
+    S.Subspace.load(tmp_path / "s").check_model(found[2], "s")
+
+
+def test_a_fingerprint_of_before_is_of_the_model_that_it_was_taken_of():
+    model = tiny_llama()
+    model.get_input_embeddings().weight.data *= 1e-4
+    full, brain, half = in_dtypes(model.bfloat16())
+    old = [{key: value for key, value in one.items() if key != HASHES[1]} for one in (full, brain, half)]
+    for there in old[:2]:  # with the bits that float16 does not have
+        assert differences(there, full) == differences(there, brain) == [] != differences(there, half)
+        assert differences(full, there) == []
+    assert not any(differences(old[2], here) for here in (full, brain, half))
+    assert differences({}, full) == [] and differences({**old[0], "vocab_size": 3}, full) == [
+        "vocab_size 3 there, 64 here"
+    ]
+
+
+def test_a_checkpoint_in_float32_is_one_model_in_float32_and_bfloat16():
+    full, brain, half = in_dtypes(tiny_llama())
+    assert differences(full, brain) == [] != differences(brain, half)
 
 
 def test_fingerprint_is_the_same_quantised_adapted_and_in_another_dtype(llama_folder):

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import LORA, METHODS, adapted, randomize, tiny_gpt2, tiny_llama, tiny_t5
+from helpers import LORA, METHODS, adapted, load_recipe, randomize, tiny_gpt2, tiny_llama, tiny_t5
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from peft_mora import TaskRouter, start_task
 from peft_mora.task_features import HiddenStates, real_tokens
@@ -332,6 +332,52 @@ def test_a_saved_router_routes_bit_for_bit_and_only_on_its_own_base(tmp_path):
         TaskRouter.load(tmp_path)
 
 
+def test_a_router_that_was_made_in_bfloat16_opens_in_every_dtype(tmp_path):
+    def base(dtype):
+        model = tiny_llama()
+        model.get_input_embeddings().weight.data *= 1e-3  # float16 has not all bits of these
+        return model.bfloat16().to(dtype)
+
+    fitted(base(torch.bfloat16)).save(tmp_path / "router")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert TaskRouter.load(tmp_path / "router", base(dtype), Numbers()).route(texts(TEST[:6])).names
+
+
+@pytest.mark.parametrize("what", ["save", "save_pretrained"])
+def test_a_save_replaces_an_earlier_one_and_nothing_else(what, tmp_path, monkeypatch):
+    model = two_adapters()
+    router = fitted(model)
+    router.attach()
+    save = getattr(router, what)
+    model.save_pretrained(tmp_path / "out")  # default's two files, README.md and b/, as PEFT does it
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "train.py").write_text("mine")
+    monkeypatch.chdir(tmp_path / "project")
+    before = sorted(tmp_path.rglob("*"))
+    for folder, first in ((tmp_path / "out", "b" if what == "save_pretrained" else "README.md"), (".", "train.py")):
+        with pytest.raises(FileExistsError, match=f"holds '{first}', which would be deleted.*give a folder of its"):
+            save(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    for _ in range(2):
+        save(tmp_path / "own")
+    assert len(list((tmp_path / "own").iterdir())) == 2
+
+
+def test_an_adapter_is_not_taken_for_an_earlier_save_and_a_card_is_kept(tmp_path):
+    model = two_adapters()
+    router = fitted(model)
+    router.attach()
+    model.save_pretrained(tmp_path, selected_adapters=["b"])  # the files that a routed folder has
+    before = (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds an adapter, which would be deleted"):
+        router.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "adapter_model.safetensors").read_bytes() == before
+    router.save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "README.md").write_text("mine")
+    router.save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "README.md").read_text() == "mine"
+
+
 @pytest.mark.parametrize("case", ["lora", "lori", "lori-sparse", "flylora", "mora task"])
 @torch.no_grad()
 def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_folder, tmp_path):
@@ -365,7 +411,7 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
     with pytest.raises(ValueError, match="is for inference"):
         PeftModel.from_pretrained(base(), tmp_path / "routed", is_trainable=True)
     with pytest.raises(ValueError, match="saved by its router"):
-        opened["peft"].save_pretrained(tmp_path / "again")
+        opened["peft"].save_pretrained(tmp_path / "refused")
     TaskRouter.of(opened["peft"]).save_pretrained(tmp_path / "again")
     assert torch.equal(
         PeftModel.from_pretrained(base(), tmp_path / "again").eval()(TEST).logits, opened["peft"](TEST).logits
@@ -379,6 +425,33 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
     TaskRouter.of(opened["peft"]).detach()
     want = opened["peft"](TEST, adapter_names=[kept] * 8).logits
     assert torch.equal(PeftModel.from_pretrained(base(), tmp_path / "one" / kept).eval()(TEST).logits, want)
+
+
+# The recipe
+
+
+@torch.no_grad()
+def test_the_recipe_decodes_greedily_whatever_the_checkpoint_asks_for(llama_folder, monkeypatch):
+    recipe, tokenizer = load_recipe("route"), AutoTokenizer.from_pretrained(llama_folder)
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    model, written = adapted(LORA, base, task_type="CAUSAL_LM"), []
+    asked = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1, "num_beams": 3, "min_new_tokens": 6,
+             "suppress_tokens": list(range(4, 30)), "do_sample": True}  # fmt: skip
+    base.generation_config.update(**asked)
+    own = model.generate
+
+    def generate(**arguments):
+        written.append(own(**arguments))
+        return written[-1]
+
+    monkeypatch.setattr(model, "generate", generate)
+    records = [{"prompt": text, "answer": "yes no yes no", "task": "pets"} for text in ("a big dog", "the cat sat")]
+    recipe.generate(model, tokenizer, records, 2)
+    ids = tokenizer([record["prompt"] for record in records], return_tensors="pt").input_ids
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert 2 not in ids and torch.equal(written[0], ids)
+    assert base.generation_config.repetition_penalty == 1.3
 
 
 # Errors

@@ -81,7 +81,8 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
     the tokens since the last one: `active_experts` (mean of the layers), `usage_entropy` (of the experts' shares, over
     log R, mean of the layers; 1 is all alike), `dead_experts` (share of experts under `prune_below`, or 0.01). At the
     end, `expert_usage.csv` and `expert_usage.png` (needs matplotlib) appear in `output_dir`, over the tokens since the
-    target was reached, and `peft_mora.expert_usage(model)` returns the same numbers.
+    target was reached (of the whole run, where that was its last step), and `peft_mora.expert_usage(model)` returns
+    the same numbers.
 
     A run that resumes from a checkpoint repeats the unbroken one: needs and counts are in a file of its folder,
     `activation_budget-ADAPTER.safetensors`.
@@ -243,7 +244,7 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
             return
         meter.close()
         self._saved = None
-        if not (meter.hits - meter.begin).any():  # no step was taken
+        if not meter.hits.any():  # no step was taken
             return
         if state.global_step < (settled := self._settled(state)):
             kept = keep_stopped(model, args, state)
@@ -252,6 +253,8 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
                 f"K is still on its way from {self._begin_mean:g} to {self.target:g}. The adapter is kept as it is in "
                 f"{kept}. Resume from a checkpoint, or train with a smaller `until`."
             )
+        if torch.equal(meter.hits, meter.begin):  # the target was reached at the last step
+            meter.begin = torch.zeros_like(meter.hits)
         shares = meter.shares(meter.hits - meter.begin)
         if idle := [name for name, share in shares.items() if share.isnan().any()]:
             kept = keep_stopped(model, args, state)

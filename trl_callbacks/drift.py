@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -21,6 +22,17 @@ from .host import HostCallback
 
 
 ROWS = 4  # sequences whose logits are there at a time: (4, 256, V) twice
+
+
+@contextmanager
+def trainable_as_before(model: Any) -> Iterator[None]:
+    """What is frozen stays frozen: PEFT makes all active adapters trainable when it switches them on."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, trainable in before:
+            p.requires_grad = trainable
 
 
 @torch.no_grad()
@@ -49,7 +61,7 @@ def drift(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
             target = ids[:, 1:][wanted]
             options = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
             new = model(**options).logits[:, :-1][wanted].float().log_softmax(-1)
-            with model.disable_adapter():
+            with trainable_as_before(model), model.disable_adapter():
                 old = model(**options).logits[:, :-1][wanted].float().log_softmax(-1)
             kl = F.kl_div(new, old, reduction="batchmean", log_target=True)
             sums += len(target) * torch.stack([F.nll_loss(new, target), F.nll_loss(old, target), kl]).cpu()
@@ -63,13 +75,15 @@ def drift(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
 class DriftCallback(HostCallback):
     """Log how general text fares while a task is learnt and, with `max_kl`, hold the adapter where it fares well.
 
-    Every `interval` steps, and at the last one, `drift_perplexity`, `drift_base_perplexity` and `drift_kl` go into the
-    logs. With `max_kl`, weights that have gone beyond it come back, on the straight line to where they were at the
-    last measurement within it, by halves until they are within it, or all the way; `drift_kept` logs the share of the
-    way that is left. Constraints of OrthogonalProjectionCallback are linear and hold on that line as well.
+    Every `interval` steps, and at step `max_steps`, `drift_perplexity`, `drift_base_perplexity` and `drift_kl` go into
+    the logs, in an entry of that step whatever `logging_steps`. With `max_kl`, weights that have gone beyond it come
+    back, on the straight line to where they were at the last measurement within it, by halves until they are within
+    it, or all the way; `drift_kept` logs the share of the way that is left. Constraints of
+    OrthogonalProjectionCallback are linear and hold on that line as well.
 
-    A measurement costs two forwards of `tokens` tokens; with `max_kl`, four more where it is exceeded, and a copy of
-    the trainable weights all the time.
+    A measurement costs two forwards of `tokens` tokens; with `max_kl`, up to eight more where it is exceeded, and a
+    copy of the trainable weights all the time, also in each checkpoint (`drift.safetensors`): a resumed run has the
+    bound of the run that it goes on with.
 
     Args:
         source: text that no task is about, as for `protect`, but other text than is protected. "self" samples from
@@ -80,12 +94,16 @@ class DriftCallback(HostCallback):
         tokenizer: None is the trainer's.
 
     Raises:
-        ValueError: a wrong argument; at the start of training, no adapter that can be switched off, or no text.
+        ValueError: a wrong argument; at the start of training, no adapter that can be switched off, or no text. With
+            `max_kl` also an adapter that is beyond it before the first step, a checkpoint that was trained without
+            it, DeepSpeed or FSDP, and later an adapter that diverges or whose parameters are replaced.
 
     Example:
         >>> callbacks = [OrthogonalProjectionCallback(protect="self"), DriftCallback("pages.jsonl")]
         >>> SFTTrainer(model, args=args, train_dataset=train_dataset, callbacks=callbacks)
     """
+
+    sidecar = "drift.safetensors"
 
     def __init__(
         self,
@@ -103,9 +121,19 @@ class DriftCallback(HostCallback):
         self.holds_weights = max_kl is not None
         self.tokenizer = tokenizer
         self._batches: list[Batch] = []
-        self._within: list[Tensor] = []  # the trainable weights at the last measurement within max_kl
+        self._held: dict[str, nn.Parameter] = {}  # what is trained
+        self._within: dict[str, Tensor] = {}  # its weights at the last measurement within max_kl
         self._found: dict[str, float] = {}
         self._unlogged: dict[str, float] = {}
+
+    def refusals(self) -> dict[str, str]:
+        if self.max_kl is None:
+            return {}
+        instead = "cannot be brought back to within max_kl. Use DDP or one GPU, or leave max_kl out, and only measure."
+        return {
+            "deepspeed": f"DeepSpeed steps copies of the weights, which {instead}",
+            "fsdp": f"FSDP holds the weights in pieces, which {instead}",
+        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -120,13 +148,57 @@ class DriftCallback(HostCallback):
         use_exact_4bit_kernels(model)
         tokenizer = self.tokenizer if self.tokenizer is not None else kwargs.get("processing_class")
         if self.source == "self":
-            with model.disable_adapter():
+            with trainable_as_before(model), model.disable_adapter():
                 self._batches = sample(model, tokenizer, self.tokens, seed=1)
         else:
             self._batches = read(self.source, tokenizer, self.tokens, model)
         self._found = self._unlogged = {}
-        if self.max_kl is not None:
-            self._within = [p.detach().clone() for p in _trainable(model)]
+        if self.max_kl is None:
+            return
+        before, self._held = self._held, _trainable(model)
+        # The trainer begins anew, with a smaller batch, where memory has run out: the bound is this very run's.
+        again = bool(self._within) and _are_those(self._held, before)
+        if state.global_step > 0:
+            self._within = self._restored(args, state, self.max_kl)
+        elif not again:
+            kl = self._measure(model)["kl"]
+            if not kl <= self.max_kl:  # NaN is beyond all
+                raise ValueError(
+                    f"Before the first step the adapter is {kl:.4g} nats a token from its base on general text, and "
+                    f"max_kl is {self.max_kl:g}: no weights within it are known, to come back to. Begin with a fresh "
+                    "adapter, or give a larger max_kl: what earlier tasks have moved counts as well."
+                )
+            self._within = _copies(self._held)
+
+    def _restored(self, args: TrainingArguments, state: TrainerState, max_kl: float) -> dict[str, Tensor]:
+        """The weights within `max_kl` that the checkpoint keeps."""
+        kept = self.saved(args, state)
+        if kept is None:
+            raise ValueError(
+                f"The run resumes at step {state.global_step}, but the checkpoint has no {self.sidecar}, in which "
+                f"this callback keeps weights that are within max_kl ({self.sidecar_path(args, state)} would be it). "
+                "Resume from a checkpoint that was trained with max_kl, or start the run again."
+            )
+        bound = float(kept.pop("max_kl"))
+        if bound > max_kl:
+            raise ValueError(
+                f"The run resumes with max_kl={max_kl:g}, but the weights that its checkpoint keeps are within "
+                f"{bound:g}. Resume with max_kl={bound:g}, or start the run again."
+            )
+        within = {name.removeprefix("within."): t for name, t in kept.items()}
+        if others := sorted(within.keys() ^ self._held.keys()):
+            raise ValueError(
+                f"The run resumes with other parameters in training than its checkpoint was trained with, e.g. "
+                f"{others[0]!r}. Resume with the adapter that it began with. Of several active ones a trainer that "
+                "resumes trains the first: model.base_model.set_adapter([NAME, OLD])."
+            )
+        return {name: t.to(self._held[name]) for name, t in within.items()}
+
+    def kept(self) -> dict[str, Tensor]:
+        if self.max_kl is None:
+            return {}
+        within = {f"within.{name}": t for name, t in self._within.items()}
+        return {"max_kl": torch.tensor(self.max_kl, dtype=torch.float64), **within}
 
     @torch.no_grad()
     def on_step_end(
@@ -142,22 +214,29 @@ class DriftCallback(HostCallback):
                     "diverged, and so has the optimizer's state, so nothing leads back to within max_kl. Train again "
                     "with a lower learning rate, from a checkpoint before it if there is one."
                 )
-            reached = [p.detach().clone() for p in _trainable(model)] if found["kl"] > self.max_kl else []
+            if not _are_those(_trainable(model), self._held):
+                raise ValueError(
+                    f"At step {state.global_step} the parameters in training are not those that the run began with, "
+                    "whose weights within max_kl are kept: another callback has replaced, frozen or added some. Train "
+                    "without that callback, or without max_kl."
+                )
+            reached = _copies(self._held) if found["kl"] > self.max_kl else {}
             for kept in (0.5, 0.25, 0.125, 0.0) if reached else ():
-                for p, start, end in zip(_trainable(model), self._within, reached, strict=True):
-                    p.copy_(torch.lerp(start, end, kept))
+                for name, p in self._held.items():
+                    p.copy_(torch.lerp(self._within[name], reached[name], kept))
                 found = self._measure(model)
                 if found["kl"] <= self.max_kl:
                     break
-            self._within = [p.detach().clone() for p in _trainable(model)]
+            self._within = _copies(self._held)
             found["kept"] = kept
         self._found = found
         self._unlogged = {f"drift_{name}": value for name, value in found.items()}
+        control.should_log = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._batches, self._within = [], []
+        self._batches, self._held, self._within = [], {}, {}
         if self._found and state.is_world_process_zero:
             print(
                 "general text: perplexity {base_perplexity:.2f} -> {perplexity:.2f}, KL {kl:.4f} nats a token".format(
@@ -178,5 +257,13 @@ class DriftCallback(HostCallback):
         return found
 
 
-def _trainable(model: Any) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
+def _trainable(model: Any) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _are_those(parameters: dict[str, nn.Parameter], before: dict[str, nn.Parameter]) -> bool:
+    return parameters.keys() == before.keys() and all(p is before[name] for name, p in parameters.items())
+
+
+def _copies(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in parameters.items()}

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft_mora import use_exact_4bit_kernels
@@ -25,6 +25,7 @@ from peft_mora.fingerprint import fingerprint
 from peft_mora.inputs import (
     contiguous_head,
     eval_mode,
+    generating_by,
     input_statistics,
     left_padded,
     placeholders,
@@ -64,7 +65,7 @@ def protect(
             or of records, a `datasets.Dataset`, the path of a JSON Lines file; or "self": text that the model samples
             itself, half of it through the chat template where there is one. Records have "text" (or "page"),
             "messages", or "prompt" and "completion".
-        folder: where the memory goes; what was there is replaced as a whole.
+        folder: where the memory goes, in place of an earlier one.
         tokenizer: of the model, or its processor; None loads it from where the model came from.
         energy: share of the inputs' squared norm that the bases hold, in (0, 1].
         tokens: how many tokens to look at; texts are cut to 256 each and taken in their order.
@@ -79,12 +80,14 @@ def protect(
         ValueError: a wrong argument, a record without text or with images, no text at all, a module whose inputs are
             not seen.
         FileNotFoundError: `source` is a path, and nothing is there.
+        FileExistsError: `folder` holds other files than a memory.
 
     Example:
         >>> protect(model, "self", "out/general")
         >>> OrthogonalProjectionCallback("out/general")
     """
     check_arguments(energy, tokens)
+    Subspace.check_folder(folder)
     tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model.config.name_or_path)
     use_exact_4bit_kernels(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -109,6 +112,7 @@ def add_text(
     tokenizer: Any,
     energy: float | None,
     tokens: int,
+    max_rank: int | None = None,
 ) -> None:
     """Add what `source` needs of `layers` to a subspace, once: a text that is in there already is not added again."""
     if source == "self" and any(task.get("text") == "self" for task in subspace.tasks):
@@ -121,8 +125,10 @@ def add_text(
     if any(task.get("text") == text for task in subspace.tasks):
         return
     seen = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    subspace.add_inputs(input_statistics(model, layers, batches), energy, None)
-    subspace.tasks.append({"name": "general text", "text": text, "tokens": seen, "energy": energy, "max_rank": None})
+    subspace.add_inputs(input_statistics(model, layers, batches), energy, max_rank)
+    subspace.tasks.append(
+        {"name": "general text", "text": text, "tokens": seen, "energy": energy, "max_rank": max_rank}
+    )
 
 
 def read(source: Any, tokenizer: Any, tokens: int, model: Any = None) -> list[Batch]:
@@ -252,10 +258,14 @@ def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, st
     batch = left_padded([torch.tensor(row) for row in prompts], end)
     ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
     new = length - min(map(len, prompts))
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=end,
-        max_new_tokens=new, min_new_tokens=None if stop else new, suppress_tokens=placeholders(model) or None,
+    base = getattr(model, "get_base_model", lambda: model)()
+    plain = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=end, max_new_tokens=new,
+        min_new_tokens=None if stop else new, suppress_tokens=placeholders(base) or None,
+        eos_token_id=base.generation_config.eos_token_id, use_cache=True,
     )  # fmt: skip
+    with generating_by(model, plain):
+        out = model.generate(input_ids=ids, attention_mask=mask)
     rows = []
     for row, prompt in zip(out.tolist(), prompts, strict=True):
         added = row[ids.shape[1] :]

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -33,6 +34,7 @@ from peft_mora.linalg import (
 )
 
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
+from .drift import trainable_as_before
 from .factors import Factors, are_those, trainable_factors
 from .general_text import TOKENS, add_text
 from .host import HostCallback, ahead_of_reporters, calibration_batches, output_folder
@@ -47,8 +49,9 @@ SHORT = 0.1  # less than this share of a module's input space left: say so
 class OrthogonalProjectionCallback(HostCallback):
     """Keep what earlier tasks taught: train a fresh adapter only in directions that their inputs do not use.
 
-    Works for MORA (any routing) after `start_task`, and for a fresh PEFT LoRA adapter beside frozen older ones. At the
-    end of training `<output_dir>/subspace` holds what all tasks so far need; give it to the next task's callback.
+    Works for MORA (any routing) after `start_task`, and for a fresh PEFT LoRA adapter beside frozen older ones (the
+    one in training first, `model.base_model.set_adapter([NAME, OLD])`: a trainer that resumes trains the first). At
+    the end of training `<output_dir>/subspace` holds what all tasks so far need; give it to the next task's callback.
 
     The guarantee is about weights: ‖ΔW V‖ / ‖ΔW‖ <= 1e-5 for the float32 weights of the new experts, in every module,
     after every step and where they are saved, whatever the optimizer. What the bases do not hold (1 - energy of the
@@ -67,7 +70,7 @@ class OrthogonalProjectionCallback(HostCallback):
         source: how directions are found: "inputs", "gradients", "base_weights" or "past_adapters".
         energy: share of the inputs' (gradients', weight's) squared norm that the bases hold, in (0, 1]. None: all, up
             to max_rank; for "base_weights" a share that depends on the layer.
-        max_rank: most protected directions a module, all tasks together; None for no limit.
+        max_rank: most protected directions a module, of all tasks and protected text together; None for no limit.
         calibration_batches: batches of the training data to find the directions with, on each process.
         start: which directions of the complement the new task gets: "contrast", those in which its inputs are strong
             and the earlier tasks' are weak; "inputs", those in which its inputs are strong (InfLoRA, arXiv
@@ -123,6 +126,7 @@ class OrthogonalProjectionCallback(HostCallback):
             calibration_batches,
             "an integer >= 1",
         )
+        check_field(max_rank is None or source != "past_adapters", "max_rank", max_rank, "None with this source")
         self.source = SOURCES[source](energy, max_rank)
         start = start or ("contrast" if self.source.knows_inputs else "random")
         check_field(start in get_args(Start), "start", start, "'contrast', 'inputs', 'random', 'osrm' or None")
@@ -158,6 +162,7 @@ class OrthogonalProjectionCallback(HostCallback):
         self._constraints: list[Constraint] = []
         self._room: dict[str, Tensor] = {}  # group -> (I, m) the directions that A may move in, if not all
         self._now: Subspace | None = None  # this task's inputs alone, for "osrm"
+        self._active: dict[str, Tensor] = {}  # adapter -> (2,): its place among the active ones, whether it is trained
 
     def refusals(self) -> dict[str, str]:
         return {
@@ -190,8 +195,14 @@ class OrthogonalProjectionCallback(HostCallback):
     ) -> None:
         super().on_train_begin(args, state, control)
         self._optimizer = optimizer
+        several = isinstance(model, PeftModel) and len(model.peft_config) > 1
+        if several and state.global_step > 0:
+            self._activate(args, state, model)
         adapter_name, factors = trainable_factors(model, self.adapter_name)
+        active = model.active_adapters if several else []
+        self._active = {name: torch.tensor([place, name == adapter_name]) for place, name in enumerate(active)}
         output = output_folder(args) / "subspace"
+        Subspace.check_folder(output)
         if any(folder.resolve() == output.resolve() for folder in self.memory):
             raise ValueError(
                 f"`memory` is {output}, where this run will write its own subspace: an interrupted run would "
@@ -214,6 +225,8 @@ class OrthogonalProjectionCallback(HostCallback):
             self._room = {}
         self.source.check(run, subspace)
         self.source.at_begin(run, subspace)
+        if not self.source.protects_from_start:
+            _report_full(subspace, self.source.max_rank)
         self._subspace, self._run = subspace, run
         self._constraints, self._now = [], None
         if self.start == "osrm":
@@ -297,7 +310,8 @@ class OrthogonalProjectionCallback(HostCallback):
 
     def kept(self) -> dict[str, Tensor]:
         source = {f"source.{name}": t for name, t in self.source.state().items()}
-        return source | {f"room.{group}": U for group, U in self._room.items()}
+        active = {f"active.{name}": t for name, t in self._active.items()}
+        return source | active | {f"room.{group}": U for group, U in self._room.items()}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -422,7 +436,9 @@ class OrthogonalProjectionCallback(HostCallback):
         if self.start == "osrm":
             subspace.seen_energy = 1.0
         if self.protect is not None and not resumed:
-            add_text(subspace, model, run.layers, self.protect, tokenizer, self.source.energy, TOKENS)
+            add_text(
+                subspace, model, run.layers, self.protect, tokenizer, self.source.energy, TOKENS, self.source.max_rank
+            )
             if args.process_index == 0:
                 subspace.save(found)
         return subspace
@@ -432,6 +448,30 @@ class OrthogonalProjectionCallback(HostCallback):
         if self.start == "inputs" or group not in self._subspace.seen:
             return leading_directions(new, None, V.shape[1] + count, held=V)
         return contrast_directions(new, self._subspace.old_covariance(group).to(new), V, count)
+
+    def _activate(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """Make those adapters active that were so when the checkpoint was written: a trainer that resumes leaves the
+        first one alone active, and trains that."""
+        kept = self.saved(args, state) or {}
+        active = {name.removeprefix("active."): t.tolist() for name, t in kept.items() if name.startswith("active.")}
+        if not active:
+            raise ValueError(
+                f"The run resumes at step {state.global_step}, but the checkpoint does not say which of the model's "
+                f"adapters ({', '.join(map(repr, model.peft_config))}) were active: it was trained without this "
+                "callback, or by an older release of it. Start the task again."
+            )
+        names = sorted(active, key=lambda name: active[name])
+        trained, first = next(name for name in names if active[name][1]), model.active_adapters[0]
+        if first != trained:
+            order = [trained, *(name for name in names if name != trained)]
+            raise ValueError(
+                f"The checkpoint is of a run that trains adapter {trained!r}. A trainer that resumes trains the first "
+                f"of the active adapters, here {first!r}, and has given it the optimizer's state of {trained!r}. Make "
+                f"the model again with model.base_model.set_adapter({order}), and resume from the same checkpoint."
+            )
+        if names != list(model.active_adapters):
+            with trainable_as_before(model):
+                model.base_model.set_adapter(names)
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         placed = self.start in ("contrast", "inputs")
@@ -508,7 +548,18 @@ def _check_fresh(name: str, pair: Factors) -> None:
             f"The adapter has been trained already (B of module {name!r} is not 0): while its B is trainable, no "
             "constraint on A keeps what it does now. Freeze it and train fresh weights: with MORA "
             "start_task(model, NAME); with LoRA model.add_adapter(NAME, config), "
-            "model.base_model.set_adapter([OLD, NAME]), model.set_requires_grad(OLD, requires_grad=False)."
+            "model.base_model.set_adapter([NAME, OLD]), model.set_requires_grad(OLD, requires_grad=False)."
+        )
+
+
+def _report_full(subspace: Subspace, max_rank: int | None) -> None:
+    full = [group for group, V in subspace.right.items() if max_rank is not None and V.shape[1] >= max_rank]
+    if full:
+        warnings.warn(
+            f"max_rank={max_rank} is reached by what is protected already of {len(full)} of {len(subspace.right)} "
+            f"module inputs, e.g. {full[0]!r}: what this task needs there will not be protected from the next. Give a "
+            "larger max_rank, which counts the tasks before and the protected text too.",
+            stacklevel=2,
         )
 
 

@@ -216,6 +216,7 @@ class PromptProjectionCallback(HostCallback):
         if self.memory is None:
             return Subspace("prompts", known)
         output = output_folder(args) / "subspace"
+        Subspace.check_folder(output)
         if self.memory.resolve() == output.resolve():
             raise ValueError(
                 f"`memory` is {output}, where this run will write its own: an interrupted run would lose it. Give "

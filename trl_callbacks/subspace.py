@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_mora.files import whole_folder
+from peft_mora.files import check_own, whole_folder
+from peft_mora.fingerprint import differences
 from peft_mora.inputs import InputStatistics
 from peft_mora.linalg import Spectrum, leading_directions, orthonormal, spectrum, upper_bound
 
@@ -149,7 +150,12 @@ class Subspace:
         return float(known.square().sum() + rest * outside) / self.weights[group]
 
     def save(self, folder: str | Path) -> None:
-        """Write FOLDER/basis.safetensors and FOLDER/subspace.json; what was there before is replaced as a whole."""
+        """Write FOLDER/basis.safetensors and FOLDER/subspace.json, in place of an earlier save.
+
+        Raises:
+            FileExistsError: the folder holds other files.
+        """
+        self.check_folder(folder)
         tensors = {f"right.{name}": V.float().cpu().contiguous() for name, V in self.right.items()}
         tensors |= {f"left.{name}": U.float().cpu().contiguous() for name, U in self.left.items()}
         tensors |= {f"seen.{name}": F.to("cpu", torch.float16).contiguous() for name, F in self.seen.items()}
@@ -171,6 +177,15 @@ class Subspace:
         with whole_folder(folder, replace=True) as written:
             save_file(tensors, written / TENSORS)
             (written / DESCRIPTION).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def check_folder(folder: str | Path) -> None:
+        """Refuse a folder that `save` would not replace.
+
+        Raises:
+            FileExistsError: it holds other files.
+        """
+        check_own(folder, (TENSORS, DESCRIPTION))
 
     @classmethod
     def load(cls, folder: str | Path) -> Subspace:
@@ -245,12 +260,11 @@ class Subspace:
         Raises:
             ValueError: naming what differs.
         """
-        differs = [key for key in self.model if self.model[key] != model.get(key)]
-        if differs:
-            shown = ", ".join(f"{key} {self.model[key]!r} there, {model.get(key)!r} here" for key in differs)
+        if differs := differences(self.model, model):
             raise ValueError(
-                f"The subspace in {folder} is of another base model ({shown}). Directions of one model mean nothing "
-                "to another: train on the model that it was made with, or learn the first task again with memory=None."
+                f"The subspace in {folder} is of another base model ({', '.join(differs)}). Directions of one model "
+                "mean nothing to another: train on the model that it was made with, or learn the first task again "
+                "with memory=None."
             )
 
     def group_of(self, module: str) -> str | None:

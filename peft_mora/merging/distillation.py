@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch.nn.functional import kl_div
 from transformers import GenerationConfig
 
 from ..checks import check_field, is_int, is_number
-from ..inputs import contiguous_head, eval_mode, left_padded, placeholders
+from ..inputs import contiguous_head, eval_mode, generating_by, left_padded, placeholders
 from ..lora_file import Lora
 from .report import bar
 
@@ -101,18 +100,6 @@ def lessons(
                 top = logits.topk(min(TOP, logits.shape[-1] - 1), dim=-1).indices
                 found.append(Lesson(ids, top.cpu(), log_mass(logits, top).exp().cpu()))
     return found
-
-
-@contextmanager
-def generating_by(model: PeftModel, config: GenerationConfig) -> Iterator[None]:
-    """A config in the place of the base's own for the length of a block: as an argument, `generate` would complete it
-    by the base's repetition penalty, beams and so on."""
-    base: Any = model.get_base_model()
-    own, base.generation_config = base.generation_config, config
-    try:
-        yield
-    finally:
-        base.generation_config = own
 
 
 def _until(answer: Tensor, ends: Sequence[int]) -> Tensor:
