@@ -283,8 +283,9 @@ class MaskedModel(AdapterModel):
                 layer.latest_mask = latest
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+        layers: Any = (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
+        masks = {id(layer.latest_mask): layer.latest_mask for layer in layers}
         base = super()._unload_and_optionally_merge(*args, **kwargs)  # may refuse
-        for layer in layers:
-            layer.latest_mask.remove()
+        for mask in masks.values():
+            mask.remove()
         return base

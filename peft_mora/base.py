@@ -69,6 +69,8 @@ class AdapterConfig(PeftConfig):
     """
 
     method: ClassVar[str]  # name of the PeftType
+    by_input: ClassVar[str] = "its update depends on the layer's input"  # why it cannot have `target_parameters`
+    on_parameters: ClassVar[str] = ""  # how to make one that can, where the class's name does not say it
 
     r: int = field(
         default=8, metadata={"help": "Rank: rank-1 experts a module (and, where the method grows, a task)."}
@@ -182,10 +184,14 @@ class AdapterConfig(PeftConfig):
 
     def parameters_refusal(self) -> str:
         """Why `target_parameters` cannot be had with this config; empty where they can."""
-        able = [m.config.__name__ for m in registry.registered.values() if hasattr(m.model, "expert_layer_cls")]
+        able = [
+            method.config.on_parameters or method.config.__name__
+            for method in registry.registered.values()
+            if hasattr(method.model, "expert_layer_cls")
+        ]
         return (
-            f"{self.method} adapts linear modules, not single parameters: its update depends on the layer's input, "
-            "which is seen inside of the module alone. Name linear modules in `target_modules` instead of "
+            f"{self.method} adapts linear modules, not single parameters: {self.by_input}, which is seen inside of "
+            "the module alone. Name linear modules in `target_modules` instead of "
             f"`target_parameters`, or use a method whose update is one weight ({listed(able)})."
         )
 

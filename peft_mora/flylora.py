@@ -185,7 +185,7 @@ class FlyLoraLinear(SeededLinear, BalancedLinear):
     projection_names = ("flylora_A", "flylora_index")
     other_param_names = (
         "flylora_A", "flylora_index", "flylora_checksum", "flylora_offset", "flylora_rule",
-        "flylora_made", "balance", "module_names", "usage",
+        "flylora_made", "balance", "module_names", "usage", "unchecked",
         "r", "scaling", "dropout",
     )  # fmt: skip
     merge_refusal = (

@@ -43,6 +43,7 @@ class FurinaConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "FURINA"
+    by_input: ClassVar[str] = "while it trains, its losses look at the layer's input"
 
     r: int = field(default=8, metadata={"help": "Rank of each expert; the adapter's is (experts + 1) · r."})
     experts: int = field(default=3, metadata={"help": "E: experts of a module besides the one that is shared."})

@@ -20,7 +20,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import REFERENCE, adapter_layers, set_config
+from .base import REFERENCE, adapter_layers, adapters_of, set_config
 from .checks import check_field, is_int, is_number
 from .experts import ExpertModel, ExpertWeights
 from .lean import Parts, Weight
@@ -87,7 +87,7 @@ class LoriLinear(SeededLinear):
     projection_names = ("lori_A",)
     other_param_names = (
         "lori_A", "lori_checksum", "lori_mask", "lori_frozen_mask", "lori_frozen_B", "lori_places",
-        "lori_frozen_places", "module_names", "r", "scaling", "dropout",
+        "lori_frozen_places", "module_names", "unchecked", "r", "scaling", "dropout",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -267,7 +267,7 @@ class LoriModel(ExpertModel, SeededModel):
 
         Raises:
             ValueError: an unknown adapter, a name that is taken, numbers that do not match, "linear" over different
-                A's, or an adapter that trains more than its B's.
+                A's, or an adapter that trains more than its B's or has `target_parameters`. Nothing is changed then.
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters:
@@ -286,6 +286,12 @@ class LoriModel(ExpertModel, SeededModel):
                     f"Adapter(s) {having} have `{field_name}`: what they have trained there has no weighted sum, and "
                     "the new adapter would have the base model's. Combine adapters that were trained without it."
                 )
+        having = [name for name in adapters if getattr(self.peft_config[name], "target_parameters", None)]
+        if having:
+            raise ValueError(
+                f"Adapter(s) {having} have `target_parameters`, and the new adapter is made of linear modules alone. "
+                "To add the updates up, make the adapters active together: model.base_model.set_adapter([...])."
+            )
         layers = {
             name: layer
             for name, layer in self.model.named_modules()
@@ -337,7 +343,7 @@ def _combine(layer: LoriLinear, adapters: list[str], weights: list[float], linea
 
 def record_form(model: Any, adapter_name: str, sparsity: float | None = None) -> None:
     """Write what the layers hold into the adapter's config (a copy: a twin may share the object)."""
-    config = copy.deepcopy(model.peft_config[adapter_name])
+    config = copy.deepcopy(adapters_of(model)[adapter_name])
     layers = {
         layer.module_names[adapter_name]: layer
         for layer in adapter_layers(model, adapter_name, LoriLinear).values()

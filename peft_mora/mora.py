@@ -44,6 +44,7 @@ class MoraConfig(RoutedConfig):
     """
 
     method: ClassVar[str] = "MORA"
+    on_parameters: ClassVar[str] = "MoraConfig(routing='dense')"
     routed_as: ClassVar[tuple[str, ...]] = ("MoraConfig(routing='task')", "MoraConfig(routing='bank')")
 
     top_k: int | None = field(
@@ -351,9 +352,10 @@ class MoraLinear(RoutedLinear):
         if found != room:
             raise ValueError(
                 f"The file has {found[0]} frozen and {found[1]} trainable experts in module {module_name!r}, the "
-                f"adapter {adapter_name!r} has {room[0]} and {room[1]} (its tasks: {', '.join(config.tasks)}). Open "
-                "the folder with PeftModel.from_pretrained, which reads its config. To resume a run, build the model "
-                "as that run did: load the adapter of the earlier tasks and call start_task."
+                f"adapter {adapter_name!r} has {room[0]} and {room[1]} (its tasks: {', '.join(config.tasks)}): one of "
+                "them has other tasks, or was pruned. Open the folder with PeftModel.from_pretrained, which reads its "
+                "config. To resume a run, build the model as that run did: load the adapter of the earlier tasks and "
+                "call start_task, or open the pruned one with PeftModel.from_pretrained(..., is_trainable=True)."
             )
         return False
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import AdapterConfig, AdapterLinear, AdapterModel, adapter_layers, set_config
+from .base import AdapterConfig, AdapterLinear, AdapterModel, adapter_layers, adapters_of, set_config
 from .checks import check_field, is_int, is_number, listed, task_names
 from .lean import Gate, Parts, Wanted, Weight
 from .routing import at_least_float32
@@ -37,6 +37,7 @@ class MtlLoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "MTLLORA"
+    by_input: ClassVar[str] = "its update depends on the task of each row of the layer's input"
 
     tasks: list[str] = field(
         default_factory=lambda: ["initial"],
@@ -322,10 +323,11 @@ class MtlLoraModel(AdapterModel):
                     base.generate = own
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layers = [layer for layer in self.model.modules() if isinstance(layer, MtlLoraLinear)]
+        layers = (module for module in self.model.modules() if isinstance(module, MtlLoraLinear))
+        row_tasks = {id(layer.row_tasks): layer.row_tasks for layer in layers}
         base = super()._unload_and_optionally_merge(*args, **kwargs)  # may refuse
-        for layer in layers:
-            layer.row_tasks.remove()
+        for tasks in row_tasks.values():
+            tasks.remove()
         return base
 
 
@@ -341,7 +343,7 @@ def set_task(model: Any, task: str | int | None, adapter_name: str = "default") 
         ValueError: no such MTLLORA adapter or task, or an adapter that is merged.
     """
     layers = adapter_layers(model, adapter_name, MtlLoraLinear)
-    config = copy.deepcopy(model.peft_config[adapter_name])
+    config = copy.deepcopy(adapters_of(model)[adapter_name])
     config.default_task = None if task is None else config.tasks[place(task, config.tasks)]
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError("Cannot change the task of a merged adapter: call model.unmerge_adapter() first.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,26 +68,25 @@ def prune_experts(
         raise ValueError("Cannot prune while an adapter is merged: call model.unmerge_adapter() first.")
     usage = expert_usage(model, adapter_name)
     batches = [] if inputs is None else [inputs] if isinstance(inputs, Mapping) else list(inputs)
-    before = _outputs(model, batches, layers, adapter_name)
+    before = list(_outputs(model, batches, layers, adapter_name))
     parts = {name: layer.without(adapter_name, usage[name] >= below) for name, layer in layers.items()}
     experts = {name: layer.expert_count(adapter_name) for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.put(adapter_name, *parts[name])
     record_routing(model, adapter_name)
-    after = _outputs(model, batches, layers, adapter_name)
-    change = None
-    if batches:
-        moved = sum((a - b).square().sum().item() for a, b in zip(after, before, strict=True))
-        change = (moved / sum(b.square().sum().item() for b in before)) ** 0.5
+    moved = size = 0.0
+    for old, new in zip(before, _outputs(model, batches, layers, adapter_name), strict=True):
+        moved += (new.double() - old.double()).square().sum().item()
+        size += old.double().square().sum().item()
+    change = (moved / size) ** 0.5 if batches else None
     deleted = {name: experts[name] - layer.expert_count(adapter_name) for name, layer in layers.items()}
     return PruneSummary(deleted, sum(experts.values()), change)
 
 
 def _outputs(
     model: nn.Module, batches: list[Mapping[str, Any]], layers: Mapping[str, Any], adapter_name: str
-) -> list[Tensor]:
-    """Outputs at the real tokens, float64 on the CPU, in eval mode and uncounted."""
-    found = []
+) -> Iterator[Tensor]:
+    """Outputs at the real tokens, batch by batch on the CPU, in eval mode and uncounted."""
     counters: list[Usage] = [layer.usage[adapter_name] for layer in layers.values() if adapter_name in layer.usage]
     for counter in counters:
         counter.meter.paused = True
@@ -97,8 +96,7 @@ def _outputs(
                 output = model(**batch)
                 logits = output.logits if hasattr(output, "logits") else output
                 mask = batch.get("attention_mask")
-                found.append((logits if mask is None else logits[mask.to(logits.device).bool()]).cpu().double())
+                yield (logits if mask is None else logits[mask.to(logits.device).bool()]).cpu()
     finally:
         for counter in counters:
             counter.meter.paused = False
-    return found

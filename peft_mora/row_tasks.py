@@ -101,12 +101,13 @@ class RowTasks:
 
     def __init__(self) -> None:
         self.rows = self.resting = Rows()  # in between forwards: not said, but while an answer is generated
+        self.inside = False  # of a forward of the whole model
         self.handles: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module) -> None:
         """Take `task` out of each call of the model, and of the stack that a trainer may call in its place."""
         stack = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-        self.handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self.handles.append(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._leave, always_call=True))
         if isinstance(stack, nn.Module) and stack is not model:
             self.handles.append(stack.register_forward_pre_hook(self._enter_stack, with_kwargs=True))
@@ -144,11 +145,19 @@ class RowTasks:
                 self.rows.check(inputs[0].shape[:2], "the batch")
         return (args, {k: v for k, v in kwargs.items() if k != "task"}) if "task" in kwargs else None
 
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.inside = True
+        return self._enter(module, args, kwargs)
+
     def _enter_stack(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        return self._enter(module, args, kwargs) if "task" in kwargs else None
+        # It is the whole call where `task` says so, or where no model called it and no backward computes it again.
+        own = "task" in kwargs or (
+            not self.inside and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+        )
+        return self._enter(module, args, kwargs) if own else None
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        rows, self.rows = self.rows, self.resting
+        rows, self.rows, self.inside = self.rows, self.resting, False
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         found = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
@@ -160,4 +169,4 @@ class RowTasks:
         self.rows = rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rows": Rows(), "resting": Rows()}
+        return {**self.__dict__, "rows": Rows(), "resting": Rows(), "inside": False}

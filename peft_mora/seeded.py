@@ -8,6 +8,7 @@ load, and a checksum in the file decides whether it is the same one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -78,6 +79,23 @@ def checksum(*tensors: Tensor) -> Tensor:
     return torch.tensor(int.from_bytes(digest.digest()[:8], "little") >> 1)
 
 
+class Checksums(BufferDict):
+    """adapter name -> () int64. What a loader puts in is noted in `unchecked`."""
+
+    def __init__(self, unchecked: dict[str, bool]) -> None:
+        super().__init__(persistent=True)
+        self.unchecked = unchecked
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._buffers:
+            self.unchecked[name] = True
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.unchecked.update((name, True) for name in self._buffers if f"{prefix}{name}" in state_dict)
+
+
 class SeededLinear(AdapterLinear):
     """A layer with a frozen projection in buffers, next to a trainable `<prefix>B`."""
 
@@ -85,8 +103,10 @@ class SeededLinear(AdapterLinear):
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
-        for name in (*self.projection_names, f"{self.prefix}checksum"):
+        self.unchecked: dict[str, bool] = {}  # adapter name -> whether a loader has put its checksum in
+        for name in self.projection_names:
             setattr(self, name, BufferDict(persistent=True))
+        setattr(self, f"{self.prefix}checksum", Checksums(self.unchecked))
         setattr(self, f"{self.prefix}B", nn.ModuleDict())
 
     def draw_projection(self, adapter_name: str, config: Any, module_name: str) -> tuple[Tensor, ...]:
@@ -101,6 +121,7 @@ class SeededLinear(AdapterLinear):
             else self.draw_projection(adapter_name, config, module_name)
         )
         self.set_projection(adapter_name, tuple(tensor.clone() for tensor in drawn))
+        self.unchecked[adapter_name] = False
 
     def projection(self, adapter_name: str) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name)[adapter_name] for name in self.projection_names)
@@ -113,24 +134,59 @@ class SeededLinear(AdapterLinear):
 
     def fit_file(self, adapter_name: str, tensors: dict[str, Tensor], config: Any, module_name: str) -> bool:
         """Put in what the seed draws where the file left it out, and check that it is what the file was made with."""
-        expected = tensors.get(f"{self.prefix}checksum")
+        drawn = zip(self.projection_names, self.projection(adapter_name), strict=True)
+        used = [tensors.setdefault(name, tensor) for name, tensor in drawn]
+        self._compare(used, tensors.get(f"{self.prefix}checksum"), module_name, f" (here {config.seed})")
+        return False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.unchecked and not torch.compiler.is_compiling():
+            self.check_projections()
+        return super().forward(x, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Also the first call after loading, by whatever loads: transformers' own loader does not go by `fit_file`."""
+        self.check_projections()
+        return super().train(mode)
+
+    def check_projections(self) -> None:
+        """Compare with their checksums the projections that may have come from a file, once for each loading.
+
+        Raises:
+            ValueError: a projection is not what the file was made with, or the file has no checksum.
+        """
+        for adapter_name, told in list(self.unchecked.items()):
+            tensors = self.projection(adapter_name)
+            if self.is_empty(adapter_name) or any(tensor.is_meta for tensor in tensors):
+                continue
+            expected = getattr(self, f"{self.prefix}checksum")[adapter_name]
+            weights = self.weights(adapter_name)
+            if told or any(map(_is_loaded, weights)):
+                # Under ZeRO-3 buffers are filled in place, and lose their mark when they are moved.
+                has_checksum = told or _is_loaded(expected) or hasattr(weights[0], "ds_id")
+                self._compare(tensors, expected if has_checksum else None, self.module_names[adapter_name])
+            self.unchecked.pop(adapter_name, None)
+
+    def _compare(self, tensors: Sequence[Tensor], expected: Tensor | None, module_name: str, seed: str = "") -> None:
         if expected is None:
             raise ValueError(
                 f"The file has no `{self.prefix}checksum` for module {module_name!r}, which every saved adapter has, "
                 "so it cannot be known whether this projection A is the one that the adapter was trained with. Take "
                 "the file as it was saved."
             )
-        drawn = zip(self.projection_names, self.projection(adapter_name), strict=True)
-        found = int(checksum(*(tensors.setdefault(name, tensor) for name, tensor in drawn)))
+        found = int(checksum(*tensors))
         if found != int(expected):
             raise ValueError(
                 f"The projection A of module {module_name!r} is not the one that this adapter was trained with: its "
                 f"checksum is {found}, the file says {int(expected)}. The file is damaged, or it was saved with "
-                f"save_projection=False and the seed (here {config.seed}) or the module's name in the model has "
-                "changed since. Load it into the model class that it was trained with, or save it again there with "
-                "save_projection=True."
+                f"save_projection=False and the seed{seed} or the module's name in the model has changed since. Load "
+                "it into the model class that it was trained with, or save it again there with save_projection=True."
             )
-        return False
+
+
+def _is_loaded(tensor: Tensor) -> bool:
+    """Whether transformers' loader has left its mark."""
+    return getattr(tensor, "_is_hf_initialized", False)
 
 
 class SeededModel(AdapterModel):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .base import adapter_layers
+from .base import adapter_layers, adapters_of
 from .checks import check_field, is_number
 from .lori import LoriLinear, record_form, share_projection
 
@@ -50,11 +50,17 @@ def sparsify(
         A `SparsitySummary`; `print` it.
 
     Raises:
-        ValueError: no such adapter, one that is packed already, merged, untrained (B = 0) or not finite; or `onto` has
-            another A, or modules that the adapter has not. Nothing is changed then.
+        ValueError: no such adapter, or a part of its model without the config; one that is packed already, merged,
+            untrained (B = 0) or not finite; or `onto` has another A, or modules that the adapter has not. Nothing is
+            changed then.
     """
     check_field(is_number(sparsity) and 0 <= sparsity < 1, "sparsity", sparsity, "a number in [0, 1)")
     layers = adapter_layers(model, adapter_name, LoriLinear)
+    if adapter_name not in adapters_of(model):
+        raise ValueError(
+            f"This {type(model).__name__} has layers of adapter {adapter_name!r}, but not its config, which has to "
+            "say that B is sparse: pass the model that the adapter was added to, or one that holds it."
+        )
     if any(layer.is_packed(adapter_name) for layer in layers.values()):
         raise ValueError(
             f"Adapter {adapter_name!r} is sparse already. Calibrate a new dense one (LoriConfig without `sparsity`) "

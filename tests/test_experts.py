@@ -11,6 +11,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from peft_mora import MoraConfig, sparsify, start_task
+from peft_mora.base import AdapterLinear
 from peft_mora.experts import ExpertWeights
 from peft_mora.export import effect_error, exact_lora, save_lora
 from peft_mora.lora_file import read_lora
@@ -191,10 +192,24 @@ def test_sparsify_ranks_the_entries_of_all_experts_together():
     assert summary.kept == round(0.25 * summary.total) == kept
 
 
+@pytest.mark.parametrize("combination_type", [None, "linear", "cat"])
+def test_a_weighted_sum_of_adapters_on_experts_is_refused_and_leaves_nothing(combination_type):
+    model = on_experts("lori")
+    model.add_adapter("b", METHODS["lori"](target_modules=["q_proj"]))
+    for adapters in (["default", "b"], ["b", "default"]):
+        with pytest.raises(ValueError, match=r"\['default'\] have `target_parameters`.*set_adapter\(\[...\]\)"):
+            model.add_weighted_adapter(adapters, [1.0, 0.5], "both", combination_type)
+    assert set(model.peft_config) == {"default", "b"}
+    assert not any("both" in layer.r for layer in model.modules() if isinstance(layer, AdapterLinear))
+
+
 def test_what_would_be_wrong_is_refused_with_what_to_do(inputs, tmp_path):
     for method, match in {
         "mora": "routing='task' cannot adapt.*Give routing='dense'",
-        "flylora": r"not single parameters.*use a method whose update is one weight \(MoraConfig or LoriConfig\)",
+        "flylora": r"not single parameters: its update depends on the layer's input, which is seen inside.*"
+        r"use a method whose update is one weight \(MoraConfig\(routing='dense'\) or LoriConfig\)",
+        "furina": "its losses look at the layer's input, which is seen inside.*routing='dense'",
+        "mtllora": "its update depends on the task of each row of the layer's input, which is.*routing='dense'",
     }.items():
         with pytest.raises(ValueError, match=match):
             METHODS[method](target_parameters=BOTH)

@@ -1,7 +1,9 @@
 """What only LORI does: seeded projections, global magnitude masks, packed training, exact combination."""
 
 import copy
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from helpers import METHODS, adapted, gradients, randomize, reopened, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_mora import FlyLoraConfig, LoriConfig, LoriLinear, sparsify
 from peft_mora.base import AdapterLinear
 from peft_mora.packed import unpack_bits
+from peft_mora.seeded import SeededLinear
 
 
 def lori(base=None, **kwargs) -> PeftModel:
@@ -104,6 +108,73 @@ def test_a_projection_that_differs_is_refused_by_name(method, tmp_path):
     save_file(state, file)
     with pytest.raises(ValueError, match="projection A of module '.*down_proj'"):
         PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+
+
+REFUSED = r"projection A of module '{}\..*q_proj'.*Load it into the model class.*save_projection=True"
+
+
+@SEEDED
+def test_transformers_refuses_another_projection_too(method, llama_folder, inputs, tmp_path):
+    """It fills the tensors itself; another model class has other names, and so draws another A."""
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    model = adapted(method, base, save_projection=False, target_modules=["q_proj", "down_proj"])
+    model.save_pretrained(tmp_path / "right")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "right")(inputs).logits, model(inputs).logits)
+    with pytest.raises(ValueError, match=REFUSED.format("layers")):
+        AutoModel.from_pretrained(tmp_path / "right")
+    other = shutil.copytree(tmp_path / "right", tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "seed": 5}))
+    with pytest.raises(ValueError, match=REFUSED.format("model.layers")):
+        AutoModelForCausalLM.from_pretrained(other)
+    to_train = tiny_llama().eval()
+    to_train.load_adapter(str(other), is_trainable=True)
+    for use in (lambda: to_train(inputs), to_train.train):
+        with pytest.raises(ValueError, match=REFUSED.format("model.layers")):
+            use()
+    file = tmp_path / "right" / "adapter_model.safetensors"
+    save_file({k: tensor for k, tensor in load_file(file).items() if "checksum" not in k}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="no `.*_checksum` for module 'model.*q_proj'.*Take the file as it was saved"):
+        AutoModelForCausalLM.from_pretrained(file.parent)
+
+
+@SEEDED
+def test_what_transformers_fills_in_place_is_compared_too(method, inputs):
+    """As under ZeRO-3, where a buffer's mark is gone once it was moved."""
+
+    def filled(source, moved):
+        model, state = adapted(method), source.state_dict()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if f"{method}_B" in name or "checksum" in name:
+                tensor.data.copy_(state[name])
+                tensor._is_hf_initialized = True
+            if f"{method}_B" in name:
+                tensor.ds_id = 0
+        for module in model.modules():
+            if isinstance(module, SeededLinear):
+                module.unchecked["default"] = False
+                checksums = getattr(module, f"{method}_checksum")._buffers
+                checksums["default"] = checksums["default"].clone() if moved else checksums["default"]
+        return model
+
+    for moved in (False, True):
+        filled(adapted(method), moved)(inputs)
+        with pytest.raises(ValueError, match=REFUSED.format("model.layers")):
+            filled(adapted(method, seed=5), moved)(inputs)
+
+
+@SEEDED
+def test_a_state_dict_with_another_projection_is_refused(method, inputs):
+    """Also by a copy, and a whole one is not."""
+    model, other = adapted(method), adapted(method, seed=5)
+    state = copy.deepcopy(other.state_dict())
+    other.load_state_dict({k: tensor for k, tensor in model.state_dict().items() if "checksum" in k}, strict=False)
+    for refusing in (other, copy.deepcopy(other)):
+        with pytest.raises(ValueError, match=REFUSED.format("model.layers")):
+            refusing(inputs)
+    model.load_state_dict(state)
+    other.load_state_dict(state)
+    assert torch.equal(model(inputs).logits, other(inputs).logits)
 
 
 @pytest.mark.parametrize("config", [LoriConfig, FlyLoraConfig])
@@ -318,3 +389,11 @@ def test_a_resumed_adapter_s_config_has_the_sparsity_that_was_asked_for(sparsity
     again = lori()
     again.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert again.peft_config["default"].sparsity == model.peft_config["default"].sparsity == sparsity
+
+
+def test_a_part_of_the_model_without_the_config_is_refused_and_left_as_it_is():
+    model = lori()
+    part = model.base_model.model.model.layers
+    with pytest.raises(ValueError, match="ModuleList has layers of adapter 'default', but not its config.*pass the"):
+        sparsify(part, 0.5)
+    assert not any(layer.is_packed("default") for layer in layers(model).values())

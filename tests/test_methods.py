@@ -1,6 +1,7 @@
 """PEFT's duties, one matrix: what every method must do the same way. A new method is a row in helpers.FORMS."""
 
 import copy
+import weakref
 from contextlib import nullcontext
 from dataclasses import fields
 
@@ -19,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import peft_mora
-from peft_mora.base import AdapterLinear
+from peft_mora.base import AdapterLinear, AdapterModel
 
 
 def test_output_changes_with_the_adapter_and_not_without(make_config, inputs):
@@ -192,6 +193,21 @@ def test_what_merges_converts_to_a_plain_lora(method, make, inputs):
     assert isinstance(config, LoraConfig) and not set_peft_model_state_dict(plain, state).unexpected_keys
     torch.testing.assert_close(plain(inputs).logits, want, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(model.merge_and_unload()(inputs).logits, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", STATIC)
+def test_merge_and_unload_keeps_one_unmerged_weight_at_a_time(method, monkeypatch):
+    model = adapted(method)
+    layers = [weakref.ref(m) for m in model.modules() if isinstance(m, AdapterLinear)]
+    replace, held = AdapterModel._replace_module, []
+
+    def counted(*args):
+        replace(*args)
+        held.append(sum(bool(layer()._before_merge) for layer in layers if layer() is not None))
+
+    monkeypatch.setattr(AdapterModel, "_replace_module", counted)
+    model.merge_and_unload()
+    assert held == [1] * len(layers)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in STATIC], indirect=True)

@@ -31,13 +31,19 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from peft_mora import MoraConfig, expert_usage, record_usage, start_task
+from peft_mora import LoriConfig, MoraConfig, MtlLoraConfig, expert_usage, record_usage, set_task, start_task
 from peft_mora.inputs import input_statistics, quietened
 from peft_mora.merging import merge_adapters
 from peft_mora.merging.distillation import lessons
 from peft_mora.merging.inputs import adapted as peft_model_of
 from peft_mora.merging.inputs import input_spreads
-from trl_callbacks import ActivationBudgetCallback, DriftCallback, OrthogonalProjectionCallback, protect
+from trl_callbacks import (
+    ActivationBudgetCallback,
+    DriftCallback,
+    LoriCalibrationCallback,
+    OrthogonalProjectionCallback,
+    protect,
+)
 from trl_callbacks.general_text import read, sample
 from trl_callbacks.prompts import embedding_covariance
 
@@ -413,3 +419,19 @@ def test_embedding_models_count_no_padding_and_have_budgets_and_tasks(embedder):
         embedder(config, OrthogonalProjectionCallback())
     with pytest.raises(ValueError, match="none, or inside of it"):
         embedder(config, DriftCallback(SENTENCES)).train()
+
+
+def test_embedding_models_are_calibrated_and_take_a_default_task(embedder, tmp_path):
+    trainer = embedder(
+        LoriConfig(r=4, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"),
+        LoriCalibrationCallback(sparsity=0.5, calibration_steps=1),
+    )
+    trainer.train()
+    model = trainer.model
+    assert model[0].model.peft_config["default"].sparsity == 0.5
+    model.save_pretrained(str(tmp_path / "sparse"))
+    again = type(model)(str(tmp_path / "sparse"), device="cpu")
+    assert (again.encode(SENTENCES) == model.encode(SENTENCES)).all()
+    model = embedder(MtlLoraConfig(tasks=["a", "b"], r=4, target_modules=["query"])).model
+    set_task(model, "b")
+    assert model[0].model.peft_config["default"].default_task == "b" and model.encode(SENTENCES).shape == (2, 32)

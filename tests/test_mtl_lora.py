@@ -9,6 +9,9 @@ import torch
 from helpers import METHODS, WORDS, adapted, lora_config, losses, quantized, sft, tiny_llama, tiny_t5
 from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from test_mora import net
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer
 
 from peft_mora import MtlLoraConfig, set_task
 from peft_mora.base import AdapterLinear
@@ -130,6 +133,38 @@ def test_checkpointing_computes_each_of_two_forwards_again_by_its_own_tasks(rows
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-8)
 
 
+def test_the_bare_stack_does_not_go_on_with_the_tasks_of_the_forward_before(rows):
+    model = llama().train()
+    stack = model.base_model.model.model
+    model(input_ids=rows, labels=rows, task=TASKS).loss.backward()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Pass task="):
+            stack(rows)
+        stack(rows, task=TASKS)
+    model.eval()
+    want = model(input_ids=rows, task=TASKS, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(stack(rows, task=TASKS).last_hidden_state, want)
+
+
+def test_a_stack_that_is_checkpointed_as_a_whole_is_computed_again_by_its_own_tasks(rows):
+    class Checkpointed(nn.Module):
+        def __init__(self, stack):
+            super().__init__()
+            self.stack = stack
+
+        def forward(self, *args, **kwargs):
+            return checkpoint(self.stack, *args, use_reentrant=False, **kwargs)
+
+    def grads(checkpointed):
+        model = llama().train()
+        if checkpointed:
+            model.base_model.model.model = Checkpointed(model.base_model.model.model)
+        model(input_ids=rows, labels=rows, task=TASKS).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    assert all(map(torch.equal, grads(True), grads(False)))
+
+
 def test_a_task_that_no_row_is_of_gets_no_gradient(rows):
     model = llama().train()
     model(input_ids=rows, labels=rows, task=["a", "b", "a", "b"]).loss.backward()
@@ -220,6 +255,44 @@ def test_sft_over_nf4_learns_tasks_that_are_mixed_in_each_batch(llama_folder, tm
         if "_turn" in name or "_w." in name:  # of the third task there were no rows
             moved = (tensor != before[name]).reshape(3, -1).any(1)
             assert moved.tolist()[2] is False and ("_w." in name or moved.tolist()[:2] == [True, True]), name
+
+
+def preferences(name, folder, output):
+    """TRL's `name`Trainer on two tasks, with the callback."""
+    import trl
+    from datasets import Dataset
+
+    data = {"prompt": ["the cat"] * 4, "task": ["a", "b"] * 2}
+    data |= {"DPO": {"chosen": [" sat"] * 4, "rejected": [" ran"] * 4},
+             "KTO": {"completion": [" sat on"] * 4, "label": [True, False] * 2}}.get(name, {})  # fmt: skip
+    arguments = {"num_generations": 2} if name == "GRPO" else {}
+    return getattr(trl, f"{name}Trainer")(
+        model=tiny_llama(),
+        args=getattr(trl, f"{name}Config")(
+            str(output), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True, bf16=False,
+            save_strategy="no", **arguments,
+        ),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=config(target_modules=["q_proj"]),
+        callbacks=[TaskColumnCallback()],
+        **{"reward_funcs": lambda completions, **_: [0.0 for _ in completions]} if name == "GRPO" else {},
+    )  # fmt: skip
+
+
+def test_kto_learns_tasks_that_are_mixed_in_each_batch(llama_folder, tmp_path):
+    trainer, seen = preferences("KTO", llama_folder, tmp_path), []
+    layer = next(module for module in trainer.model.modules() if isinstance(module, AdapterLinear))
+    layer.register_forward_hook(lambda layer, *_: seen.append(layer.row_tasks.rows.names))
+    trainer.train()
+    assert seen and all(sorted(names) == ["a", "a", "b", "b"] for names in seen)
+
+
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+def test_trainers_whose_batches_have_other_rows_than_the_records_are_refused(name, llama_folder, tmp_path):
+    match = f"one row for each record, as SFTTrainer and KTOTrainer.*{name}Trainer makes others.*default_task"
+    with pytest.raises(ValueError, match=match):
+        preferences(name, llama_folder, tmp_path)
 
 
 def test_the_column_is_refused_where_it_cannot_reach_the_layers(llama_folder, tmp_path):

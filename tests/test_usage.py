@@ -1,6 +1,7 @@
 """Counting which experts act, K by module, and deleting experts that never do."""
 
 import copy
+import gc
 import json
 
 import helpers
@@ -362,6 +363,33 @@ def test_the_reported_change_is_that_of_the_real_tokens():
     after = [model.eval()(**b).logits[b["attention_mask"].bool()] for b in (batch, other)]
     want = (torch.cat(after) - torch.cat(before)).norm() / torch.cat(before).norm()
     assert summary.change == pytest.approx(want.item(), rel=1e-4) and summary.change > 0.01
+
+
+def test_the_change_is_measured_batch_by_batch(inputs):
+    model, wide, seen = skewed(), [], []
+    count(model, inputs)
+
+    def look(*_):
+        kept = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == (3, 11, 64)]
+        wide.append(sum(t.dtype == torch.float64 for t in kept))
+        seen.append(len(kept))
+
+    model.register_forward_pre_hook(look)
+    prune_experts(model, 0.6, inputs=[{"input_ids": inputs}] * 5)
+    assert len(wide) == 10 and max(wide) == 0
+    assert seen[-1] - seen[5] <= 1  # the logits of the batch before, and no more with each
+
+
+def test_a_pruned_file_into_an_adapter_that_is_not_says_so(tmp_path, inputs):
+    model = skewed()
+    count(model, inputs)
+    prune_experts(model, 0.6)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="or was pruned.*open the pruned one with PeftModel.from_pretrained"):
+        skewed().load_adapter(str(tmp_path), "default", is_trainable=True)
+    to_train = reopened(model, tmp_path, is_trainable=True)
+    to_train.load_adapter(str(tmp_path), "default", is_trainable=True)  # as a trainer that resumes
+    assert torch.equal(to_train.eval()(inputs).logits, model.eval()(inputs).logits)
 
 
 def test_a_block_may_lose_all_of_its_experts(tmp_path, inputs):

@@ -14,24 +14,28 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import MtlLoraLinear
-from peft_mora.checks import check_field, is_int
+from peft_mora.checks import check_field, is_int, listed
 from peft_mora.row_tasks import place
 
 from .host import HostCallback, running_trainer
 
 
+ONE_ROW = ("SFTTrainer", "KTOTrainer")  # of TRL's, those whose batches have one row for each record
+
+
 class TaskColumnCallback(HostCallback):
     """Bring the data set's column of tasks to an adapter that has a part for each (`MtlLoraConfig`).
 
-    Give it to the constructor of a plain SFTTrainer (of any trainer that learns from labels). The batches of training
-    and of evaluation then have `task`, a name or number for each row, if their data has the column.
+    Give it to the constructor of an SFTTrainer, a KTOTrainer or transformers' Trainer. The batches of training and of
+    evaluation then have `task`, a name or number for each row, if their data has the column.
 
     Args:
         column: the column's name; its values are names of the config's `tasks`, or places in that list.
 
     Raises:
         ValueError: at the trainer's construction: a model that takes no tasks, a training set without the column or
-            with tasks that the adapter does not know, or packing, which puts several records into one row.
+            with tasks that the adapter does not know, packing, which puts several records into one row, or a trainer
+            whose batches have other rows than the records (DPO, Reward, GRPO, RLOO).
 
     Example:
         >>> SFTTrainer(model, train_dataset=train_dataset, callbacks=[TaskColumnCallback()],
@@ -50,7 +54,16 @@ class TaskColumnCallback(HostCallback):
                 "TaskColumnCallback is for an adapter that has a part for each task, and this model's has none: use "
                 "peft_config=MtlLoraConfig(tasks=[...]), or leave the callback out."
             )
-        carry_column(running_trainer(), self.column)
+        trainer = running_trainer()
+        of_trl = [cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
+        if of_trl and not any(name in ONE_ROW for name in of_trl):
+            raise ValueError(
+                f"TaskColumnCallback needs batches with one row for each record, as {listed(ONE_ROW, 'and')} make "
+                f"them, and {of_trl[0]} makes others: pairs of answers, or answers of its own. Train with SFTTrainer, "
+                "or one task at a time without the callback: MtlLoraConfig(default_task=...), or "
+                "peft_mora.set_task(model, NAME) before each."
+            )
+        carry_column(trainer, self.column)
 
 
 def takes_tasks(model: nn.Module) -> bool:
