@@ -256,8 +256,11 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         tokenizer = load_tokenizer(args.folder, base)
         model = with_adapter(base, args.folder).eval()
         seen, unseen = (
-            [{name: x.to(model.device) for name, x in b.items()} for b in batches_of(encoded(part, tokenizer), 8)]
-            for part in (texts, test)
+            [
+                {name: x.to(model.device) for name, x in batch.items()}
+                for batch in batches_of(rows, max(1, min(8, 8192 // max(map(len, rows)))))
+            ]
+            for rows in (encoded(part, tokenizer) for part in (texts, test))
         )
         loras = fit_lora(model, seen, rank=args.rank)
         effect = effect_error(model, loras, unseen)

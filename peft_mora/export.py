@@ -67,8 +67,8 @@ def fit_lora(
         adapter_name: which adapter.
         rank: k. None takes as many as a module has experts: more cannot help, the output has no other directions.
         ridge: damping, as a share of the inputs' mean square.
-        gram_bytes: memory for XᵀX of the modules that are fitted in one pass, and for solving one of them, which takes
-            three more of its size. One module takes what it takes.
+        gram_bytes: memory for XᵀX of the modules that are fitted in one pass, half of it at least, and for solving one
+            of them, which takes three more of its size. One module takes what it takes.
 
     Raises:
         ValueError: as `exportable_layers`, or a wrong rank.
@@ -77,7 +77,7 @@ def fit_lora(
     loras = {}
     layers = exportable_layers(model, adapter_name)
     sizes = {n: 8 * layer.in_features**2 for n, layer in layers.items()}
-    for names in parts(sizes, gram_bytes - 3 * max(sizes.values())):
+    for names in parts(sizes, max(gram_bytes - 3 * max(sizes.values()), gram_bytes // 2)):
         group = {n: layers[n] for n in names}
         # Y lies in the span of B's columns: regressing R coordinates there is the same problem as regressing all O.
         bases = {n: torch.linalg.qr(layer.factors(adapter_name)[1].double()).Q for n, layer in group.items()}

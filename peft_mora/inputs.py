@@ -236,11 +236,16 @@ def generating_by(model: Any, config: Any) -> Iterator[None]:
     """A GenerationConfig in the place of the model's own for the length of a block: as an argument, `generate` would
     complete it by the model's repetition penalty, beams and so on."""
     base = getattr(model, "get_base_model", lambda: model)()
-    own, base.generation_config = base.generation_config, config
+    # A PeftModel hands one of its own, where it was given one, on to its base.
+    owners = [base, *([model] if model is not base and "generation_config" in vars(model) else [])]
+    own = [owner.generation_config for owner in owners]
     try:
+        for owner in owners:
+            owner.generation_config = config
         yield
     finally:
-        base.generation_config = own
+        for owner, before in zip(owners, own, strict=True):
+            owner.generation_config = before
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from helpers import jsonl, losses, quantized, sft, tiny_llama
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from peft_mora import MoraConfig, start_task
 from trl_callbacks import OrthogonalProjectionCallback, protect
@@ -102,6 +102,11 @@ def test_what_is_sampled_is_the_models_own_text_whatever_it_generates_by(tokeniz
     for one, other in zip(sample(model, tokenizer, 2 * LENGTH), plain, strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"])
     assert model.generation_config is own
+    given = mora(model)
+    given.generation_config = GenerationConfig(do_sample=False, max_new_tokens=3)
+    for one, other in zip(sample(given, tokenizer, 2 * LENGTH), plain, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+    assert given.generation_config.max_new_tokens == 3
 
 
 def test_a_folder_with_other_files_is_refused_before_a_step(llama_folder, tmp_path):

@@ -861,7 +861,10 @@ def test_lori_s_own_sum_is_that_of_the_files(tmp_path):
 
 
 def state_of(model: torch.nn.Module) -> tuple:
-    modules = {name: (id(module), module.training) for name, module in model.named_modules()}
+    modules = {
+        name: (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    }
     return modules, {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}, sorted(vars(model))
 
 
@@ -889,6 +892,27 @@ def test_the_base_is_afterwards_as_it_was_also_where_an_adapter_does_not_load(fa
     with expected:
         collect_inputs(base, TEXTS["task1"], folder)
     assert state_of(base) == before
+
+
+@pytest.mark.parametrize("method", ["furina", "mtllora"])
+def test_adapters_that_watch_the_model_leave_no_watch_behind(method, llama_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    adapted(method, tiny_llama()).save_pretrained(tmp_path / "one")
+    before = state_of(base)
+    with put_onto(base, tmp_path / "one") as model:
+        model(torch.tensor([[3, 4]]))
+        assert state_of(base) != before
+    assert state_of(base) == before
+
+
+def test_prompts_beyond_the_models_positions_are_refused(llama_folder, tmp_path):
+    model = get_peft_model(tiny_gpt2(), LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+    randomize(model)
+    model.save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="A prompt has .* tokens, and the model has 64 positions"):
+        collect_inputs(
+            model.unload(), ["the cat " * 40], tmp_path / "one", AutoTokenizer.from_pretrained(llama_folder)
+        )
 
 
 def test_prompts_are_read_to_their_end_unless_a_length_is_given(trained):

@@ -177,7 +177,7 @@ class DriftCallback(HostCallback):
             raise ValueError(
                 f"The run resumes at step {state.global_step}, but the checkpoint has no {self.sidecar}, in which "
                 f"this callback keeps weights that are within max_kl ({self.sidecar_path(args, state)} would be it). "
-                "Resume from a checkpoint that was trained with max_kl, or start the run again."
+                "Resume from a checkpoint that this release wrote with max_kl, or start the run again."
             )
         bound = float(kept.pop("max_kl"))
         if bound > max_kl:

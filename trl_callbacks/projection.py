@@ -162,6 +162,7 @@ class OrthogonalProjectionCallback(HostCallback):
         self._constraints: list[Constraint] = []
         self._room: dict[str, Tensor] = {}  # group -> (I, m) the directions that A may move in, if not all
         self._now: Subspace | None = None  # this task's inputs alone, for "osrm"
+        self._given: list[str] = []  # the active adapters, as the trainer was given them
         self._active: dict[str, Tensor] = {}  # adapter -> (2,): its place among the active ones, whether it is trained
 
     def refusals(self) -> dict[str, str]:
@@ -177,6 +178,7 @@ class OrthogonalProjectionCallback(HostCallback):
     ) -> None:
         self.refuse(args)
         ahead_of_reporters(self)  # and of callbacks that average weights: they begin with what this one has placed
+        self._given = list(model.active_adapters) if isinstance(model, PeftModel) else []
         _, factors = trainable_factors(model, self.adapter_name)
         if self._constrains:
             for pair in factors.values():
@@ -203,6 +205,8 @@ class OrthogonalProjectionCallback(HostCallback):
         self._active = {name: torch.tensor([place, name == adapter_name]) for place, name in enumerate(active)}
         output = output_folder(args) / "subspace"
         Subspace.check_folder(output)
+        if self.protect is not None:
+            Subspace.check_folder(output.with_name("protected"))
         if any(folder.resolve() == output.resolve() for folder in self.memory):
             raise ValueError(
                 f"`memory` is {output}, where this run will write its own subspace: an interrupted run would "
@@ -454,6 +458,8 @@ class OrthogonalProjectionCallback(HostCallback):
         first one alone active, and trains that."""
         kept = self.saved(args, state) or {}
         active = {name.removeprefix("active."): t.tolist() for name, t in kept.items() if name.startswith("active.")}
+        if not active and len(self._given) == 1:
+            return
         if not active:
             raise ValueError(
                 f"The run resumes at step {state.global_step}, but the checkpoint does not say which of the model's "

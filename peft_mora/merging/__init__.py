@@ -30,6 +30,7 @@ from .core import core_space, reduced, single, to_lora
 from .inputs import (
     Statistics,
     adapted,
+    check_length,
     check_strengths,
     collect_inputs,
     encoded,
@@ -298,6 +299,8 @@ class _Look:
         self.answer_tokens, self.progress = answer_tokens, progress
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
         self.prompts = [encoded(each, self.tokenizer) for each in texts]
+        for prompts in self.prompts:
+            check_length(model, prompts)
         self.batches = [batches_of(prompts, batch_size) for prompts in self.prompts]
 
     def alone(self, strength: float) -> list[Statistics]:

@@ -29,13 +29,25 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checks import check_field, is_int, is_number
 from ..files import whole_file
-from ..inputs import batches_of, check_text, parts, real_rows, seeded, shared_inputs, text_tokenizer, unmoved, visit
+from ..inputs import (
+    batches_of,
+    check_text,
+    parts,
+    real_rows,
+    seeded,
+    shared_inputs,
+    text_tokenizer,
+    towers,
+    unmoved,
+    visit,
+)
 from ..lora_file import Lora, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
 
 
 FILE = "input_statistics.safetensors"
 VERSION = 1
+HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_pre_hooks", "_pre_hooks_with_kwargs")
 
 
 class Spread(NamedTuple):
@@ -177,7 +189,9 @@ def collect_inputs(
     modules = list(read_lora(folder).loras)
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
-        batches = batches_of(encoded(texts, tokenizer, max_length), batch_size)
+        rows = encoded(texts, tokenizer, max_length)
+        check_length(with_adapter.get_base_model(), rows)
+        batches = batches_of(rows, batch_size)
         statistics = input_spreads(with_adapter, modules, batches, directions=directions, last=last, strength=strength)
     statistics.save(folder)
     return statistics
@@ -200,12 +214,19 @@ def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> It
     before = dict(model.named_modules())
     states: list[tuple[Any, str, bool]] = [(module, "training", module.training) for module in before.values()]
     states += [(parameter, "requires_grad", parameter.requires_grad) for parameter in model.parameters()]
-    described = "peft_config" in vars(model)
+    described, with_adapter = "peft_config" in vars(model), None
+    kinds = [f"_forward{kind}" for kind in HOOKS]
+    hooks = [(found := getattr(module, kind), dict(found)) for module in before.values() for kind in kinds]
     try:
         with unmoved():  # PEFT draws A before it reads the file
             with_adapter = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         yield with_adapter
     finally:
+        if with_adapter is not None:
+            with_adapter.unload()
+        for found, own in hooks:
+            found.clear()
+            found.update(own)
         for name, module in before.items():  # from the outside in: also those of an adapter that broke off in loading
             if name and model.get_submodule(name) is not module:
                 model.set_submodule(name, module)
@@ -272,6 +293,23 @@ def encoded(texts: Sequence[str], tokenizer: Any, max_length: int | None = None)
     rows = [torch.tensor(ids) for ids in found if len(ids)]
     check_field(len(rows) > 0, "texts", texts, "a list of texts, at least one with tokens")
     return rows
+
+
+def check_length(model: nn.Module, rows: Sequence[Tensor]) -> None:
+    """Refuse prompts with more tokens than a model has positions, where it keeps a table of them (GPT-2, BERT).
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    beside, longest = towers(model), max(map(len, rows))
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and module not in beside and (last == "wpe" or "position" in last):
+            room = module.num_embeddings - (2 if getattr(module, "offset", module.padding_idx) else 0)  # OPT, RoBERTa
+            if longest > room:
+                raise ValueError(
+                    f"A prompt has {longest} tokens, and the model has {room} positions: give shorter ones."
+                )
 
 
 def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
