@@ -232,20 +232,37 @@ def rows_of(
 
 
 @contextmanager
-def generating_by(model: Any, config: Any) -> Iterator[None]:
+def with_field(owners: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Several objects' field at one value for the length of a block, and as each had it after it."""
+    before = [getattr(owner, name) for owner in owners]
+    try:
+        for owner in owners:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            setattr(owner, name, own)
+
+
+@contextmanager
+def trainable_as_before(model: nn.Module) -> Iterator[None]:
+    """What is frozen stays frozen: PEFT makes all active adapters trainable when it switches them on, and freezes the
+    base when it puts one onto it."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trainable in before:
+            parameter.requires_grad = trainable
+
+
+def generating_by(model: Any, config: Any) -> AbstractContextManager[None]:
     """A GenerationConfig in the place of the model's own for the length of a block: as an argument, `generate` would
     complete it by the model's repetition penalty, beams and so on."""
     base = getattr(model, "get_base_model", lambda: model)()
     # A PeftModel hands one of its own, where it was given one, on to its base.
     owners = [base, *([model] if model is not base and "generation_config" in vars(model) else [])]
-    own = [owner.generation_config for owner in owners]
-    try:
-        for owner in owners:
-            owner.generation_config = config
-        yield
-    finally:
-        for owner, before in zip(owners, own, strict=True):
-            owner.generation_config = before
+    return with_field(owners, "generation_config", config)
 
 
 @contextmanager

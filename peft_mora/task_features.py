@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
 from .checks import check_field, is_int
-from .inputs import positions, removed_after
+from .inputs import positions, removed_after, with_field
 
 
 class _Enough(Exception):
@@ -147,11 +147,5 @@ def adapters_off(base: nn.Module) -> Iterator[None]:
         raise ValueError(
             "An adapter is merged into the base, whose features a TaskRouter needs: model.unmerge_adapter() first."
         )
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
+    with with_field(layers, "_disable_adapters", True):
         yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was

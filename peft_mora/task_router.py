@@ -35,6 +35,8 @@ from .checks import check_field, is_indices, is_int, is_number
 from .files import check_own, whole_folder
 from .fingerprint import differences, fingerprint
 from .inputs import eval_mode, text_tokenizer
+from .lora_file import CONFIG
+from .lora_file import TENSORS as WEIGHTS
 from .task_driver import Driver, Rows
 from .task_features import HiddenStates, adapters_off, decoder_layers, pooled
 from .task_scores import NONE, Scores
@@ -42,7 +44,8 @@ from .task_scores import NONE, Scores
 
 VERSION = 1
 FILES = TENSORS, DESCRIPTION = "router.safetensors", "router.json"
-ROUTED = CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CARD = "README.md"
+ROUTED = CONFIG, WEIGHTS, CARD
 DEPTH = 8 / 30  # layer 8 of SmolLM2-135M's 30: docs/routing.md has the others
 BATCH = 8  # prompts at a time
 

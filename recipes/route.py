@@ -31,22 +31,15 @@ from shared.data import read_jsonl
 from shared.tasks import find_task
 from shared.training import adapter_config, train
 from torch.nn.functional import normalize
+from transformers import GenerationConfig
 
 from peft_mora import TaskRouter
-from peft_mora.inputs import contiguous_head
+from peft_mora.inputs import contiguous_head, generating_by
 from peft_mora.merging import merge_adapters
 
 
 WAYS = ("base", "told", "router", "top2", "always", "similar", "arrow", "merged")
 TITLE = "greedy accuracy of whole answers; routed: share sent to its task; unseen: none, its task not fitted"
-GREEDY: dict[str, Any] = {  # of what the checkpoint's generation_config says nothing but where a text ends
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_length": 0, "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-    **dict.fromkeys(
-        "min_new_tokens bad_words_ids sequence_bias suppress_tokens begin_suppress_tokens forced_bos_token_id "
-        "forced_eos_token_id exponential_decay_length_penalty guidance_scale watermarking_config stop_strings".split()
-    ),
-}  # fmt: skip
 POOL = 160  # training prompts a task that --look draws from; what is not drawn is held out
 CHAT = """\
 Hi! How are you today? Can you write me a short poem about autumn?
@@ -271,10 +264,12 @@ def generate(
         batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
         given = {} if rows is None else {"adapter_names": [rows[i] for i in order[start : start + batch_size]]}
         longest = max(map(len, wanted))
-        with contiguous_head(model):
-            out = model.generate(
-                **batch, **given, **GREEDY, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id
-            )[:, batch.input_ids.shape[1] :]
+        greedy = GenerationConfig(
+            do_sample=False, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=model.generation_config.eos_token_id,
+        )  # fmt: skip
+        with contiguous_head(model), generating_by(model, greedy):
+            out = model.generate(**batch, **given)[:, batch.input_ids.shape[1] :]
         for record, answer, new in zip(part, wanted, out.tolist(), strict=True):
             right.setdefault(record["task"], []).append(new[: len(answer)] == answer)
     return {task: statistics.mean(values) for task, values in right.items()}

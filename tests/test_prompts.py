@@ -29,6 +29,16 @@ def memory(llama_folder, tmp_path_factory):
     return folder / "subspace"
 
 
+def test_a_folder_with_other_files_is_refused_before_a_step(llama_folder, tmp_path):
+    notes = tmp_path / "subspace" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    trainer = run(prompted(quantized(llama_folder)), llama_folder, tmp_path, PromptProjectionCallback())
+    with pytest.raises(FileExistsError, match="holds 'notes.txt', which would be deleted"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and notes.read_text() == "mine"
+
+
 class Worst(TrainerCallback):
     """The largest share of the prompt's change that is in V, and outside of U, after any step, in float64."""
 

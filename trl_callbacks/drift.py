@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,24 +14,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
-from peft_mora.inputs import eval_mode
+from peft_mora.inputs import eval_mode, trainable_as_before
 
 from .general_text import Batch, read, sample
 from .host import HostCallback
 
 
 ROWS = 4  # sequences whose logits are there at a time: (4, 256, V) twice
-
-
-@contextmanager
-def trainable_as_before(model: Any) -> Iterator[None]:
-    """What is frozen stays frozen: PEFT makes all active adapters trainable when it switches them on."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for p, trainable in before:
-            p.requires_grad = trainable
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.fingerprint import fingerprint
+from peft_mora.inputs import trainable_as_before
 from peft_mora.linalg import (
     contrast_directions,
     leading_directions,
@@ -34,7 +35,6 @@ from peft_mora.linalg import (
 )
 
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
-from .drift import trainable_as_before
 from .factors import Factors, are_those, trainable_factors
 from .general_text import TOKENS, add_text
 from .host import HostCallback, ahead_of_reporters, calibration_batches, output_folder
@@ -458,9 +458,9 @@ class OrthogonalProjectionCallback(HostCallback):
         first one alone active, and trains that."""
         kept = self.saved(args, state) or {}
         active = {name.removeprefix("active."): t.tolist() for name, t in kept.items() if name.startswith("active.")}
-        if not active and len(self._given) == 1:
-            return
         if not active:
+            if len(self._given) == 1:
+                return
             raise ValueError(
                 f"The run resumes at step {state.global_step}, but the checkpoint does not say which of the model's "
                 f"adapters ({', '.join(map(repr, model.peft_config))}) were active: it was trained without this "

@@ -213,10 +213,10 @@ class PromptProjectionCallback(HostCallback):
             dist.barrier()
 
     def _remembered(self, args: TrainingArguments, known: dict[str, Any], prompt: Tensor) -> Subspace:
-        if self.memory is None:
-            return Subspace("prompts", known)
         output = output_folder(args) / "subspace"
         Subspace.check_folder(output)
+        if self.memory is None:
+            return Subspace("prompts", known)
         if self.memory.resolve() == output.resolve():
             raise ValueError(
                 f"`memory` is {output}, where this run will write its own: an interrupted run would lose it. Give "

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from .core import core_space, reduced, single, to_lora
 from .inputs import (
     Statistics,
     adapted,
+    check_base,
     check_length,
     check_strengths,
     collect_inputs,
@@ -298,9 +300,10 @@ class _Look:
         self.model, self.adapters, self.kept, self.batch_size = model, adapters, kept, batch_size
         self.answer_tokens, self.progress = answer_tokens, progress
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
+        for file in adapters.files:
+            check_base(model, file)
         self.prompts = [encoded(each, self.tokenizer) for each in texts]
-        for prompts in self.prompts:
-            check_length(model, prompts)
+        check_length(model, list(chain(*self.prompts)))
         self.batches = [batches_of(prompts, batch_size) for prompts in self.prompts]
 
     def alone(self, strength: float) -> list[Statistics]:

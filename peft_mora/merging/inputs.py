@@ -38,16 +38,20 @@ from ..inputs import (
     shared_inputs,
     text_tokenizer,
     towers,
+    trainable_as_before,
     unmoved,
     visit,
 )
-from ..lora_file import Lora, digest, read_lora
+from ..lora_file import Lora, LoraFile, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
 
 
 FILE = "input_statistics.safetensors"
 VERSION = 1
-HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_pre_hooks", "_pre_hooks_with_kwargs")
+HOOKS = [
+    f"_forward_{kind}"
+    for kind in ("hooks", "hooks_with_kwargs", "hooks_always_called", "pre_hooks", "pre_hooks_with_kwargs")
+]
 
 
 class Spread(NamedTuple):
@@ -186,13 +190,17 @@ def collect_inputs(
     Raises:
         ValueError: as `read_lora`; the model is not the adapter's base; no texts; a module that saw no input.
     """
-    modules = list(read_lora(folder).loras)
+    file = read_lora(folder)
+    if not isinstance(model, PeftModel):
+        check_base(model, file)
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
         rows = encoded(texts, tokenizer, max_length)
         check_length(with_adapter.get_base_model(), rows)
         batches = batches_of(rows, batch_size)
-        statistics = input_spreads(with_adapter, modules, batches, directions=directions, last=last, strength=strength)
+        statistics = input_spreads(
+            with_adapter, list(file.loras), batches, directions=directions, last=last, strength=strength
+        )
     statistics.save(folder)
     return statistics
 
@@ -201,49 +209,43 @@ def collect_inputs(
 def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> Iterator[PeftModel]:
     """A base model with an adapter for the length of a block, and as it was after it; a PeftModel as it is. In 4 bits
     the layers keep the kernels of training: else bitsandbytes repacks the base at its first forward on some CPUs, and
-    rounds it.
-
-    Raises:
-        ValueError: the adapter is of another base model.
-    """
+    rounds it."""
     use_exact_4bit_kernels(model)
     if isinstance(model, PeftModel):
         yield model
         return
-    check_base(model, folder)
     before = dict(model.named_modules())
-    states: list[tuple[Any, str, bool]] = [(module, "training", module.training) for module in before.values()]
-    states += [(parameter, "requires_grad", parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in before.values()]
     described, with_adapter = "peft_config" in vars(model), None
-    kinds = [f"_forward{kind}" for kind in HOOKS]
-    hooks = [(found := getattr(module, kind), dict(found)) for module in before.values() for kind in kinds]
-    try:
-        with unmoved():  # PEFT draws A before it reads the file
-            with_adapter = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        yield with_adapter
-    finally:
-        if with_adapter is not None:
-            with_adapter.unload()
-        for found, own in hooks:
-            found.clear()
-            found.update(own)
-        for name, module in before.items():  # from the outside in: also those of an adapter that broke off in loading
-            if name and model.get_submodule(name) is not module:
-                model.set_submodule(name, module)
-        if not described:
-            vars(model).pop("peft_config", None)
-        for owner, field, value in states:
-            setattr(owner, field, value)
+    hooks = [(found := getattr(module, kind), dict(found)) for module in before.values() for kind in HOOKS]
+    with trainable_as_before(model):
+        try:
+            with unmoved():  # PEFT draws A before it reads the file
+                with_adapter = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            yield with_adapter
+        finally:
+            if with_adapter is not None:
+                with_adapter.unload()
+            for found, own in hooks:
+                found.clear()
+                found.update(own)
+            for name, module in before.items():  # from the outside in: also where an adapter broke off in loading
+                if name and model.get_submodule(name) is not module:
+                    model.set_submodule(name, module)
+            if not described:
+                vars(model).pop("peft_config", None)
+            for module, training in modes:
+                module.training = training
 
 
-def check_base(model: nn.Module, folder: str | Path) -> None:
+def check_base(model: nn.Module, file: LoraFile) -> None:
     """Refuse an adapter whose modules a base model has not, or has with other sizes.
 
     Raises:
         ValueError: naming the module.
     """
     there = dict(model.named_modules())
-    for name, (A, B) in read_lora(folder).loras.items():
+    for name, (A, B) in file.loras.items():
         layer: Any = there.get(name)
         given = tuple(getattr(layer, field, None) for field in ("out_features", "in_features"))
         if isinstance(layer, Conv1D):
@@ -251,8 +253,8 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
         if layer is None or (None not in given and given != (len(B), A.shape[1])):
             has = "which the model has not" if layer is None else f"which is {given[0]} x {given[1]} in the model"
             raise ValueError(
-                f"The adapter in {folder} updates {name!r} by {len(B)} x {A.shape[1]}, {has}: it is of another base "
-                "model. Give the one that its adapter_config.json names."
+                f"The adapter in {file.folder} updates {name!r} by {len(B)} x {A.shape[1]}, {has}: it is of another "
+                "base model. Give the one that its adapter_config.json names."
             )
 
 
