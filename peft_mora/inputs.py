@@ -147,9 +147,9 @@ def right_padded(rows: Sequence[Any], pad: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def batches_of(rows: Sequence[Any], size: int, pad: int = 0) -> list[dict[str, Tensor]]:
+def batches_of(rows: Sequence[Any], size: int) -> list[dict[str, Tensor]]:
     """`right_padded` batches of `size` sequences each, the last of what is left."""
-    return [right_padded(rows[start : start + size], pad) for start in range(0, len(rows), size)]
+    return [right_padded(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 class LatestMask:
