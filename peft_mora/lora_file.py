@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft.config import PeftConfig  # not from peft itself, which may be only half imported when it imports us
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
