@@ -778,6 +778,21 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
     return {}
 
 
+def config_of(model: nn.Module, adapter_name: str) -> Any:
+    """An adapter's config, for what changes it along with the layers.
+
+    Raises:
+        ValueError: `model` is a part of the model that has it.
+    """
+    configs = adapters_of(model)
+    if adapter_name not in configs:
+        raise ValueError(
+            f"This {type(model).__name__} has layers of adapter {adapter_name!r}, but not its config, which has to "
+            "say the same: pass the model that the adapter was added to, or one that holds it."
+        )
+    return configs[adapter_name]
+
+
 def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLinear]) -> dict[str, Any]:
     """The layers of `model` that hold the adapter, by name.
 

@@ -20,7 +20,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import REFERENCE, adapter_layers, adapters_of, set_config
+from .base import REFERENCE, adapter_layers, config_of, set_config
 from .checks import check_field, is_int, is_number
 from .experts import ExpertModel, ExpertWeights
 from .lean import Parts, Weight
@@ -343,7 +343,7 @@ def _combine(layer: LoriLinear, adapters: list[str], weights: list[float], linea
 
 def record_form(model: Any, adapter_name: str, sparsity: float | None = None) -> None:
     """Write what the layers hold into the adapter's config (a copy: a twin may share the object)."""
-    config = copy.deepcopy(adapters_of(model)[adapter_name])
+    config = copy.deepcopy(config_of(model, adapter_name))
     layers = {
         layer.module_names[adapter_name]: layer
         for layer in adapter_layers(model, adapter_name, LoriLinear).values()

@@ -23,7 +23,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
-from .base import REFERENCE, Trained, adapter_layers, adapters_of, set_config
+from .base import REFERENCE, Trained, adapter_layers, config_of, set_config
 from .checks import check_field, is_int, is_number, task_names
 from .experts import ExpertModel, ExpertWeights
 from .inputs import unmoved
@@ -467,10 +467,11 @@ def start_task(model: Any, name: str, adapter_name: str = "default") -> TaskSumm
         A `TaskSummary`, with counts over all modules; `print` it.
 
     Raises:
-        ValueError: no such MORA adapter, a name that the adapter already has, or an adapter that is merged.
+        ValueError: no such MORA adapter, or a part of its model without the config; a name that the adapter already
+            has, or an adapter that is merged.
     """
     layers = adapter_layers(model, adapter_name, MoraLinear)
-    config = adapters_of(model)[adapter_name]
+    config = config_of(model, adapter_name)
     check_field(isinstance(name, str) and bool(name), "name", name, "a non-empty string")
     if name in config.tasks:
         raise ValueError(

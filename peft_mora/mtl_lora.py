@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import AdapterConfig, AdapterLinear, AdapterModel, adapter_layers, adapters_of, set_config
+from .base import AdapterConfig, AdapterLinear, AdapterModel, adapter_layers, config_of, set_config
 from .checks import check_field, is_int, is_number, listed, task_names
 from .lean import Gate, Parts, Wanted, Weight
 from .routing import at_least_float32
@@ -340,10 +340,11 @@ def set_task(model: Any, task: str | int | None, adapter_name: str = "default") 
         adapter_name: which adapter.
 
     Raises:
-        ValueError: no such MTLLORA adapter or task, or an adapter that is merged.
+        ValueError: no such MTLLORA adapter or task, a part of its model without the config, or an adapter that is
+            merged.
     """
     layers = adapter_layers(model, adapter_name, MtlLoraLinear)
-    config = copy.deepcopy(adapters_of(model)[adapter_name])
+    config = copy.deepcopy(config_of(model, adapter_name))
     config.default_task = None if task is None else config.tasks[place(task, config.tasks)]
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError("Cannot change the task of a merged adapter: call model.unmerge_adapter() first.")

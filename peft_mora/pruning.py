@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import AdapterLinear
+from .base import AdapterLinear, config_of
 from .checks import check_field, is_number
 from .inputs import eval_mode
 from .routed import record_routing, routed_layers
@@ -57,11 +57,12 @@ def prune_experts(
         A `PruneSummary`, which is {module name: experts deleted}; `print` it.
 
     Raises:
-        ValueError: no routing, a method whose experts cannot be deleted, a merged adapter, or nothing counted. Nothing
-            is changed then.
+        ValueError: no routing, a part of the adapter's model without the config, a method whose experts cannot be
+            deleted, a merged adapter, or nothing counted. Nothing is changed then.
     """
     check_field(is_number(below) and 0 < below <= 1, "below", below, "a number in (0, 1]")
     layers: dict[str, Any] = routed_layers(model, adapter_name)
+    config_of(model, adapter_name)  # which is written last
     if refusal := next((layer.prune_refusal for layer in layers.values() if layer.prune_refusal), ""):
         raise ValueError(f"Cannot prune adapter {adapter_name!r}: {refusal}")
     if any(layer.merged for layer in model.modules() if isinstance(layer, AdapterLinear)):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from . import registry
-from .base import AdapterConfig, AdapterLinear, adapters_of, matching_key, set_config
+from .base import AdapterConfig, AdapterLinear, adapters_of, config_of, matching_key, set_config
 from .checks import check_field, is_int, is_names, listed
 
 
@@ -158,9 +158,11 @@ def set_top_k(model: nn.Module, top_k: dict[str, int], adapter_name: str = "defa
     """Set K of the given modules (names as in `routed_layers`) and write it into the adapter's config.
 
     Raises:
-        ValueError: no routing, a module that is none of its layers, or a K outside 1..r. Nothing is changed then.
+        ValueError: no routing, a part of the adapter's model without the config, a module that is none of its layers,
+            or a K outside 1..r. Nothing is changed then.
     """
     layers = routed_layers(model, adapter_name)
+    config_of(model, adapter_name)  # which is written last
     for name, k in top_k.items():
         if name not in layers:
             raise ValueError(f"Module {name!r} has no routed adapter {adapter_name!r}.")
@@ -175,7 +177,7 @@ def set_top_k(model: nn.Module, top_k: dict[str, int], adapter_name: str = "defa
 
 def record_routing(model: Any, adapter_name: str) -> None:
     """Write what the layers hold into the adapter's config, into a copy of it: a twin may share the object."""
-    config = copy.deepcopy(adapters_of(model)[adapter_name])
+    config = copy.deepcopy(config_of(model, adapter_name))
     layers = [m for m in model.modules() if isinstance(m, RoutedLinear) and adapter_name in m.r]
     top_k = {layer.module_names[adapter_name]: layer.top_k(adapter_name) for layer in layers}
     most = {layer.module_names[adapter_name]: layer.largest_top_k(adapter_name) for layer in layers}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .base import adapter_layers, adapters_of
+from .base import adapter_layers, config_of
 from .checks import check_field, is_number
 from .lori import LoriLinear, record_form, share_projection
 
@@ -56,11 +56,7 @@ def sparsify(
     """
     check_field(is_number(sparsity) and 0 <= sparsity < 1, "sparsity", sparsity, "a number in [0, 1)")
     layers = adapter_layers(model, adapter_name, LoriLinear)
-    if adapter_name not in adapters_of(model):
-        raise ValueError(
-            f"This {type(model).__name__} has layers of adapter {adapter_name!r}, but not its config, which has to "
-            "say that B is sparse: pass the model that the adapter was added to, or one that holds it."
-        )
+    config_of(model, adapter_name)  # which is written last
     if any(layer.is_packed(adapter_name) for layer in layers.values()):
         raise ValueError(
             f"Adapter {adapter_name!r} is sparse already. Calibrate a new dense one (LoriConfig without `sparsity`) "

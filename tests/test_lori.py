@@ -389,11 +389,3 @@ def test_a_resumed_adapter_s_config_has_the_sparsity_that_was_asked_for(sparsity
     again = lori()
     again.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert again.peft_config["default"].sparsity == model.peft_config["default"].sparsity == sparsity
-
-
-def test_a_part_of_the_model_without_the_config_is_refused_and_left_as_it_is():
-    model = lori()
-    part = model.base_model.model.model.layers
-    with pytest.raises(ValueError, match="ModuleList has layers of adapter 'default', but not its config.*pass the"):
-        sparsify(part, 0.5)
-    assert not any(layer.is_packed("default") for layer in layers(model).values())

@@ -20,7 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import peft_mora
+from peft_mora import prune_experts, record_usage, set_task, sparsify, start_task
 from peft_mora.base import AdapterLinear, AdapterModel
+from peft_mora.routed import routed_layers, set_top_k
 
 
 def test_output_changes_with_the_adapter_and_not_without(make_config, inputs):
@@ -251,3 +253,28 @@ def test_dropout_acts_in_training_only(make_config, inputs):
 def test_every_field_has_a_help_text(family):
     own = [f for f in fields(peft_mora.METHODS[family].config) if f.name not in {f.name for f in fields(PeftConfig)}]
     assert own and all(f.metadata.get("help") for f in own)
+
+
+CHANGES = {
+    "sparsify": ("lori", lambda part: sparsify(part, 0.5)),
+    "start_task": ("mora", lambda part: start_task(part, "more")),
+    "prune_experts": ("mora", lambda part: prune_experts(part, 0.9)),
+    "set_top_k": ("mora", lambda part: set_top_k(part, dict.fromkeys(routed_layers(part), 1))),
+    "set_task": ("mtllora", lambda part: set_task(part, 0)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_part_of_the_model_without_the_config_is_refused_and_left_as_it_is(what):
+    method, change = CHANGES[what]
+    model = adapted(method)
+    tokens = torch.tensor([[4, 5, 6, 7]])
+    with record_usage(model) if method == "mora" else nullcontext():
+        want = model(tokens).logits
+    settings = copy.deepcopy(vars(model.peft_config["default"]))
+    with pytest.raises(ValueError, match="ModuleList has layers of adapter 'default', but not its config.*pass the"):
+        change(model.base_model.model.model.layers)
+    assert torch.equal(model(tokens).logits, want) and vars(model.peft_config["default"]) == settings
+    change(model)  # of the whole one both change; a task that is yet to be learnt adds nothing
+    assert vars(model.peft_config["default"]) != settings
+    assert torch.equal(model(tokens).logits, want) == (what == "start_task")
