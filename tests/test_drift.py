@@ -1,6 +1,7 @@
 """How far an adapter has carried the model from its base on general text, in the logs and within a bound."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -188,6 +189,33 @@ def test_an_adapter_that_is_beyond_the_bound_before_the_first_step_is_refused(ll
     for _ in range(2):
         with pytest.raises(ValueError, match="Before the first step the adapter is .* nats .*max_kl is 0.001"):
             sft(model, llama_folder, tmp_path, callbacks=[callback]).train()
+
+
+def test_a_run_that_is_stopped_between_two_measurements_ends_within_the_bound(llama_folder, tmp_path, capsys):
+    held_out = read(TEXT, AutoTokenizer.from_pretrained(llama_folder), 100)
+    free = trained(llama_folder, tmp_path, At(3, "stop"), DriftCallback(TEXT, interval=50, tokens=100))
+    found = drift(free.model, held_out)["kl"]
+    assert free.state.global_step == 3 and found > 1e-4
+    assert f"KL {found:.4f} nats a token\n" in capsys.readouterr().out
+    held = trained(llama_folder, tmp_path, At(3, "stop"), DriftCallback(TEXT, interval=50, tokens=100, max_kl=1e-4))
+    assert drift(held.model, held_out)["kl"] <= 1e-4
+    assert "(brought back to within max_kl=0.0001: " in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_held_too(llama_folder, tmp_path):
+    """It is the only one that was evaluated, of a step between two measurements."""
+    every = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
+
+    def run(name, max_kl):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), MoraConfig(r=4, routing="dense", target_modules="all-linear"))
+        callback = DriftCallback(TEXT, interval=3, tokens=100, max_kl=max_kl)
+        trainer = sft(model, llama_folder, tmp_path / name, callbacks=[callback], load_best_model_at_end=True, **every)
+        trainer.train()
+        assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-5"
+        return drift(trainer.model, read(TEXT, AutoTokenizer.from_pretrained(llama_folder), 100))["kl"]
+
+    assert run("free", None) > 1e-4 >= run("held", 1e-4)
 
 
 def test_a_run_that_begins_anew_with_a_smaller_batch_keeps_its_bound(llama_folder, tmp_path):

@@ -67,7 +67,9 @@ class DriftCallback(HostCallback):
     the logs, in an entry of that step whatever `logging_steps`. With `max_kl`, weights that have gone beyond it come
     back, on the straight line to where they were at the last measurement within it, by halves until they are within
     it, or all the way; `drift_kept` logs the share of the way that is left. Constraints of
-    OrthogonalProjectionCallback are linear and hold on that line as well.
+    OrthogonalProjectionCallback are linear and hold on that line as well. A run that ends at another step (early
+    stopping), or with an earlier checkpoint's weights (`load_best_model_at_end`), is measured and held at its end too;
+    checkpoints of steps between two measurements are as training left them.
 
     A measurement costs two forwards of `tokens` tokens; with `max_kl`, up to eight more where it is exceeded, and a
     copy of the trainable weights all the time, also in each checkpoint (`drift.safetensors`): a resumed run has the
@@ -112,6 +114,7 @@ class DriftCallback(HostCallback):
         self._held: dict[str, nn.Parameter] = {}  # what is trained
         self._within: dict[str, Tensor] = {}  # its weights at the last measurement within max_kl
         self._found: dict[str, float] = {}
+        self._measured = -1  # the step that this is of
         self._unlogged: dict[str, float] = {}
 
     def refusals(self) -> dict[str, str]:
@@ -141,6 +144,7 @@ class DriftCallback(HostCallback):
         else:
             self._batches = read(self.source, tokenizer, self.tokens, model)
         self._found = self._unlogged = {}
+        self._measured = -1
         if self.max_kl is None:
             return
         before, self._held = self._held, _trainable(model)
@@ -188,13 +192,35 @@ class DriftCallback(HostCallback):
         within = {f"within.{name}": t for name, t in self._within.items()}
         return {"max_kl": torch.tensor(self.max_kl, dtype=torch.float64), **within}
 
-    @torch.no_grad()
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.global_step % self.interval and state.global_step < state.max_steps:
             return
-        found, kept = self._measure(model), 1.0
+        self._hold(model, state, _trainable(model))
+        self._unlogged = {f"drift_{name}": value for name, value in self._found.items()}
+        control.should_log = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._measured != state.global_step or args.load_best_model_at_end:
+            # The best checkpoint's weights may be frozen by now: what is held are the same parameters.
+            self._hold(model, state, {name: p for name, p in model.named_parameters() if name in self._held})
+        self._batches, self._held, self._within = [], {}, {}
+        if state.is_world_process_zero:
+            found, kept = self._found, self._found.get("kept", 1.0)
+            print(
+                "general text: perplexity {base_perplexity:.2f} -> {perplexity:.2f}, KL {kl:.4f} nats a token".format(
+                    **found
+                ),
+                *([f"(brought back to within max_kl={self.max_kl:g}: {kept:g} of the way)"] if kept < 1 else []),
+            )
+
+    @torch.no_grad()
+    def _hold(self, model: Any, state: TrainerState, parameters: dict[str, nn.Parameter]) -> None:
+        """Measure and, with `max_kl`, bring `parameters`, which have to be those that are held, back to within it."""
+        found = self._measure(model)
         if self.max_kl is not None:
             if math.isnan(found["kl"]):
                 raise ValueError(
@@ -202,13 +228,13 @@ class DriftCallback(HostCallback):
                     "diverged, and so has the optimizer's state, so nothing leads back to within max_kl. Train again "
                     "with a lower learning rate, from a checkpoint before it if there is one."
                 )
-            if not _are_those(_trainable(model), self._held):
+            if not _are_those(parameters, self._held):
                 raise ValueError(
                     f"At step {state.global_step} the parameters in training are not those that the run began with, "
                     "whose weights within max_kl are kept: another callback has replaced, frozen or added some. Train "
                     "without that callback, or without max_kl."
                 )
-            reached = _copies(self._held) if found["kl"] > self.max_kl else {}
+            kept, reached = 1.0, _copies(self._held) if found["kl"] > self.max_kl else {}
             for kept in (0.5, 0.25, 0.125, 0.0) if reached else ():
                 for name, p in self._held.items():
                     p.copy_(torch.lerp(self._within[name], reached[name], kept))
@@ -217,20 +243,7 @@ class DriftCallback(HostCallback):
                     break
             self._within = _copies(self._held)
             found["kept"] = kept
-        self._found = found
-        self._unlogged = {f"drift_{name}": value for name, value in found.items()}
-        control.should_log = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._batches, self._held, self._within = [], {}, {}
-        if self._found and state.is_world_process_zero:
-            print(
-                "general text: perplexity {base_perplexity:.2f} -> {perplexity:.2f}, KL {kl:.4f} nats a token".format(
-                    **self._found
-                )
-            )
+        self._found, self._measured = found, state.global_step
 
     def metrics(self) -> dict[str, float]:
         found, self._unlogged = self._unlogged, {}
