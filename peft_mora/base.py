@@ -482,7 +482,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.check_merge(names)
         delta = reduce(torch.add, map(self.get_delta_weight, names))
         weight = self.get_base_weight()
-        merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+        wide = torch.float64 if weight.dtype == torch.float64 else delta.dtype
+        merged = (weight.to(wide) + delta.to(weight.device)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             broken = [name for name in names if not torch.isfinite(self.get_delta_weight(name)).all()]
             which = broken or names  # each is finite, and their sum with the base is too large for its dtype
@@ -553,6 +554,7 @@ class AdapterModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._dtype_settled: set[str] = set()
         self._original: str | None = None  # of the adapter that is being added; see `create_weights`
+        self._to_merge: list[str] | None = None  # the adapters that a merge was asked for by name
         registry.guard_optimizers()
         super().__init__(*args, **kwargs)
 
@@ -678,12 +680,29 @@ class AdapterModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._dtype_settled.discard(adapter_name)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        """PEFT's own. It tells no check which adapters it was asked for."""
+        with self._merging(adapter_names):
+            super().merge_adapter(adapter_names, *args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        with self._merging(kwargs.get("adapter_names")):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    @contextmanager
+    def _merging(self, adapter_names: list[str] | None) -> Iterator[None]:
+        self._to_merge = adapter_names
+        try:
+            yield
+        finally:
+            self._to_merge = None
+
     def _check_merge_allowed(self) -> None:
         """Refuse before the first module is touched, so that a refused merge leaves the model as it was."""
         super()._check_merge_allowed()
         for layer in self.model.modules():
             if isinstance(layer, AdapterLinear):
-                layer.check_merge(layer.active_adapters)
+                layer.check_merge(layer.active_adapters if self._to_merge is None else self._to_merge)
         owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for layer in self.model.modules():
             if isinstance(layer, AdapterLinear):

@@ -25,6 +25,7 @@ from .checks import check_field, is_int, is_number
 from .experts import ExpertModel, ExpertWeights
 from .lean import Parts, Weight
 from .packed import Packed, PackedB, pack_bits, unpack_bits
+from .routing import at_least_float32
 from .seeded import SeededConfig, SeededLinear, SeededModel, as_projection, generator
 
 
@@ -230,7 +231,8 @@ class LoriLinear(SeededLinear):
         return Parts([Weight(self.lori_A[adapter_name])], [B])
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        return self.lori_A[adapter_name].float(), self.matrix_B(adapter_name, torch.float32).detach()
+        A = at_least_float32(self.lori_A[adapter_name])
+        return A, self.matrix_B(adapter_name, A.dtype).detach()
 
 
 def _forget_old_places(layer: LoriLinear, incompatible_keys: Any) -> None:
@@ -328,7 +330,7 @@ def share_projection(layer: LoriLinear, adapters: list[str]) -> bool:
 
 
 def _combine(layer: LoriLinear, adapters: list[str], weights: list[float], linear: bool) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) in float32 with B·A = Σ_t weights[t] · ΔW_t."""
+    """A (R, I) and B (O, R), float32 or wider, with B·A = Σ_t weights[t] · ΔW_t."""
     present = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.r]
     As, Bs = zip(
         *(

@@ -29,7 +29,7 @@ from .experts import ExpertModel, ExpertWeights
 from .inputs import unmoved
 from .lean import NO_GATE, Gate, Parts, Wanted, Weight, index_dtype
 from .routed import Counter, RoutedConfig, RoutedLinear, module_top_k, record_routing
-from .routing import gated_softmax, gated_softmax_backward, softmax_gate
+from .routing import at_least_float32, gated_softmax, gated_softmax_backward, softmax_gate
 
 
 Routing = Literal["task", "bank", "dense"]
@@ -335,7 +335,7 @@ class MoraLinear(RoutedLinear):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         A, B = zip(*self.blocks(adapter_name), strict=True)
-        return torch.cat(A).detach().float(), torch.cat(B, dim=1).detach().float()
+        return at_least_float32(torch.cat(A).detach()), at_least_float32(torch.cat(B, dim=1).detach())
 
     def trained(self, adapter_name: str) -> Trained | None:
         A, B = self.mora_A[adapter_name].weight, self.mora_B[adapter_name].weight

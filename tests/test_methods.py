@@ -226,6 +226,40 @@ def test_what_depends_on_the_input_refuses_to_merge(make_config):
     assert all(torch.equal(tensor, base[key]) for key, tensor in model.unload().state_dict().items())
 
 
+def test_a_merge_is_of_the_adapters_that_are_named(inputs):
+    """Of both it is refused before a module has changed; of the one that has a sum it is done, whichever is active."""
+
+    def both():
+        model = adapted("mora-dense", target_modules=["q_proj"])
+        model.add_adapter("task", METHODS["mora"](r=4, target_modules=["v_proj"], init_weights=False))
+        model.set_adapter("task")
+        return model
+
+    for merge in ("merge_adapter", "merge_and_unload"):
+        model = both()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match="depends on the input"):
+            getattr(model, merge)(adapter_names=["default", "task"])
+        after = model.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(t, after[name]) for name, t in before.items())
+    model = both()
+    model.set_adapter("default")
+    want = model(inputs).logits
+    model.set_adapter("task")
+    model.merge_adapter(["default"])
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.merge_and_unload(adapter_names=["default"])(inputs).logits, want)
+    with pytest.raises(ValueError, match="depends on the input"):  # the active one again, where none is named
+        both().merge_adapter()
+
+
+@pytest.mark.parametrize("method", STATIC, indirect=True)
+def test_a_merge_into_float64_is_of_float64(make_config, inputs):
+    model = adapted(make_config).double()
+    want = model(inputs).logits
+    torch.testing.assert_close(model.merge_and_unload()(inputs).logits, want, rtol=0, atol=1e-12)
+
+
 def test_patterns_choose_rank_scale_and_layers_also_after_saving(make_config, tmp_path):
     """Of two that match, the longest: PEFT sorts the keys when it writes the file and takes the first."""
     model = adapted(
