@@ -233,6 +233,24 @@ class ExpertModel(AdapterModel):
 
     expert_layer_cls: type[ExpertWeights]
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """A parameter's place among those that wrap one module is in its file's names, so that all adapters need the
+        same ones.
+
+        Raises:
+            ValueError: another adapter has others.
+        """
+        super()._check_new_adapter_config(config)
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            there = set(getattr(other, "target_parameters", None) or ())
+            if other is not config and wanted and there and wanted != there:
+                raise ValueError(
+                    f"The new adapter has target_parameters={sorted(wanted)} and adapter {name!r} {sorted(there)}: "
+                    "adapters of one model need the same ones, since files name a parameter by its place among them. "
+                    "Give the same list, or put the adapter on a model of its own."
+                )
+
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:

@@ -192,6 +192,21 @@ def test_sparsify_ranks_the_entries_of_all_experts_together():
     assert summary.kept == round(0.25 * summary.total) == kept
 
 
+@pytest.mark.parametrize("method", STATIC)
+def test_a_second_adapter_on_other_parameters_is_refused_and_leaves_nothing(method, inputs, tmp_path):
+    """Its file would name a parameter by its place among those of the first."""
+    one = on_experts(method, target_parameters=BOTH[:1])
+    one.save_pretrained(tmp_path)
+    model = on_experts(method)
+    before = model(inputs).logits
+    config = METHODS[method](target_modules=["q_proj"], target_parameters=BOTH[:1])
+    for add in (lambda: model.add_adapter("b", config), lambda: model.load_adapter(tmp_path, "b")):
+        with pytest.raises(ValueError, match=r"target_parameters=\['experts.gate_up_proj'\] and adapter 'default' "):
+            add()
+        assert set(model.peft_config) == {"default"} and torch.equal(model(inputs).logits, before)
+    model.add_adapter("b", METHODS[method](target_modules=["q_proj"]))  # none at all goes beside any
+
+
 @pytest.mark.parametrize("combination_type", [None, "linear", "cat"])
 def test_a_weighted_sum_of_adapters_on_experts_is_refused_and_leaves_nothing(combination_type):
     model = on_experts("lori")
