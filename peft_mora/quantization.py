@@ -169,6 +169,7 @@ def frozen_base(layer: Any, x: Tensor) -> Base | None:
     if bias is not None and bias.requires_grad:
         return None
     if type(layer) is nn.Linear:
-        return Base(weight) if not weight.requires_grad and weight.dtype == compute_dtype(x) else None
+        plain = type(weight) in (nn.Parameter, Tensor)  # torchao's quantised weights are classes of their own
+        return Base(weight) if plain and not weight.requires_grad and weight.dtype == compute_dtype(x) else None
     state = getattr(weight, "quant_state", None)  # attributes of tensors proper take 5 µs each on bitsandbytes' class
     return Base(None, FourBit(weight, state)) if state and layer.compute_dtype == x.dtype == compute_dtype(x) else None

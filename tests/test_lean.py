@@ -515,6 +515,29 @@ def test_a_trained_base_keeps_its_gradient(make_config):
     torch.testing.assert_close(layer.base_layer.bias.grad, torch.full((12,), 15.0))
 
 
+class Opaque(torch.Tensor):
+    """A frozen weight that is a class of its own, as torchao's are: it goes into F.linear and no other product."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.addmm_, torch.addmm, torch.mm, torch.matmul):
+            raise NotImplementedError(function)
+        if function is nn.functional.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_of_a_class_of_its_own_is_left_to_the_base(make_config, inputs):
+    model = adapted(make_config)
+    expected = gradients(model, inputs)
+    for layer in (m for m in model.modules() if isinstance(m, AdapterLinear)):
+        base = layer.get_base_layer()
+        base.weight = nn.Parameter(base.weight.data.as_subclass(Opaque), requires_grad=False)
+        assert type(base.weight) is Opaque
+    torch.testing.assert_close(gradients(model, inputs), expected)
+
+
 def test_functorch_takes_the_plain_path(make_config):
     layer, x = one_layer(make_config, nn.Linear(16, 12)).eval(), torch.randn(4, 16)
     want = torch.autograd.functional.jacobian(lambda x: layer(x).sum(0), x)
