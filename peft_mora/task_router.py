@@ -421,12 +421,18 @@ class TaskRouter:
         is replaced, a README.md beside it kept.
 
         Raises:
-            ValueError: the router is not attached, or an adapter brings whole modules or tokens of its own.
+            ValueError: the router is not attached with the tasks that it has now, or an adapter brings whole modules
+                or tokens of its own.
             FileExistsError: as `check_routed`.
         """
         check_routed(folder)
         if self._driver is None:
             raise ValueError("Only a router that drives adapters can be saved with them: router.attach(model) first.")
+        if set(self.tasks) != set(self._adapters):
+            raise ValueError(
+                f"The router has the tasks {self.tasks}, and was attached with {sorted(self._adapters)}: call "
+                "router.attach() again, which finds an adapter for each, and then save."
+            )
         names = sorted({row for row in self._adapters.values() if row != BASE_ADAPTER})
         longest = sorted(self.base.peft_config, key=len, reverse=True)  # a task's name may have a "/", as an adapter's
         used = {row: next(name for name in longest if f"{row}/".startswith(f"{name}/")) for row in names}
@@ -608,7 +614,9 @@ class TaskRouterModel:
         for layer in layers:
             layer.requires_grad_(False)
         tuner.peft_config[adapter_name] = config
-        holder = RouterInModel(config, model.get_input_embeddings().weight.shape[1])
+        # Of the states between layers; embeddings are narrower in some models, which then widen them (OPT-350m).
+        width = config.router["model"]["hidden_size"] or model.get_input_embeddings().weight.shape[1]
+        holder = RouterInModel(config, width)
         model.task_router = holder
         holder.driver = Driver(model, probe._states, holder.choose)
         return tuner

@@ -8,7 +8,7 @@ from helpers import LORA, METHODS, adapted, load_recipe, randomize, tiny_gpt2, t
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, OPTConfig
 
 from peft_mora import TaskRouter, start_task
 from peft_mora.task_features import HiddenStates, real_tokens
@@ -425,6 +425,41 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
     TaskRouter.of(opened["peft"]).detach()
     want = opened["peft"](TEST, adapter_names=[kept] * 8).logits
     assert torch.equal(PeftModel.from_pretrained(base(), tmp_path / "one" / kept).eval()(TEST).logits, want)
+
+
+@torch.no_grad()
+def test_a_folder_opens_where_the_embeddings_are_narrower_than_the_states(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "vocab_size": 64}
+        config = OPTConfig(num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, **sizes)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    model = two_adapters(base=base(), target_modules=["q_proj", "v_proj"])
+    router = fitted(model)
+    router.attach()
+    want = model(TEST).logits
+    router.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path).eval()(TEST).logits, want)
+
+
+def test_a_router_whose_tasks_have_changed_is_attached_again_before_it_is_saved(tmp_path):
+    model = two_adapters()
+    router = fitted(model)
+    router.attach()
+    model.add_adapter("c", LORA(target_modules="all-linear", task_type="CAUSAL_LM"))
+    router.add_task("c", texts(tokens(*UNKNOWN)))
+    refused = pytest.raises(ValueError, match=r"attached with \['b', 'default'\].*router.attach\(\) again")
+    with refused:
+        router.save_pretrained(tmp_path / "routed")
+    router.remove_task("b")
+    with refused:
+        router.save_pretrained(tmp_path / "routed")
+    assert not (tmp_path / "routed").exists()
+    router.attach()
+    router.save_pretrained(tmp_path / "routed")
+    opened = PeftModel.from_pretrained(tiny_llama(), tmp_path / "routed").eval()
+    assert TaskRouter.of(opened).tasks == router.tasks and opened(TEST).logits.isfinite().all()
 
 
 # The recipe
