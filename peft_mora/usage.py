@@ -195,11 +195,12 @@ class UsageMeter:
             mask = args[self._mask_place]
         if mask is None and args and isinstance(args[0], Mapping):  # sentence-transformers' way to call a model
             mask = args[0].get("attention_mask")
-        if mask is not None and self.is_open and mask.dim() != 2:
+        if mask is not None and self.is_open and not (isinstance(mask, Tensor) and mask.dim() == 2):
             self._depth, self.is_open = 0, False
+            got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise ValueError(
-                f"Expert usage needs an attention mask of shape (batch, tokens) to leave padding out, got "
-                f"{tuple(mask.shape)}."
+                f"Expert usage needs an attention mask of shape (batch, tokens) to leave padding out, got {got}. With "
+                "a static cache generate() makes such masks of its own: count without cache_implementation."
             )
         self.mask = None if mask is None or not self.is_open else mask.bool()
         if self.is_open:

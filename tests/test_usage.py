@@ -207,6 +207,10 @@ def test_usage_without_a_count_and_layers_whose_padding_is_unknown_are_refused()
     with record_usage(model):
         with pytest.raises(ValueError, match="shape \\(batch, tokens\\)"):
             model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
+        with pytest.raises(ValueError, match="got a dict. With a static cache .* without cache_implementation"):
+            model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask={"full_attention": None})
+        with pytest.raises(ValueError, match="With a static cache .* without cache_implementation"):
+            model.generate(**padded(), max_new_tokens=2, cache_implementation="static", disable_compile=True)
         model(**padded())  # goes on
     meter = UsageMeter(model)
     meter.mask = torch.ones(2, 5, dtype=torch.bool)
