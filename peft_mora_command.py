@@ -208,10 +208,12 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         from peft_mora.export import effect_error, exact_lora, fit_lora, save_base, save_lora
         from peft_mora.info import adapter_info, vllm_options
         from peft_mora.inputs import batches_of
+        from peft_mora.merging.distillation import writes_text
         from peft_mora.merging.inputs import encoded
+        from peft_mora.opening import with_adapter
 
         def load() -> Any:
-            base = load_model(args)
+            base = load_model(args, args.folder)
             if args.base_to and getattr(base, "hf_quantizer", None) is None:
                 raise ValueError(
                     f"{args.model} is not quantised: a server loads it as it is. Leave out --base-to, or give "
@@ -228,8 +230,14 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
                 print(f"its base in 16 bits in {args.base_to}")
 
         found = adapter_info(args.folder)
-        if found.method == "LORA":
+        if found.lora == "is":
             raise ValueError(f"{args.folder} is a plain LoRA already: serve it as it is.")
+        if found.merges is None:
+            raise ValueError(f"{args.folder} is of PEFT's {found.method}, and this exports adapters of this package.")
+        if found.method == "LORA":
+            raise ValueError(
+                found.refusal or f"{args.folder} is a LoRA with {', '.join(found.also)}: serve it in PEFT."
+            )
         for option, folder in (("--output", args.output), ("--base-to", args.base_to)):
             if folder and Path(folder).exists():
                 raise ValueError(f"{folder} exists: delete it or choose another {option}.")
@@ -253,6 +261,11 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         if not texts:
             raise ValueError(f"{args.texts} has one text: give at least two, to fit on and to measure.")
         base = load()
+        if not writes_text(base):
+            raise ValueError(
+                f"How close a LoRA comes is measured by next tokens, and {args.folder} is over a "
+                f"{type(base).__name__}, which gives none: serve the adapter itself, or train one that merges."
+            )
         tokenizer = load_tokenizer(args.folder, base)
         model = with_adapter(base, args.folder).eval()
         seen, unseen = (
@@ -302,6 +315,7 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
     def call(args: Any) -> None:
         from peft_mora import TaskRouter
         from peft_mora.files import check_own
+        from peft_mora.opening import with_adapter
         from peft_mora.task_router import FILES, check_routed
 
         new, adapters = _pairs(args.add, "--add"), _pairs(args.adapters, "--adapters")
@@ -385,45 +399,22 @@ def _add_model(parser: argparse.ArgumentParser, what: str = "") -> None:
     parser.add_argument("--load-in-4bit", action="store_true", help="the base in NF4 (bitsandbytes)")
 
 
-def load_model(args: Any) -> Any:
-    """The base model of --model, on --device, in 4 bits if asked, with the kernels of training."""
+def load_model(args: Any, folder: str | None = None) -> Any:
+    """The base model of --model, on --device, in 4 bits if asked, with the kernels of training; of the class that the
+    adapter in a folder was trained over, else a causal language model."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from peft_mora import use_exact_4bit_kernels
+    from peft_mora.opening import base_class
     from peft_mora.quantization import nf4_config
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"quantization_config": nf4_config()} if args.load_in_4bit else {}
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=device, **options)
+    kind = base_class(folder) if folder else AutoModelForCausalLM
+    model = kind.from_pretrained(args.model, dtype="auto", device_map=device, **options)
     use_exact_4bit_kernels(model)
     return model.eval()
-
-
-def with_adapter(model: Any, folder: str, name: str = "default") -> Any:
-    """The model, or a PeftModel with the adapters that it has, with the adapter of a folder.
-
-    Raises:
-        ValueError: its weights are not of the sizes of this base, or their file is damaged.
-    """
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, name)
-            return model
-        return PeftModel.from_pretrained(model, folder, name)
-    except SafetensorError as error:
-        raise ValueError(f"{folder} is damaged ({error}): save the adapter again.") from error
-    except RuntimeError as error:
-        wrong = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
-        if wrong is None:
-            raise
-        raise ValueError(
-            f"The adapter in {folder} is of another base than {model.config.name_or_path} ({wrong.rstrip('.')}): give "
-            "the one that it was trained over as --model."
-        ) from error
 
 
 def load_tokenizer(where: str, model: Any) -> Any:
@@ -438,14 +429,14 @@ def load_tokenizer(where: str, model: Any) -> Any:
 def _without_weights(base: str, folder: str) -> Any:
     """The base model of its config alone, for what needs names and shapes."""
     import torch
-    import transformers
-    from peft import PeftConfig
+    from transformers import AutoConfig
 
-    kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "SEQ_2_SEQ_LM": "Seq2SeqLM"}
-    kind = kinds.get(str(PeftConfig.from_pretrained(folder).task_type), "CausalLM")
-    config = transformers.AutoConfig.from_pretrained(base)
+    from peft_mora.opening import base_class
+
+    kind, config = base_class(folder), AutoConfig.from_pretrained(base)
     with torch.device("meta"):
-        model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=torch.float32)
+        make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+        model = make(config, dtype=torch.float32)
     nothing = torch.zeros(())  # seen at every place of every weight: adapters are made where a base's weights are
     made: dict[int, Any] = {}
     for module in model.modules():

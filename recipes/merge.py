@@ -48,6 +48,7 @@ from transformers import set_seed
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
 from peft_mora.merging import AFTER, RULES, MergeReport, collect_inputs, merge_adapters, options_of
+from peft_mora.opening import with_adapter
 
 
 TWO_PASSES = "two-passes"
@@ -249,7 +250,7 @@ class Run:
     def adapters(self) -> tuple[Any, Any]:
         model, tokenizer = scores.load(self.base, self.folders[0], self.args.device, self.names[0])
         for name, folder in zip(self.names[1:], self.folders[1:], strict=True):
-            model.load_adapter(folder, name)
+            with_adapter(model, folder, name)
         return model.eval(), tokenizer
 
     def train(self) -> None:

@@ -36,6 +36,7 @@ from transformers import GenerationConfig
 from peft_mora import TaskRouter
 from peft_mora.inputs import contiguous_head, generating_by
 from peft_mora.merging import merge_adapters
+from peft_mora.opening import with_adapter
 
 
 WAYS = ("base", "told", "router", "top2", "always", "similar", "arrow", "merged")
@@ -347,7 +348,7 @@ def main() -> None:
     first, *rest = folders or [None]
     model, tokenizer = scores.load(base, first, args.device, tasks[0]["name"])
     for task, folder in zip(tasks[1:], rest, strict=False):
-        model.load_adapter(folder, task["name"])
+        with_adapter(model, folder, task["name"])
     model.eval()
     size = 4 * args.batch_size
     fit = {task["name"]: [record["prompt"] for record in task["train"][:count]] for task in tasks}

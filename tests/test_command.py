@@ -7,15 +7,16 @@ import pytest
 import torch
 import transformers
 from helpers import LORA, METHODS, STATIC, adapted
-from peft import PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from peft_mora import TaskRouter
 from peft_mora.export import exact_lora, save_lora
 from peft_mora.info import adapter_info, vllm_options
 from peft_mora.merging import merge_adapters
-from peft_mora_command import RUN, USAGE, VERBS, main, parse, with_adapter
+from peft_mora.opening import with_adapter
+from peft_mora_command import RUN, USAGE, VERBS, main, parse
 from trl_callbacks import protect
 from trl_callbacks.subspace import Subspace
 
@@ -93,6 +94,23 @@ def test_export_writes_what_the_library_writes_and_reads_no_weight_of_the_base(
     same_tensors(here / "wanted", here / "lora")
     assert adapter_info("lora").lora == "is"
     assert "plain LoRA already" in command("export", "lora", "--output", "again")
+
+
+@pytest.mark.parametrize("task_type", ["FEATURE_EXTRACTION", None])
+@pytest.mark.parametrize("base_to", [False, True])
+def test_export_opens_the_base_as_the_adapter_was_trained_over_it(base_to, task_type, llama_folder, here, command):
+    """A causal language model has other names for its modules, so that nothing of the file would be loaded."""
+    base = AutoModel.from_pretrained(llama_folder, dtype=torch.float32)
+    model = adapted("lori", base, task_type=task_type)
+    model.save_pretrained(here / "one")
+    how = ("--base-to", "base16", "--load-in-4bit", "--device", "cpu") if base_to else ()
+    assert command("export", "one", "--output", "lora", *how).startswith("exact; ")
+    save_lora(model, exact_lora(model), here / "wanted")
+    same_tensors(here / "wanted", here / "lora")
+    mora = adapted("mora", AutoModel.from_pretrained(llama_folder, dtype=torch.float32), task_type=task_type)
+    mora.save_pretrained(here / "mora")
+    said = command("export", "mora", "--output", "no", "--texts", "pets.jsonl", "--device", "cpu")
+    assert "measured by next tokens, and mora is over a LlamaModel" in said and not (here / "no").exists()
 
 
 def test_export_writes_the_base_in_4_bits_as_a_server_is_to_load_it(llama_folder, here, command):
@@ -245,6 +263,35 @@ def test_an_adapter_of_another_base_is_refused_in_one_line_that_names_it(llama_f
     weights = here / "lora/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:99])
     assert "lora is damaged" in command("route", "router", *files, *how) and not (here / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", *METHODS])
+def test_an_adapter_that_the_base_has_no_place_for_is_refused_first_or_second(method, llama_folder, tmp_path):
+    """Of another class of the same model; of one with more layers; of one with fewer."""
+
+    def base(kind=AutoModelForCausalLM, layers=2):
+        return kind.from_pretrained(llama_folder, num_hidden_layers=layers, dtype=torch.float32)
+
+    config = LORA if method == "lora" else method
+    for name, model in (("kind", base(AutoModel)), ("more", base(layers=3)), ("fewer", base(layers=1))):
+        adapted(config, model, target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is of another base .*as LlamaForCausalLM it has no"):
+            with_adapter(base(), tmp_path / name)
+    adapted(config, base(), task_type="CAUSAL_LM").save_pretrained(tmp_path / "right")
+    model = with_adapter(with_adapter(base(), tmp_path / "right", "a"), tmp_path / "right", "b")
+    with pytest.raises(ValueError, match="kind is of another base .*as LlamaForCausalLM it has no"):
+        with_adapter(model, tmp_path / "kind", "c")
+
+
+def test_export_says_of_other_methods_what_they_are(llama_folder, here, command):
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    get_peft_model(base, LoHaConfig(r=4, target_modules=["q_proj"])).save_pretrained(here / "loha")
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).save_pretrained(here / "dora")
+    assert "loha is of PEFT's LOHA, and this exports adapters of this package" in command(
+        "export", "loha", "--output", "x"
+    )
+    assert "use_dora" in command("export", "dora", "--output", "x")
 
 
 def test_every_example_in_the_help_is_a_command_that_is_taken(command, capsys):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers.utils import has_file
 
 from peft_mora.inputs import contiguous_head, positions
+from peft_mora.opening import with_adapter
 
 from .base_model import load_base
 
@@ -24,7 +24,7 @@ def load(base: str, adapter: str | Path | None, device: str, name: str = "defaul
     The tokenizer is the adapter's where its folder has one: its chat template is the one that was trained with.
     """
     model, tokenizer = load_base(base, device, tokenizer=tokenizer_of(base, adapter))
-    model = PeftModel.from_pretrained(model, adapter, name) if adapter is not None else model
+    model = with_adapter(model, adapter, name) if adapter is not None else model
     return model.eval(), tokenizer
 
 

@@ -1,0 +1,72 @@
+"""Bases and saved adapters, opened so that nothing of a file is left out.
+
+PEFT warns of a first adapter's weights that its file does not have, says nothing of those that the base has no place
+for, and nothing at all where there is an adapter already: what comes out is then the base, in part or whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+
+
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def base_class(folder: str | Path) -> Any:
+    """The class of transformers that an adapter's base is to be opened with: by its task type or, where it has none,
+    the one that it was trained over; a causal language model's where it says neither."""
+    config = PeftConfig.from_pretrained(str(folder))
+    task = getattr(config.task_type, "value", config.task_type)
+    named = (config.auto_mapping or {}).get("base_model_class") if task is None else CLASSES.get(task)
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    return found if hasattr(found, "from_pretrained") else transformers.AutoModelForCausalLM
+
+
+def with_adapter(model: Any, folder: str | Path, name: str = "default") -> PeftModel:
+    """A base model, or a PeftModel with the adapters that it has, with the adapter of a folder.
+
+    Raises:
+        ValueError: its weights are not those of this base's modules, or their file is damaged.
+    """
+    try:
+        if not isinstance(model, PeftModel):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*missing adapter keys")
+                model = PeftModel.from_pretrained(model, folder, name)
+        found = model.load_adapter(folder, name)  # again, if it has just been: this one says what was left out
+    except SafetensorError as error:
+        raise ValueError(f"{folder} is damaged ({error}): save the adapter again.") from error
+    except RuntimeError as error:
+        wrong = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        if wrong is None:
+            raise
+        raise _of_another(folder, model, wrong.rstrip(".")) from error
+    for problem, keys in (("nothing in the file for", found.missing_keys), ("no place for", found.unexpected_keys)):
+        own = [key for key in keys if problem == "no place for" or f".{name}." in f"{key}."]
+        if own:
+            raise _of_another(folder, model, f"as {_class_of(model)} it has {problem} {own[0]!r}")
+    return model
+
+
+def _of_another(folder: str | Path, model: Any, why: str) -> ValueError:
+    return ValueError(
+        f"The adapter in {folder} is of another base than {model.config.name_or_path} ({why}): give the one that it "
+        "was trained over as --model."
+    )
+
+
+def _class_of(model: Any) -> str:
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
