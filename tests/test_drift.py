@@ -1,17 +1,32 @@
 """How far an adapter has carried the model from its base on general text, in the logs and within a bound."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import LORA, At, adapted, losses, padded, quantized, randomize, sft, tiny_llama
-from peft import get_peft_model
-from transformers import AutoTokenizer, TrainerCallback
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from test_projection import ScheduleFree
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from peft_mora import LoriConfig, MoraConfig, start_task
-from trl_callbacks import DriftCallback, LoriCalibrationCallback, OrthogonalProjectionCallback
+from trl_callbacks import (
+    AdapterPenaltyCallback,
+    DriftCallback,
+    LoriCalibrationCallback,
+    OrthogonalProjectionCallback,
+)
 from trl_callbacks.drift import drift
 from trl_callbacks.general_text import read
 
@@ -51,6 +66,52 @@ def test_an_adapter_that_is_far_off_is_measured_and_one_of_nan_has_drifted_by_na
     next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
     found = drift(model, [padded()])
     assert math.isnan(found["kl"]) and math.isnan(found["perplexity"]) and math.isfinite(found["base_perplexity"])
+
+
+def test_a_soft_prompt_s_own_places_are_no_tokens():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    given = padded()
+    wanted = given["attention_mask"].bool()[:, 1:] & given["attention_mask"].bool()[:, :-1]
+    with torch.no_grad():
+        new = model(**given).logits[:, 4:-1][wanted].log_softmax(-1)
+    found = drift(model, [given])
+    target = given["input_ids"][:, 1:][wanted]
+    assert found["perplexity"] == pytest.approx(math.exp(-new[torch.arange(len(target)), target].mean()), rel=1e-4)
+    assert found["kl"] > 1e-3
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_transformers_own_trainer_needs_no_tokenizer_where_one_lies_with_the_model(
+    with_tokenizer, llama_folder, tmp_path
+):
+    rows = [{"input_ids": [3, 4, 5], "attention_mask": [1, 1, 1], "labels": [3, 4, 5]}] * 4
+    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True)
+    for callback in (
+        DriftCallback(TEXT, tokens=32),
+        OrthogonalProjectionCallback(protect=TEXT),
+        AdapterPenaltyCallback("alignguard", source=TEXT),
+    ):
+        base = AutoModelForCausalLM.from_pretrained(llama_folder)
+        if not with_tokenizer:
+            base.config.name_or_path = base.config._name_or_path = str(tmp_path)
+        model = get_peft_model(base, LORA(r=2, target_modules=["q_proj"]))
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        with (
+            nullcontext() if with_tokenizer else pytest.raises(ValueError, match="Give the trainer one, processing_c")
+        ):
+            trainer.train()
+
+
+def test_a_model_without_next_tokens_is_refused_before_the_first_step(tmp_path):
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    model = get_peft_model(LlamaForSequenceClassification(config), LORA(r=2, target_modules=["q_proj"]))
+    rows = [{"input_ids": [3, 4, 5], "attention_mask": [1, 1, 1], "labels": 1}] * 4
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="causal language model, and LlamaForSequenceClassification gives none"):
+        Trainer(model, arguments, train_dataset=rows, callbacks=[DriftCallback(TEXT)]).train()
 
 
 def beside_a_frozen_one():
@@ -216,6 +277,33 @@ def test_the_best_checkpoint_is_held_too(llama_folder, tmp_path):
         return drift(trainer.model, read(TEXT, AutoTokenizer.from_pretrained(llama_folder), 100))["kl"]
 
     assert run("free", None) > 1e-4 >= run("held", 1e-4)
+
+
+def test_what_a_schedule_free_optimizer_evaluates_is_held_and_resumes(llama_folder, tmp_path):
+    """It steps other weights than it evaluates and saves, and a second sequence that draws them on."""
+    held_out = read(TEXT, AutoTokenizer.from_pretrained(llama_folder), 100)
+
+    def run(output, max_kl=1e-4):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), LORA(r=4, target_modules="all-linear"))
+        callback = DriftCallback(TEXT, interval=2, tokens=100, max_kl=max_kl)
+        trainer = sft(
+            model, llama_folder, tmp_path / output, callbacks=[callback], eval_strategy="steps", eval_steps=2
+        )
+        trainer.optimizer = ScheduleFree(model, "z")
+        return trainer
+
+    free, held, resumed = run("free", None), run("held"), run("resumed")
+    free.train()
+    assert drift(free.model, held_out)["kl"] > 1e-4
+    held.train()
+    assert drift(held.model, held_out)["kl"] <= 1e-4
+    saved = PeftModel.from_pretrained(tiny_llama(), tmp_path / "held" / "checkpoint-6")
+    assert 0 < drift(saved, held_out)["kl"] <= 1e-4
+    resumed.train(resume_from_checkpoint=str(tmp_path / "held" / "checkpoint-3"))
+    assert losses(resumed) == losses(held)
+    for name, p in held.model.named_parameters():
+        assert torch.equal(p, resumed.model.get_parameter(name)), name
 
 
 def test_a_run_that_begins_anew_with_a_smaller_batch_keeps_its_bound(llama_folder, tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.inputs import eval_mode, trainable_as_before
+from peft_mora.merging.distillation import writes_text
 
+from .constraint import as_evaluated, averages
 from .general_text import Batch, read, sample
 from .host import HostCallback
 
@@ -48,7 +51,9 @@ def drift(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
             wanted = (mask[:, 1:] & mask[:, :-1]).bool()
             target = ids[:, 1:][wanted]
             options = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            new = model(**options).logits[:, :-1][wanted].float().log_softmax(-1)
+            new = (
+                model(**options).logits[:, -ids.shape[1] : -1][wanted].float().log_softmax(-1)
+            )  # behind a soft prompt
             with trainable_as_before(model), model.disable_adapter():
                 old = model(**options).logits[:, :-1][wanted].float().log_softmax(-1)
             kl = F.kl_div(new, old, reduction="batchmean", log_target=True)
@@ -84,7 +89,8 @@ class DriftCallback(HostCallback):
         tokenizer: None is the trainer's.
 
     Raises:
-        ValueError: a wrong argument; at the start of training, no adapter that can be switched off, or no text. With
+        ValueError: a wrong argument; at the start of training, no adapter that can be switched off, no causal language
+            model, or no text. With
             `max_kl` also an adapter that is beyond it before the first step, a checkpoint that was trained without
             it, DeepSpeed or FSDP, and later an adapter that diverges or whose parameters are replaced.
 
@@ -113,6 +119,7 @@ class DriftCallback(HostCallback):
         self._batches: list[Batch] = []
         self._held: dict[str, nn.Parameter] = {}  # what is trained
         self._within: dict[str, Tensor] = {}  # its weights at the last measurement within max_kl
+        self._second: dict[str, Tensor] = {}  # z there, of an optimizer that is schedule-free
         self._found: dict[str, float] = {}
         self._measured = -1  # the step that this is of
         self._unlogged: dict[str, float] = {}
@@ -136,6 +143,12 @@ class DriftCallback(HostCallback):
                 "none, or inside of it (sentence-transformers). Give the trainer a peft_config, or a model from "
                 "get_peft_model."
             )
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not writes_text(base):
+            raise ValueError(
+                f"DriftCallback measures the next tokens of a causal language model, and {type(base).__name__} gives "
+                "none. Train without it."
+            )
         use_exact_4bit_kernels(model)
         tokenizer = self.tokenizer if self.tokenizer is not None else kwargs.get("processing_class")
         if self.source == "self":
@@ -151,7 +164,7 @@ class DriftCallback(HostCallback):
         # The trainer begins anew, with a smaller batch, where memory has run out: the bound is this very run's.
         again = bool(self._within) and _are_those(self._held, before)
         if state.global_step > 0:
-            self._within = self._restored(args, state, self.max_kl)
+            self._within, self._second = self._restored(args, state, self.max_kl)
         elif not again:
             kl = self._measure(model)["kl"]
             if not kl <= self.max_kl:  # NaN is beyond all
@@ -160,10 +173,12 @@ class DriftCallback(HostCallback):
                     f"max_kl is {self.max_kl:g}: no weights within it are known, to come back to. Begin with a fresh "
                     "adapter, or give a larger max_kl: what earlier tasks have moved counts as well."
                 )
-            self._within = _copies(self._held)
+            self._within, self._second = _copies(self._held), {}
 
-    def _restored(self, args: TrainingArguments, state: TrainerState, max_kl: float) -> dict[str, Tensor]:
-        """The weights within `max_kl` that the checkpoint keeps."""
+    def _restored(
+        self, args: TrainingArguments, state: TrainerState, max_kl: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights within `max_kl` that the checkpoint keeps, and z."""
         kept = self.saved(args, state)
         if kept is None:
             raise ValueError(
@@ -177,37 +192,56 @@ class DriftCallback(HostCallback):
                 f"The run resumes with max_kl={max_kl:g}, but the weights that its checkpoint keeps are within "
                 f"{bound:g}. Resume with max_kl={bound:g}, or start the run again."
             )
-        within = {name.removeprefix("within."): t for name, t in kept.items()}
+        second = {name.removeprefix("second."): t for name, t in kept.items() if name.startswith("second.")}
+        within = {name.removeprefix("within."): t for name, t in kept.items() if name.startswith("within.")}
         if others := sorted(within.keys() ^ self._held.keys()):
             raise ValueError(
                 f"The run resumes with other parameters in training than its checkpoint was trained with, e.g. "
                 f"{others[0]!r}. Resume with the adapter that it began with. Of several active ones a trainer that "
                 "resumes trains the first: model.base_model.set_adapter([NAME, OLD])."
             )
-        return {name: t.to(self._held[name]) for name, t in within.items()}
+        both = [{name: t.to(self._held[name]) for name, t in found.items()} for found in (within, second)]
+        return both[0], both[1]
 
     def kept(self) -> dict[str, Tensor]:
         if self.max_kl is None:
             return {}
-        within = {f"within.{name}": t for name, t in self._within.items()}
-        return {"max_kl": torch.tensor(self.max_kl, dtype=torch.float64), **within}
+        found = {f"within.{name}": t for name, t in self._within.items()}
+        found |= {f"second.{name}": t for name, t in self._second.items()}
+        return {"max_kl": torch.tensor(self.max_kl, dtype=torch.float64), **found}
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         if state.global_step % self.interval and state.global_step < state.max_steps:
             return
-        self._hold(model, state, _trainable(model))
+        with as_evaluated(optimizer):
+            self._hold(model, state, optimizer, _trainable(model))
         self._unlogged = {f"drift_{name}": value for name, value in self._found.items()}
         control.should_log = True
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        if self._measured != state.global_step or args.load_best_model_at_end:
+        best = args.load_best_model_at_end
+        if self._measured != state.global_step or best:
             # The best checkpoint's weights may be frozen by now: what is held are the same parameters.
-            self._hold(model, state, {name: p for name, p in model.named_parameters() if name in self._held})
-        self._batches, self._held, self._within = [], {}, {}
+            parameters = {name: p for name, p in model.named_parameters() if name in self._held}
+            with nullcontext() if best else as_evaluated(optimizer):
+                self._hold(model, state, None if best else optimizer, parameters)
+        self._batches, self._held, self._within, self._second = [], {}, {}, {}
         if state.is_world_process_zero:
             found, kept = self._found, self._found.get("kept", 1.0)
             print(
@@ -218,8 +252,9 @@ class DriftCallback(HostCallback):
             )
 
     @torch.no_grad()
-    def _hold(self, model: Any, state: TrainerState, parameters: dict[str, nn.Parameter]) -> None:
-        """Measure and, with `max_kl`, bring `parameters`, which have to be those that are held, back to within it."""
+    def _hold(self, model: Any, state: TrainerState, optimizer: Any, parameters: dict[str, nn.Parameter]) -> None:
+        """Measure and, with `max_kl`, bring `parameters`, which have to be those that are held, back to within it; and
+        the second sequence of a schedule-free optimizer with them: what it will step is on the line between both."""
         found = self._measure(model)
         if self.max_kl is not None:
             if math.isnan(found["kl"]):
@@ -234,14 +269,17 @@ class DriftCallback(HostCallback):
                     "whose weights within max_kl are kept: another callback has replaced, frozen or added some. Train "
                     "without that callback, or without max_kl."
                 )
-            kept, reached = 1.0, _copies(self._held) if found["kl"] > self.max_kl else {}
-            for kept in (0.5, 0.25, 0.125, 0.0) if reached else ():
+            second = {name: z for name, p in self._held.items() for z in averages(optimizer, [p])}
+            kept, reached, beyond = 1.0, _copies(self._held), _copies(second)
+            for kept in (0.5, 0.25, 0.125, 0.0) if found["kl"] > self.max_kl else ():
                 for name, p in self._held.items():
                     p.copy_(torch.lerp(self._within[name], reached[name], kept))
+                for name, z in second.items():  # it begins as the weights do
+                    z.copy_(torch.lerp(self._second.get(name, self._within[name]), beyond[name], kept))
                 found = self._measure(model)
                 if found["kl"] <= self.max_kl:
                     break
-            self._within = _copies(self._held)
+            self._within, self._second = _copies(self._held), _copies(second)
             found["kept"] = kept
         self._found, self._measured = found, state.global_step
 
@@ -266,5 +304,5 @@ def _are_those(parameters: dict[str, nn.Parameter], before: dict[str, nn.Paramet
     return parameters.keys() == before.keys() and all(p is before[name] for name, p in parameters.items())
 
 
-def _copies(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in parameters.items()}

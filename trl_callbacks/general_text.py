@@ -88,7 +88,6 @@ def protect(
     """
     check_arguments(energy, tokens)
     Subspace.check_folder(folder)
-    tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model.config.name_or_path)
     use_exact_4bit_kernels(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     subspace = Subspace("inputs", fingerprint(base))
@@ -97,6 +96,24 @@ def protect(
     add_text(subspace, model, linear_layers(model, adapter_name), source, tokenizer, energy, tokens)
     subspace.save(folder)
     return subspace
+
+
+def tokenizer_for(model: Any, tokenizer: Any) -> Any:
+    """The one given, or else the one that lies with the model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Text is to be read or written, and there is no tokenizer: none was given, and none lies with the model "
+            f"({name!r}). Give the trainer one, processing_class=tokenizer; to `protect`, tokenizer=tokenizer."
+        ) from error
 
 
 def check_arguments(energy: Any, tokens: Any) -> None:
@@ -139,7 +156,7 @@ def read(source: Any, tokenizer: Any, tokens: int, model: Any = None) -> list[Ba
     """
     batches: list[Batch] = []
     left, images = tokens, placeholders(model)
-    for ids in _encoded(source, text_tokenizer(tokenizer)):
+    for ids in _encoded(source, text_tokenizer(tokenizer_for(model, tokenizer))):
         ids = ids[: min(LENGTH, left)]
         if not set(images).isdisjoint(ids):
             raise ValueError(_images("the text stands for images"))
@@ -216,7 +233,7 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
     With a chat template, every second sequence is a conversation: the user's turn is the model's own too, sampled
     behind what the template puts before it (Magpie, arXiv 2406.08464), and then the answer.
     """
-    tokenizer = text_tokenizer(tokenizer)
+    tokenizer = text_tokenizer(tokenizer_for(model, tokenizer))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     check_field(start is not None, "protect", "self", "text: the tokenizer has no token that begins or ends one")
     turns = _turns(tokenizer)
