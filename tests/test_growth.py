@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import At, lora_config, losses, quantized, randomize, sft, tiny_llama
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import TrainerCallback
 
 from peft_mora import MoraConfig, SMoraConfig, start_task
@@ -135,6 +136,66 @@ def test_a_resumed_run_repeats_the_unbroken_one(llama_folder, tmp_path):
     assert losses(resumed) == losses(whole) and ranks(resumed.model) == ranks(whole.model)
     with pytest.raises(ValueError, match="Open the folder with PeftModel.from_pretrained"):
         make("third").train(resume_from_checkpoint=checkpoint)
+
+
+class Tower:
+    """A Llama with one more module, which acts in some steps alone, as a VLM's tower or an expert does."""
+
+    def __init__(self, *steps):
+        self.trainer, self.base = None, tiny_llama()
+        mlp = self.base.model.layers[0].mlp
+        mlp.tower = nn.Linear(64, 64)
+
+        def act(mlp, args, output):
+            return output + mlp.tower(args[0]) if self.trainer.state.global_step in steps else output
+
+        mlp.register_forward_hook(act)
+
+    def train(self, folder, output, callback, checkpoint=None, **options):
+        """The ranks of the tower and of the six other modules after each step, and the trainer."""
+        if checkpoint:
+            model = PeftModel.from_pretrained(self.base, checkpoint, is_trainable=True)
+        else:
+            model = adapted(lora_config, self.base, target_modules=[*MODULES, "tower"])
+        seen = []
+
+        class Keep(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                found = {name: len(pair.A) for name, pair in pairs(model).items()}
+                seen.append((found.pop(TOWER), *found.values()))
+
+        self.trainer = run(model, folder, output, callback, Keep(), **options)
+        self.trainer.train(resume_from_checkpoint=checkpoint)
+        return seen, self.trainer
+
+
+TOWER = "model.layers.0.mlp.tower"
+
+
+def test_a_module_without_a_gradient_gets_no_ranks_and_leaves_the_others_theirs(llama_folder, tmp_path):
+    seen, _ = Tower().train(llama_folder, tmp_path, RankGrowthCallback(4, interval=2, until=0.7), max_steps=8)
+    assert [sum(found) for found in seen[1::2]] == [19, 23, 28, 28]  # 7 modules from 2 to 4 by step 6
+    assert {tower for tower, *_ in seen} == {2} and len(set(seen[-1][1:])) > 2  # the others by their saliency
+    seen, _ = Tower(2, 3).train(llama_folder, tmp_path, RankGrowthCallback(4, interval=2, until=0.7), max_steps=8)
+    assert seen[1][0] == 2 and seen[3][0] > 2  # from when on it has one
+
+
+def test_a_run_of_whose_modules_too_few_have_a_gradient_is_refused_at_the_first_growth(llama_folder, tmp_path):
+    callback = RankGrowthCallback(4, interval=2, until=1.0, limit=4)
+    with pytest.raises(ValueError, match=rf"1 of 7 modules .* step 2, e.g. '{TOWER}'.*26 .*needs 28.*target_modules"):
+        Tower().train(llama_folder, tmp_path, callback)
+
+
+def test_a_resumed_run_knows_which_modules_have_had_a_gradient(llama_folder, tmp_path):
+    """The tower's is of the first step, where its saliency is 0, for B is."""
+
+    def train(output, **options):
+        callback = RankGrowthCallback(4, interval=4, until=1.0, limit=4)
+        return Tower(0).train(llama_folder, tmp_path / output, callback, save_strategy="steps", **options)
+
+    seen, whole = train("whole")
+    ends, resumed = train("resumed", checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert ends == seen[3:] and seen[-1] == (4,) * 7 and losses(resumed) == losses(whole)
 
 
 def test_a_run_that_begins_anew_with_a_smaller_batch_grows_no_further_than_its_target(llama_folder, tmp_path):

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import lora_config, losses, quantized, randomize, ranks, sft, tiny_gpt2, tiny_llama
+from helpers import lora_config, losses, quantized, randomize, ranks, sft, texts, tiny_gpt2, tiny_llama
 from peft import get_peft_model
 from safetensors.torch import load_file
 from test_host import PLAIN
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from peft_mora import FlyLoraConfig, MoraConfig, start_task
-from trl_callbacks import AdapterPenaltyCallback
+from trl_callbacks import AdapterPenaltyCallback, DriftCallback, OrthogonalProjectionCallback
 from trl_callbacks.factors import base_weight, static_factors
 from trl_callbacks.general_text import read
 from trl_callbacks.penalties import (
@@ -43,16 +43,37 @@ def run(model, folder, output, *callbacks, **options):
     return sft(model, folder, output, callbacks=list(callbacks), **{"save_strategy": "no", **options})
 
 
-def begin(model, rule="lorasculpt", callback=None, step=0, output_dir="nowhere", **options):
-    """A callback as its run of eight steps begins, without a trainer."""
-    callback = callback or AdapterPenaltyCallback(rule, **options)
-    arguments = SimpleNamespace(**PLAIN, seed=0, output_dir=output_dir)
-    callback.on_train_begin(arguments, SimpleNamespace(global_step=step, max_steps=8), None, model=model)
+class Beginning(Trainer):
+    """Of a trainer what a callback sees as its run of eight steps begins."""
+
+    def __init__(self, *callbacks):
+        self.callback_handler = SimpleNamespace(callbacks=callbacks)
+
+    def train(self, model, step, output_dir):
+        arguments = SimpleNamespace(**PLAIN, seed=0, output_dir=output_dir)
+        state = SimpleNamespace(global_step=step, max_steps=8)
+        self.callback_handler.callbacks[0].on_train_begin(arguments, state, None, model=model)
+
+
+def begin(model, rule="lorasculpt", others=(), step=0, output_dir="nowhere", **options):
+    """A callback as its run begins."""
+    callback = AdapterPenaltyCallback(rule, **options)
+    Beginning(callback, *others).train(model, step, output_dir)
     return callback
 
 
 def entries(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def scalings(model):
+    return [pair.layer.scaling["default"] for pair in static_factors(model, None, "")[1].values()]
+
+
+def watch_backward(trainer, see):
+    """Call `see` before each backward."""
+    backward = trainer.accelerator.backward
+    trainer.accelerator.backward = lambda loss, **kwargs: (see(), backward(loss, **kwargs))
 
 
 def by_hand(rule, pair, scaling, callback):
@@ -125,6 +146,36 @@ def test_every_gradient_is_that_of_loss_plus_penalty_once_a_step_and_before_clip
     assert compare.compared == 2 and len(parameters) == 8
     assert entries(trainer, f"penalty_{rule}") == pytest.approx([0.0, *values], rel=1e-6)
     assert min(values) > 1e-4
+
+
+def uneven(model, folder, output, *callbacks, **options):
+    """Three micro-batches an epoch and two a step: the second step begins in one epoch and ends in the next."""
+    data = texts(6).to_iterable_dataset()
+    return run(model, folder, output, *callbacks, train_dataset=data, max_steps=3, max_grad_norm=0, **options)
+
+
+def test_the_penalty_counts_once_in_a_step_that_an_epoch_ends_within(llama_folder, tmp_path):
+    found, micro_batches = {}, []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+            found.setdefault(state.global_step, []).append(torch.cat(grads).clone())
+
+    for weight in (0.0, 0.5):
+        model = adapted(lora_config, tiny_llama().double()).double()
+        randomize(model)
+        callback = AdapterPenaltyCallback("lorasculpt", weight=weight, at=None)
+        trainer = uneven(model, llama_folder, tmp_path, callback, Keep(), learning_rate=0.0)
+        model.register_forward_hook(lambda *_, trainer=trainer: micro_batches.append(trainer.state.global_step))
+        trainer.train()
+    assert micro_batches == 2 * [0, 0, 1, 1, 1, 2, 2, 2]
+    first, *others = (penalised - plain for plain, penalised in found.values())
+    assert first.norm() > 1e-2 and len(others) == 2
+    for penalty in others:
+        torch.testing.assert_close(penalty, first, rtol=1e-6, atol=1e-9)
+    value = add_gradients(Run(model, *static_factors(model, None, ""), None, 8, 0, False), callback.rule)
+    assert entries(trainer, "penalty_lorasculpt") == pytest.approx([float(value)] * 3)
 
 
 def test_the_penalty_is_scaled_as_fp16_scales_gradients():
@@ -227,27 +278,23 @@ def test_alignguard_goes_on_with_the_directions_that_it_found(llama_folder, tmp_
 def test_coto_leaves_modules_out_ever_less_and_whole_outside_of_a_step(llama_folder, tmp_path):
     model = adapted(dense, modules=["q_proj", "v_proj", "o_proj"])
     factors = static_factors(model, None, "")[1]
+    acting, moved = [], []
 
     class Watch(TrainerCallback):
-        acting, moved = [], []
-
-        def scalings(self):
-            return [pair.layer.scaling["default"] for pair in factors.values()]
-
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            self.acting.append([s != 0 for s in self.scalings()])
-            self.moved.append([bool(pair.B.grad.any()) for pair in factors.values()])
+            moved.append([bool(pair.B.grad.any()) for pair in factors.values()])
 
         def on_step_end(self, args, state, control, **kwargs):
-            assert self.scalings() == [2.0] * 6
+            assert scalings(model) == [2.0] * 6
 
-    watch = Watch()
-    watch.acting, watch.moved = [], []
-    trainer = run(model, llama_folder, tmp_path, AdapterPenaltyCallback("coto"), watch, max_steps=8)
+    trainer = run(model, llama_folder, tmp_path, AdapterPenaltyCallback("coto"), Watch(), max_steps=8)
+    assert trainer.args.gradient_checkpointing  # so that backward runs the modules again
+    watch_backward(trainer, lambda: acting.append([s != 0 for s in scalings(model)]))
     trainer.train()
-    assert watch.acting == watch.moved  # a module that is left out learns nothing
-    assert watch.acting == [draw_active(6, active_share(step, 8), step) for step in range(8)]
-    shares = [sum(acting) / 6 for acting in watch.acting]
+    draws = [draw_active(6, active_share(step, 8), step) for step in range(8)]
+    assert acting == [draw for draw in draws for _ in range(2)]
+    assert moved == draws  # a module that is left out learns nothing
+    shares = [sum(draw) / 6 for draw in draws]
     assert shares[0] == pytest.approx(1 / 6) and shares[6:] == [1.0, 1.0] and len(set(shares)) > 2
     assert entries(trainer, "active_adapters") == pytest.approx(shares)
     assert [active_share(step, 8) for step in (0, 3, 6, 8)] == [0, 0.5, 1, 1]
@@ -255,14 +302,56 @@ def test_coto_leaves_modules_out_ever_less_and_whole_outside_of_a_step(llama_fol
     assert drawn.any(dim=1).all() and drawn.float().mean() == pytest.approx(0.3, abs=0.02)
 
 
-def test_coto_is_whole_again_when_the_trainer_begins_anew_within_a_step():
-    """As it does where memory has run out."""
+def test_coto_is_whole_again_whatever_ends_a_step(llama_folder, tmp_path):
+    """An interrupt, and memory that runs out, where the trainer begins anew."""
+    model, acting = adapted(lora_config), []
+    trainer = run(
+        model, llama_folder, tmp_path, AdapterPenaltyCallback("coto"), max_steps=3, auto_find_batch_size=True
+    )
+    interrupt = KeyboardInterrupt()
+    errors = [interrupt, None, None, RuntimeError("CUDA out of memory."), *[None] * 6, interrupt]  # of the backwards
+
+    def see():
+        acting.append([s != 0 for s in scalings(model)])
+        if errors and (error := errors.pop(0)):
+            raise error
+
+    watch_backward(trainer, see)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert scalings(model) == [2.0] * 4 and sum(acting[0]) == 1
+    trainer.train()
+    draws = [draw_active(4, active_share(step, 3), step) for step in range(3)]
+    assert acting == [draws[step] for step in (0, *(0, 0, 1), *(0, 0, 1, 1, 2, 2))] and draws[0] != draws[1]
+    assert scalings(model) == [2.0] * 4
+    assert trainer.training_step.__func__ is type(trainer).training_step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(AdapterPenaltyCallback)
+    trainer.train()
+    assert acting[11:] == [[True] * 4] * 6
+
+
+def test_coto_is_whole_in_an_evaluation_that_comes_within_a_step(llama_folder, tmp_path):
+    model, evaluated = adapted(lora_config), []
+    trainer = uneven(model, llama_folder, tmp_path, AdapterPenaltyCallback("coto"), eval_strategy="epoch")
+    model.register_forward_hook(lambda *_: None if model.training else evaluated.append(scalings(model)))
+    trainer.train()
+    assert len(evaluated) > 1 and all(each == [2.0] * 4 for each in evaluated)
+    assert entries(trainer, "active_adapters") == [sum(draw_active(4, active_share(i, 3), i)) / 4 for i in range(3)]
+
+
+def test_masks_beside_a_callback_that_sets_weights_itself_are_refused(tmp_path):
     model = adapted(lora_config)
-    callback, scalings = begin(model, "coto"), [p.layer.scaling for p in static_factors(model, None, "")[1].values()]
-    callback.on_step_begin(None, SimpleNamespace(global_step=0), None)
-    assert sum(s["default"] != 0 for s in scalings) == 1
-    begin(model, callback=callback)
-    assert [s["default"] for s in scalings] == [2.0] * 4
+    holding = [DriftCallback(TEXT, max_kl=0.1), OrthogonalProjectionCallback(protect=TEXT)]
+    free = [DriftCallback(TEXT), OrthogonalProjectionCallback(), AdapterPenaltyCallback("coto")]
+    free.append(OrthogonalProjectionCallback(tmp_path, start="osrm"))
+    begin(model, at=2, others=free)
+    for callback in holding:
+        with pytest.raises(ValueError, match=rf"{type(callback).__name__} puts .* from step 2 on.*at=None.*one of"):
+            begin(model, at=2, others=[*free, callback])
+    begin(model, at=None, others=holding)
+    begin(model, "coto", others=holding)
 
 
 def test_adapters_and_runs_that_it_cannot_work_on_are_refused():

@@ -74,6 +74,8 @@ class RankGrowthCallback(HostCallback):
     the adapter opens, merges and trains on as any other. Optimizers with a state of the weight's shape (AdamW, SGD,
     Lion, schedule-free) keep it, with zeros for what is new; the others are refused.
 
+    A module that has no gradient in a step counts as 0 there; as long as it never had one, it gets no ranks.
+
     The trainer's logs get `rank_mean` and `rank_max`.
 
     To resume, open the checkpoint, whose ranks have grown, and give it to the trainer:
@@ -90,7 +92,8 @@ class RankGrowthCallback(HostCallback):
     Raises:
         ValueError: on construction for a wrong argument; at the start of training for an adapter whose update is not
             B·A, a target or limit that it cannot have, a callback beside it that holds weights, several processes,
-            DeepSpeed or FSDP; at the first growth for an optimizer whose state cannot grow.
+            DeepSpeed or FSDP; at the first growth for an optimizer whose state cannot grow, or where so many modules
+            have had no gradient that the others cannot take all ranks.
 
     Example:
         >>> callback = RankGrowthCallback(16, interval=20)
@@ -122,6 +125,7 @@ class RankGrowthCallback(HostCallback):
         self._factors: dict[str, Factors] = {}
         self._begin: list[int] = []  # each module's rank when the run began
         self._needs: Tensor | None = None  # (modules,) running mean of saliency, on the CPU
+        self._used = torch.zeros(0, dtype=torch.bool)  # (modules,) whether each has had a gradient
 
     def refusals(self) -> dict[str, str]:
         replaces = (
@@ -154,9 +158,11 @@ class RankGrowthCallback(HostCallback):
         self._limits = [min(self.limit, pair.A.shape[1], len(pair.B)) for pair in factors.values()]
         if state.global_step > 0:
             kept = self.saved_here(args, state)
-            self._begin, self._needs = kept["begin"].tolist(), kept["needs"]
+            self._begin, self._needs = kept["begin"].tolist(), kept.get("needs")
+            self._used = kept.get("used", torch.zeros(len(ranks), dtype=torch.bool))
         elif not again:
             self._begin, self._needs = ranks, None
+            self._used = torch.zeros(len(ranks), dtype=torch.bool)
         start, total = sum(self._begin), self._total(state.max_steps, state.max_steps)
         if not start <= total <= sum(map(max, self._limits, ranks)):
             raise ValueError(
@@ -169,11 +175,12 @@ class RankGrowthCallback(HostCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        each = []
+        each, used = [], []
         for A, B, *_ in self._factors.values():
-            if A.grad is None or B.grad is None:
-                return
-            each.append(saliency(A, B, A.grad, B.grad).cpu())
+            grad_A, grad_B = (torch.zeros_like(p) if p.grad is None else p.grad for p in (A, B))
+            each.append(saliency(A, B, grad_A, grad_B).cpu())
+            used.append(bool(grad_A.any() or grad_B.any()))
+        self._used = self._used | torch.tensor(used)
         found = torch.stack(each)
         if found.isfinite().all():  # else fp16's scaler leaves the step out
             self._needs = found if self._needs is None else self.memory * self._needs + (1 - self.memory) * found
@@ -192,9 +199,19 @@ class RankGrowthCallback(HostCallback):
         if step > settled or (step % self.interval and step != settled):
             return
         ranks = [len(pair.A) for pair in self._factors.values()]
+        used = self._used.tolist()
+        limits = [max(m, r) if acts else r for m, r, acts in zip(self._limits, ranks, used, strict=True)]
+        if (end := self._total(state.max_steps, state.max_steps)) > sum(limits):
+            idle = [name for name, acts in zip(self._factors, used, strict=True) if not acts]
+            raise ValueError(
+                f"{len(idle)} of {len(ranks)} modules have had no gradient up to step {step}, e.g. {idle[0]!r}: the "
+                f"data does not use them, and they get no ranks. All modules together can have {sum(limits)} then, "
+                f"and `target` needs {end}. Leave those out of target_modules; or, if later data uses them, choose a "
+                "larger `limit` or `interval`."
+            )
         total = max(sum(ranks), self._total(step, state.max_steps))
         needs = [0.0] * len(ranks) if self._needs is None else self._needs.tolist()
-        grown = allocate(total, ranks, list(map(max, self._limits, ranks)), needs)
+        grown = allocate(total, ranks, limits, needs)
         more = {name: new - old for name, old, new in zip(self._factors, ranks, grown, strict=True) if new > old}
         if more:
             before = self._factors
@@ -219,8 +236,8 @@ class RankGrowthCallback(HostCallback):
         return {"rank_mean": sum(ranks) / len(ranks), "rank_max": float(max(ranks))} if ranks else {}
 
     def kept(self) -> dict[str, Tensor]:
-        needs = torch.zeros(len(self._begin)) if self._needs is None else self._needs
-        return {"begin": torch.tensor(self._begin), "needs": needs}
+        needs = {} if self._needs is None else {"needs": self._needs}
+        return {"begin": torch.tensor(self._begin), "used": self._used, **needs}
 
     def _total(self, step: int, steps: int) -> int:
         """Ranks of all modules together after a step."""

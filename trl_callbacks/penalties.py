@@ -11,7 +11,8 @@ A loss that a model adds to its own does not reach SFTTrainer's. So the penalty'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ from peft_mora.routing import at_least_float32
 from .constraint import averages
 from .factors import Factors, are_those, base_weight, static_factors
 from .general_text import Batch, read, sample
-from .host import HostCallback, keep_stopped
+from .host import HostCallback, keep_stopped, running_trainer
 
 
 # Tensors in, tensors out
@@ -158,7 +159,8 @@ class Rule:
         """Of one module's A and B, float32 or wider; the callback takes the mean of all modules'."""
         return None
 
-    def step_begins(self, run: Run, step: int) -> None: ...
+    def step_begins(self, run: Run, step: int) -> None:
+        """Once for each of the optimizer's steps, from within an event of the trainer's."""
 
     def stepped(self, run: Run, optimizer: Any) -> None:
         """Right after the optimizer's step."""
@@ -211,6 +213,14 @@ class LoRASculpt(Rule):
             raise ValueError(
                 f"The run has {run.steps} steps and at={self.at}: A and B would never be made sparse. Lower `at`, "
                 "train for longer, or write at=None, which makes nothing sparse."
+            )
+        others = [] if self.at is None else running_trainer().callback_handler.callbacks
+        if holding := [type(c).__name__ for c in others if _sets_weights(c)]:
+            raise ValueError(
+                f"{holding[0]} puts the adapter's weights back to where it holds them, and 'lorasculpt' sets entries "
+                f"of A and B to 0 from step {self.at} on. Each undoes what the other has done: in the end the weights "
+                "are not sparse, or not where they are held. Write at=None, which makes nothing sparse, or train with "
+                "one of the two callbacks."
             )
         self._masks = {}
         for name, mask in (kept or {}).items():
@@ -311,11 +321,11 @@ class CoTo(Rule):
     def __post_init__(self) -> None:
         check_field(is_number(self.until) and 0 < self.until <= 1, "until", self.until, "a share of the run in (0, 1]")
         check_field(is_number(self.start) and 0 <= self.start < 1, "start", self.start, "a probability in [0, 1)")
-        self._off: list[tuple[dict[str, float], str, float]] = []  # layer's scalings, adapter, what it is when on
+        self._replaced: tuple[Any, Any, Any] | None = None  # a trainer, its training_step, ours in its place
         self._shares: list[float] = []
 
     def begin(self, run: Run, kept: Mapping[str, Tensor] | None) -> None:
-        self._on()  # memory ran out in the middle of a step
+        self._put_back()  # an error has ended the run before this one within a step
         for name, pair in run.factors.items():
             if isinstance(pair.layer, AdapterLinear) and pair.past_A:
                 raise ValueError(
@@ -324,34 +334,61 @@ class CoTo(Rule):
                 )
 
     def step_begins(self, run: Run, step: int) -> None:
-        self._on()
         share = active_share(step, run.steps, self.until, self.start)
         active = draw_active(len(run.factors), share, 2**20 * run.seed + step)
-        for pair, acts in zip(run.factors.values(), active, strict=True):
-            scaling = pair.layer.scaling
-            if not acts:
-                self._off.append((scaling, run.adapter_name, scaling[run.adapter_name]))
-                scaling[run.adapter_name] = 0.0
+        left_out = [pair.layer.scaling for pair, acts in zip(run.factors.values(), active, strict=True) if not acts]
+        trainer = running_trainer()
+        whole, state = trainer.training_step, trainer.state
+
+        def partial_step(*args: Any, **kwargs: Any) -> Tensor:
+            this_run = trainer.state is state  # an interrupt may leave it to a run without the callback
+            with switched_off(left_out if this_run else [], run.adapter_name):
+                return whole(*args, **kwargs)
+
+        trainer.training_step = partial_step
+        self._replaced = trainer, whole, partial_step
         self._shares.append(sum(active) / len(active))
 
     def stepped(self, run: Run, optimizer: Any) -> None:
-        self._on()  # whole again for what follows: evaluations, and what is saved and merged
+        self._put_back()
 
     def end(self, run: Run, step: int) -> str:
-        self._on()
+        self._put_back()
         return ""
 
     def metrics(self) -> dict[str, float]:
         shares, self._shares = self._shares, []
         return {"active_adapters": sum(shares) / len(shares)} if shares else {}
 
-    def _on(self) -> None:
-        while self._off:
-            scaling, adapter, value = self._off.pop()
-            scaling[adapter] = value
+    def _put_back(self) -> None:
+        if self._replaced is not None:
+            trainer, whole, ours = self._replaced
+            if trainer.training_step is ours:
+                trainer.training_step = whole
+            self._replaced = None
 
 
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (LoRASculpt, AlignGuard, CoTo)}
+
+
+@contextmanager
+def switched_off(scalings: Sequence[dict[str, float]], adapter_name: str) -> Iterator[None]:
+    """The adapter's scale is 0 in each layer's `scalings` for the length of a block, whatever ends it."""
+    values = [scaling[adapter_name] for scaling in scalings]
+    try:
+        for scaling in scalings:
+            scaling[adapter_name] = 0.0
+        yield
+    finally:
+        for scaling, value in zip(scalings, values, strict=True):
+            scaling[adapter_name] = value
+
+
+def _sets_weights(callback: Any) -> bool:
+    """Whether it sets the adapter's weights itself: a projection that constrains, or DriftCallback(max_kl=...)."""
+    if not isinstance(callback, HostCallback) or isinstance(callback, AdapterPenaltyCallback):
+        return False
+    return callback.holds_weights and getattr(callback, "_constrains", True)
 
 
 def _weights(factors: Mapping[str, Factors]) -> dict[str, nn.Parameter]:
@@ -440,7 +477,8 @@ class AdapterPenaltyCallback(HostCallback):
 
     Raises:
         ValueError: an unknown rule, a wrong option; at the start of training an adapter whose update is not B·A, a run
-            that ends before the rule has done its work, DeepSpeed or FSDP; at the end, a run that was stopped before.
+            that ends before the rule has done its work, "lorasculpt" with `at` beside a callback that sets weights
+            itself, DeepSpeed or FSDP; at the end, a run that was stopped before.
         TypeError: an option that the rule does not have.
 
     Example:
@@ -456,6 +494,7 @@ class AdapterPenaltyCallback(HostCallback):
         self.adapter_name = adapter_name
         self.sidecar = f"adapter_penalty-{rule}.safetensors"
         self._run: Run | None = None
+        self._begun = -1  # the last step that has begun
         self._sum: Tensor | None = None  # of the penalties since the last log entry
         self._count = 0
 
@@ -479,7 +518,7 @@ class AdapterPenaltyCallback(HostCallback):
         if state.global_step > 0:
             kept = (self.saved_here if self.rule.keeps(state.global_step) else self.saved)(args, state)
         self.rule.begin(run, kept)
-        self._run, self._sum, self._count = run, None, 0
+        self._run, self._begun, self._sum, self._count = run, -1, None, 0
 
     def on_step_begin(
         self,
@@ -491,6 +530,9 @@ class AdapterPenaltyCallback(HostCallback):
     ) -> None:
         run = self._run
         assert run is not None
+        if state.global_step == self._begun:  # an epoch has ended within the step, whose gradients are still there
+            return
+        self._begun = state.global_step
         self.rule.step_begins(run, state.global_step)
         scaler = getattr(optimizer, "scaler", None)  # fp16: gradients are scaled until the step
         value = add_gradients(run, self.rule, 1.0 if scaler is None else scaler.get_scale())
