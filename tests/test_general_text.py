@@ -231,16 +231,19 @@ def test_a_text_that_the_memory_holds_is_not_added_again_and_another_is(llama_fo
 
 
 def test_resumed_run_is_the_unbroken_one_though_the_text_is_not_seen_again(llama_folder, tmp_path):
-    def trainer():
+    def trainer(output=tmp_path):
         callback = OrthogonalProjectionCallback(protect=TEXT, energy=0.8)
-        return trainer_of(llama_folder, tmp_path, callback, save_strategy="steps")
+        return trainer_of(llama_folder, output, callback, save_strategy="steps")
 
-    whole, again, late = trainer(), trainer(), trainer()
+    whole, again, elsewhere, late = trainer(), trainer(), trainer(tmp_path / "elsewhere"), trainer()
     whole.train()
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert losses(again)[-3:] == losses(whole)[-3:]
-    for (name, one), two in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(one, two), name
+    for resumed in (again, elsewhere):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert losses(resumed)[-3:] == losses(whole)[-3:]
+        for (name, one), two in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(one, two), name
     shutil.rmtree(tmp_path / "protected")
-    with pytest.raises(FileNotFoundError, match="protected"):
+    with pytest.raises(
+        FileNotFoundError, match="`protect` is neither in .* nor in .*: its folder 'protected' is missing"
+    ):
         late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

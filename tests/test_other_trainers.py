@@ -5,14 +5,17 @@ import types
 import pytest
 import torch
 import trl.trainer.grpo_trainer as grpo
-from helpers import METHODS, WORDS, adapted, losses, quantized, randomize, tiny_llama, trl_trainer
-from peft import PeftModel
+from helpers import LORA, METHODS, WORDS, adapted, losses, quantized, randomize, sft, tiny_llama, trl_trainer
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_mora import start_task
 from peft_mora.base import AdapterLinear
+from peft_mora.merging.inputs import FILE
+from trl_callbacks import InputStatisticsCallback, OrthogonalProjectionCallback
+from trl_callbacks.input_statistics import prompts_of
 
 
 # Of each method the first form that merges and the first that does not. FLYLORA stands for SMORA and MORA "dense" for
@@ -52,6 +55,51 @@ def sums(model: nn.Module, batch: dict) -> torch.Tensor:
     """(2, B / 2) summed log-probabilities of chosen and rejected completions."""
     tokens = log_probs(model, batch["input_ids"], batch["attention_mask"]) * batch["completion_mask"][:, 1:]
     return torch.stack(tokens.sum(-1).chunk(2))
+
+
+def test_a_second_lora_beside_a_frozen_one_is_refused_where_a_reference_adapter_takes_its_place(
+    llama_folder, tmp_path
+):
+    """TRL makes the reference of "default", and sets "default" alone active after each look at it."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), LORA(r=2, target_modules=["q_proj"]))
+    randomize(model)
+    model.add_adapter("two", LORA(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["two", "default"])
+    model.set_requires_grad("default", requires_grad=False)
+    trainer = trl_trainer("DPO", None, llama_folder, tmp_path, PAIRS, model=model, gradient_checkpointing=False)
+    trainer.add_callback(OrthogonalProjectionCallback())
+    with pytest.raises(ValueError, match=r"\['two', 'default'\] are active together.*adapter, 'ref'.*start_task"):
+        trainer.train()
+
+
+def test_an_adapter_that_is_switched_off_in_training_is_an_error(llama_folder, tmp_path):
+    class Off(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                model.base_model.set_adapter("other")
+                model.set_requires_grad("default", requires_grad=True)
+
+    model = get_peft_model(tiny_llama(), LORA(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", LORA(r=2, target_modules=["q_proj"]))
+    trainer = sft(model, llama_folder, tmp_path, callbacks=[OrthogonalProjectionCallback(), Off()])
+    with pytest.raises(
+        ValueError, match=r"No weight of adapter 'default' has a gradient in step 2.*now active: \['other"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO"])
+def test_what_a_preference_run_s_adapter_saw_are_its_prompts_once_each(name, llama_folder, tmp_path):
+    data = PAIRS if name == "DPO" else {"prompt": PROMPTS, "completion": [" yes cat"] * N, "label": [True, False] * 6}
+    trainer = trl_trainer(name, METHODS["lori"](target_modules=["q_proj"]), llama_folder, tmp_path, data)
+    callback = InputStatisticsCallback(4, prompts=8)
+    trainer.add_callback(callback)
+    rows = [prompt.tolist() for batch in trainer.get_train_dataloader() for prompt in prompts_of(batch)]
+    wanted = trainer.processing_class(PROMPTS, add_special_tokens=False).input_ids
+    assert len(rows) == N and sorted(row[-4:] for row in rows) == sorted(ids[-4:] for ids in wanted)
+    trainer.train()
+    assert (tmp_path / FILE).is_file()
 
 
 @pytest.mark.parametrize(("method", "precompute"), [*((method, False) for method in KINDS), ("mora", True)])

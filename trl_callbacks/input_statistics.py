@@ -130,12 +130,15 @@ def prompts_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
     """Token ids (n,) int64 of each record's prompt in a batch of a language model's trainer.
 
     Args:
-        batch: input_ids (B, S); attention_mask (B, S), 0 on padding; labels (B, S), -100 where nothing is learnt;
-            position_ids (B, S), which begin again at 0 where one row holds several records.
+        batch: input_ids (B, S); attention_mask (B, S), 0 on padding; labels (B, S), -100 where nothing is learnt, or
+            completion_mask (B, S), 1 where an answer is (preference trainers, where a prompt comes with each of its
+            answers: it counts once); position_ids (B, S), which begin again at 0 where one row holds several records.
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
-    labels = batch.get("labels")
+    labels, answers = batch.get("labels"), batch.get("completion_mask")
+    wanted = answers.bool() if labels is None and answers is not None else None if labels is None else labels != -100
+    seen: set[tuple[int, ...]] = set()
     positions = batch.get("position_ids")
     for row in range(len(ids)):
         real = (
@@ -145,10 +148,12 @@ def prompts_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
         cuts = [0, *(starts.nonzero().flatten().tolist()), int(real.sum())]
         for start, end in pairwise(cuts):
             record = ids[row][real][start:end]
-            learnt = labels[row][real][start:end] != -100 if labels is not None else torch.ones_like(record).bool()
+            learnt = wanted[row][real][start:end] if wanted is not None else torch.ones_like(record).bool()
             first = int(learnt.int().argmax()) if learnt.any() else len(record)
             prompt = record[:first] if first else record
-            if len(prompt):
+            again = labels is None and tuple(prompt.tolist()) in seen
+            seen.add(tuple(prompt.tolist()))
+            if len(prompt) and not again:
                 yield prompt[-LENGTH:]
 
 

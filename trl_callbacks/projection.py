@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
+from peft_mora.base import REFERENCE
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.fingerprint import fingerprint
 from peft_mora.inputs import trainable_as_before
@@ -200,8 +201,15 @@ class OrthogonalProjectionCallback(HostCallback):
         several = isinstance(model, PeftModel) and len(model.peft_config) > 1
         if several and state.global_step > 0:
             self._activate(args, state, model)
-        adapter_name, factors = trainable_factors(model, self.adapter_name)
         active = model.active_adapters if several else []
+        if len(active) > 1 and REFERENCE in model.peft_config:
+            raise ValueError(
+                f"Adapters {active} are active together, and the trainer compares with a reference adapter, "
+                f"{REFERENCE!r}, for which it sets another one active: the one in training would not be trained on. "
+                "Merge the frozen ones into the base first (model.merge_and_unload()), or use MORA, whose tasks are "
+                "one adapter (start_task)."
+            )
+        adapter_name, factors = trainable_factors(model, self.adapter_name)
         self._active = {name: torch.tensor([place, name == adapter_name]) for place, name in enumerate(active)}
         output = output_folder(args) / "subspace"
         Subspace.check_folder(output)
@@ -222,7 +230,7 @@ class OrthogonalProjectionCallback(HostCallback):
         # The trainer begins anew, with a smaller batch, where memory has run out: the weights are this run's already.
         again = self._run is not None and are_those(factors, self._run.factors)
         resumed = again or state.global_step > 0
-        subspace = self._remembered(args, run, resumed, kwargs.get("processing_class"))
+        subspace = self._remembered(args, state, run, resumed, kwargs.get("processing_class"))
         if state.global_step > 0:
             self._restore(args, state)
         elif not again:
@@ -251,9 +259,16 @@ class OrthogonalProjectionCallback(HostCallback):
 
     @torch.no_grad()
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         assert self._run is not None
+        if all(p.grad is None for pair in self._run.factors.values() for p in (pair.A, pair.B)):
+            now = list(getattr(model, "active_adapters", []))
+            raise ValueError(
+                f"No weight of adapter {self._run.adapter_name!r} has a gradient in step {state.global_step + 1}: it "
+                f"is not active any more (now active: {now}), or no batch reaches its modules. Nothing would be "
+                "learnt. Keep it active, alone or with the frozen ones."
+            )
         for constraint in self._constraints:
             grads = [p.grad for p in constraint.parameters if p.grad is not None]
             if not grads:
@@ -421,10 +436,20 @@ class OrthogonalProjectionCallback(HostCallback):
         )
         return math.sqrt(others / own) if own > 0 else math.nan
 
-    def _remembered(self, args: TrainingArguments, run: Run, resumed: bool, tokenizer: Any) -> Subspace:
+    def _remembered(
+        self, args: TrainingArguments, state: TrainerState, run: Run, resumed: bool, tokenizer: Any
+    ) -> Subspace:
         """What the memories and the protected text hold. A resumed run cannot see the text as the untrained adapter
-        did: with a text, what is found goes to `<output_dir>/protected`, and comes from there."""
+        did: with a text, what is found goes to `<output_dir>/protected`, and comes from there, or from beside the
+        checkpoint where that is in another folder."""
         found = output_folder(args) / "protected"
+        if self.protect is not None and resumed and not found.exists():
+            found = self.sidecar_path(args, state).parent.parent / "protected"
+            if not found.exists():
+                raise FileNotFoundError(
+                    f"The run resumes, and what it protects of `protect` is neither in {output_folder(args)} nor in "
+                    f"{found.parent}: its folder 'protected' is missing. Copy it here, or start the run again."
+                )
         model: Any = run.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         known, subspace = fingerprint(base), None
