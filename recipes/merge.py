@@ -7,7 +7,9 @@ python recipes/merge.py --methods lora --reuse --rules two-passes --settings '{"
     --score-on train                                     # the same adapters again; choose settings on training records
 
 One set of adapters is trained for each seed and method, task i from seed S + i, and merged by every rule, rank,
-setting and number of prompts; a row of OUTPUT/merge.csv each, as it comes. --reuse takes what is there already.
+setting and number of prompts; a row of OUTPUT/merge.csv each, as it comes. --reuse takes what is there already. With
+--protect they learn outside of what general text needs, which is what others' inputs are closest to: merged without
+data they keep more.
 
 LoRA, LORI and FURINA are merged into one plain LoRA by the rules of peft_mora.merging (--rules): "inputs" from
 statistics of --prompts training prompts that lie beside each adapter, "two-passes" by looking again under the merged
@@ -42,13 +44,14 @@ from shared import runs, scores
 from shared.base_model import find_base, load_base
 from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
-from shared.training import NAMES, adapter_config, comparable, train
+from shared.training import NAMES, adapter_config, comparable, protectable, train
 from transformers import set_seed
 
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
 from peft_mora.merging import AFTER, RULES, MergeReport, collect_inputs, merge_adapters, options_of
 from peft_mora.opening import with_adapter
+from trl_callbacks import OrthogonalProjectionCallback, protect
 
 
 TWO_PASSES = "two-passes"
@@ -69,6 +72,7 @@ def parse() -> argparse.Namespace:
     add("--same-a", action="store_true", help="all adapters of a run from one seed, S")
     add("--tasks", type=runs.names, default="helpdesk,warehouse,museum", metavar="A,B,C", help="(%(default)s)")
     add("--ranks", type=numbers, metavar="R,R,R", help="of each task's adapter (--r for all)")
+    add("--protect", metavar="SOURCE", help="of the training: self, or a file, whose directions adapters leave alone")
     add("--methods", nargs="+", default=NAMES, choices=NAMES, help="(all)")
     add("--ways", nargs="*", default=LORA_WAYS, help="LoRA: combination_type; svd takes minutes on a CPU")
     add("--weights", nargs="+", type=float, help="of every adapter in these ways; a row each (1 and 1 / tasks)")
@@ -97,6 +101,10 @@ def parse() -> argparse.Namespace:
     args.settings = args.settings or [{}]
     if "greedy" not in args.metrics:
         parser.error("--metrics: what is kept is of greedy accuracy, so greedy has to be there")
+    if args.protect and (free := [method for method in args.methods if not protectable(method)]):
+        parser.error(
+            f"--protect: the projection cannot hold {', '.join(free)}, whose A is frozen or no A of the input"
+        )
     if args.ranks and len(args.ranks) != len(args.tasks):
         parser.error(f"--ranks has {len(args.ranks)} ranks for {len(args.tasks)} tasks")
     for settings in args.settings:
@@ -263,7 +271,18 @@ class Run:
             seed = self.seed + (0 if self.args.same_a else i)
             set_seed(seed)  # A is drawn before the trainer sets its own
             config = adapter_config(self.method, seed=seed, **comparable(self.method, self.ranks[i]))
-            train(self.base, config, task["train"], folder, argparse.Namespace(**{**vars(self.args), "seed": seed}))
+            own = argparse.Namespace(**{**vars(self.args), "seed": seed})
+            train(self.base, config, task["train"], folder, own, self.callbacks())
+
+    def callbacks(self) -> list[Any]:
+        """With --protect, A anywhere outside of what the text needs; all adapters of a run share its memory."""
+        if not self.args.protect:
+            return []
+        memory = self.output.parent / "protected"
+        if not memory.exists():
+            model, tokenizer = self.bare()
+            protect(model, self.args.protect, memory, tokenizer=tokenizer)
+        return [OrthogonalProjectionCallback(memory, start="random")]
 
     def own(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The rows of the base, and of each task with its own adapter."""
@@ -417,6 +436,7 @@ def main() -> None:
     if not args.reuse:
         for path in (output / "run.json", output / "merge.csv"):
             path.unlink(missing_ok=True)
+        shutil.rmtree(output / "protected", ignore_errors=True)
         for seed, method, name in product(args.seeds, args.methods, args.tasks):
             shutil.rmtree(output / f"seed-{seed}" / f"{method}-{name}", ignore_errors=True)
     free = "device output seeds methods ways weights rules merged_ranks prompts settings metrics score_on reuse"

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_mora import export
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 from peft_mora.lora_file import read_lora
+from trl_callbacks.subspace import Subspace
 
 
 ROUTED = tuple(name for name in METHODS if name not in STATIC)
@@ -394,12 +395,30 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
         run_recipe(recipe, *command, "--reuse", "--r", 2)
 
 
+def test_the_merge_recipe_s_adapters_leave_protected_text_alone(llama_folder, tasks, tmp_path, run_recipe):
+    pages = jsonl(
+        tmp_path / "pages.jsonl", {"text": "the cat sat on the red mat"}, {"text": "a dog ran under the log"}
+    )
+    command = ["--model", llama_folder, "--data", tasks, "--protect", pages, "--output", tmp_path / "out"]
+    command += "--tasks sky,way --steps 4 --device cpu --methods lora --ways --rules mean --metrics greedy".split()
+    run_recipe("merge", *command)
+    memory = Subspace.load(tmp_path / "out/protected")
+    for folder in ("lora-sky", "lora-way", "lora-merged-mean-sum"):
+        loras = read_lora(tmp_path / "out/seed-0" / folder).loras
+        assert loras and all(
+            (A.double() @ memory.right[memory.group_of(n)].double()).norm() < 1e-5 * A.norm()
+            for n, (A, _) in loras.items()
+        )
+    assert csv_rows(tmp_path / "out/merge.csv")[-1]["combined by"] == "mean"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--metrics", "label"], "greedy has to be there"),
         (["--ranks", "8,4"], "--ranks has 2 ranks for 3 tasks"),
         (["--settings", '{"density": 0.1}', "--rules", "two-passes"], "no rule of --rules takes that"),
+        (["--protect", "self", "--methods", "lora", "lori"], "--protect: the projection cannot hold lori"),
     ],
 )
 def test_the_merge_recipe_refuses_what_would_have_no_effect(arguments, message, run_recipe, capsys):
@@ -412,7 +431,8 @@ def test_the_merge_recipe_refuses_what_would_have_no_effect(arguments, message, 
 def test_each_task_s_adapter_is_drawn_from_a_seed_of_its_own(extra, seeds, tmp_path, monkeypatch):
     recipe, drawn = load_recipe("merge"), []
 
-    def train(base, config, records, folder, args) -> None:
+    def train(base, config, records, folder, args, callbacks) -> None:
+        assert callbacks == []
         drawn.append((torch.initial_seed(), args.seed, config.r))
 
     monkeypatch.setattr(recipe, "train", train)
