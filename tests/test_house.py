@@ -16,7 +16,7 @@ HOUSE = f"""
     peft_mora: seeded routed experts lora_file
     peft_mora: balance usage task_driver
     peft_mora: {" ".join(method.config.__module__.split(".")[1] for method in METHODS.values())}
-    peft_mora: sparsity pruning export merging task_router info
+    peft_mora: sparsity pruning export merging task_router info opening
     peft_mora: __init__
     trl_callbacks: metrics logs host usage_report
     trl_callbacks: factors subspace task_column
