@@ -14,6 +14,8 @@ import transformers
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
+from . import registry
+
 
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -54,10 +56,13 @@ def with_adapter(model: Any, folder: str | Path, name: str = "default") -> PeftM
         if wrong is None:
             raise
         raise _of_another(folder, model, wrong.rstrip(".")) from error
-    for problem, keys in (("nothing in the file for", found.missing_keys), ("no place for", found.unexpected_keys)):
-        own = [key for key in keys if problem == "no place for" or f".{name}." in f"{key}."]
-        if own:
-            raise _of_another(folder, model, f"as {_class_of(model)} it has {problem} {own[0]!r}")
+    config = model.peft_config[name]
+    known = {"LORA", *(method.upper() for method in registry.registered)}  # of others some weights are in no file
+    missing = [key for key in found.missing_keys if f".{name}." in f"{key}." and config.peft_type.value in known]
+    unknown = [] if config.is_prompt_learning else found.unexpected_keys  # soft prompts have a name of their own there
+    for what, keys in (("nothing in the file for", missing), ("no place for", unknown)):
+        if keys:
+            raise _of_another(folder, model, f"as {_class_of(model)} it has {what} {keys[0]!r}")
     return model
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from helpers import LORA, METHODS, STATIC, adapted
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -281,6 +281,22 @@ def test_an_adapter_that_the_base_has_no_place_for_is_refused_first_or_second(me
     model = with_adapter(with_adapter(base(), tmp_path / "right", "a"), tmp_path / "right", "b")
     with pytest.raises(ValueError, match="kind is of another base .*as LlamaForCausalLM it has no"):
         with_adapter(model, tmp_path / "kind", "c")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        VBLoRAConfig(r=2, num_vectors=8, vector_length=8, target_modules=["q_proj"]),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[1, 2]),
+    ],
+)
+def test_adapters_of_peft_s_own_kinds_open(config, llama_folder, tmp_path):
+    """Some keep weights under other names in their files, or share one among modules."""
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    assert with_adapter(AutoModelForCausalLM.from_pretrained(llama_folder), tmp_path).peft_config.keys() == {"default"}
 
 
 def test_export_says_of_other_methods_what_they_are(llama_folder, here, command):
