@@ -406,12 +406,14 @@ def load_model(args: Any, folder: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     from peft_mora import use_exact_4bit_kernels
-    from peft_mora.opening import base_class
+    from peft_mora.opening import base_class, revision_of
     from peft_mora.quantization import nf4_config
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"quantization_config": nf4_config()} if args.load_in_4bit else {}
-    kind = base_class(folder) if folder else AutoModelForCausalLM
+    options: dict[str, Any] = {"quantization_config": nf4_config()} if args.load_in_4bit else {}
+    kind = AutoModelForCausalLM
+    if folder:
+        kind, options = base_class(folder), options | revision_of(folder, args.model)
     model = kind.from_pretrained(args.model, dtype="auto", device_map=device, **options)
     use_exact_4bit_kernels(model)
     return model.eval()
@@ -429,20 +431,26 @@ def load_tokenizer(where: str, model: Any) -> Any:
 def _without_weights(base: str, folder: str) -> Any:
     """The base model of its config alone, for what needs names and shapes."""
     import torch
+    from safetensors import safe_open
     from transformers import AutoConfig
 
-    from peft_mora.opening import base_class
+    from peft_mora.lora_file import PREFIX, TENSORS
+    from peft_mora.opening import base_class, revision_of
 
-    kind, config = base_class(folder), AutoConfig.from_pretrained(base)
+    kind, config = base_class(folder), AutoConfig.from_pretrained(base, **revision_of(folder, base))
     with torch.device("meta"):
         make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
         model = make(config, dtype=torch.float32)
+    with safe_open(Path(folder) / TENSORS, "pt") as file:  # of an adapted head PEFT saves the base's weight too
+        saved = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in file.keys()}  # noqa: SIM118
+    written = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in saved}
     nothing = torch.zeros(())  # seen at every place of every weight: adapters are made where a base's weights are
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:  # what is tied stays tied
-                made.setdefault(id(weight), torch.nn.Parameter(nothing.expand(weight.shape), requires_grad=False))
+                place = torch.zeros(weight.shape) if id(weight) in written else nothing.expand(weight.shape)
+                made.setdefault(id(weight), torch.nn.Parameter(place, requires_grad=False))
                 module._parameters[name] = made[id(weight)]
     return model
 

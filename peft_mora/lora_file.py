@@ -110,13 +110,18 @@ def read_lora(folder: str | Path) -> LoraFile:
     else:
         known = listed(name.upper() for name in ("lora", *registry.registered))
         raise ValueError(f"{folder} has an adapter of type {method!r}; {known} can be read without a model.")
+    # PEFT writes the frozen weight of an adapted output head too (save_embedding_layers="auto").
+    frozen = {f"{PREFIX}{name}.base_layer.{kind}" for name in loras for kind in ("weight", "bias")}
+    rest = {key: tensor for key, tensor in rest.items() if key not in frozen}
     kept = tuple(config.get("modules_to_save") or ())
+    tied = " (ensure_weight_tying, which adapts or saves a head and its embeddings together)"
     for key in rest:
         owner = key.removeprefix(PREFIX).rpartition(".")[0]
         if not any(owner == name or f".{name}." in f".{owner}." for name in kept):
             raise ValueError(
                 f"{folder} holds {key!r}, which is no factor of a linear module's update: embeddings, convolutions "
-                "and single parameters are not read. Train the adapter without them."
+                f"and single parameters are not read{tied if config.get('ensure_weight_tying') else ''}. Train the "
+                "adapter without them."
             )
     if not loras:
         raise ValueError(f"{folder} holds no LoRA weights: save the adapter again.")
@@ -213,6 +218,26 @@ def check_plain(config: Mapping[str, Any], folder: str | Path) -> None:
             f"{folder} has {listed((f'{name}={config[name]!r}' for name in others), 'and')}: such an update is not "
             "known to be s·B·A. Train a plain LoRA."
         )
+
+
+def check_base_kept(configs: Mapping[str, Any]) -> None:
+    """Refuse an adapter that has changed the base model's weights for all others, and for rows without an adapter.
+
+    Args:
+        configs: name -> PeftConfig, or what its file says.
+
+    Raises:
+        ValueError: naming the adapter and what to do.
+    """
+    for name, config in configs.items():
+        said = config if isinstance(config, Mapping) else vars(config)
+        init = said.get("init_lora_weights", True)
+        if init not in BASE_KEPT:
+            raise ValueError(
+                f"Adapter {name!r} was initialised by {init!r}, which changes the base model's weights: others, and "
+                "the base alone, would answer over what it has left. Save it with model.save_pretrained(folder, "
+                "path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it, and load that."
+            )
 
 
 def write_lora(

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from . import registry
+from .lora_file import check_base_kept
 
 
 CLASSES = {
@@ -37,11 +38,19 @@ def base_class(folder: str | Path) -> Any:
     return found if hasattr(found, "from_pretrained") else transformers.AutoModelForCausalLM
 
 
+def revision_of(folder: str | Path, base: str | Path) -> dict[str, str]:
+    """{"revision": ...} of a base for from_pretrained, where it is the one that the adapter's config names."""
+    config = PeftConfig.from_pretrained(str(folder))
+    there = config.revision if str(base) == str(config.base_model_name_or_path) else None
+    return {"revision": there} if there else {}
+
+
 def with_adapter(model: Any, folder: str | Path, name: str = "default") -> PeftModel:
     """A base model, or a PeftModel with the adapters that it has, with the adapter of a folder.
 
     Raises:
-        ValueError: its weights are not those of this base's modules, or their file is damaged.
+        ValueError: its weights are not those of this base's modules, or their file is damaged; it, or an adapter that
+            is there, has changed the base for the other (PiSSA).
     """
     try:
         if not isinstance(model, PeftModel):
@@ -56,6 +65,8 @@ def with_adapter(model: Any, folder: str | Path, name: str = "default") -> PeftM
         if wrong is None:
             raise
         raise _of_another(folder, model, wrong.rstrip(".")) from error
+    if len(model.peft_config) > 1:
+        check_base_kept(model.peft_config)
     config = model.peft_config[name]
     known = {"LORA", *(method.upper() for method in registry.registered)}  # of others some weights are in no file
     missing = [key for key in found.missing_keys if f".{name}." in f"{key}." and config.peft_type.value in known]

@@ -85,9 +85,11 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def save_plain(model: Any, output: str | Path, base: str | Path, adapter: str | Path | None = None) -> None:
+def save_plain(
+    model: Any, output: str | Path, base: str | Path, adapter: str | Path | None = None, **revision: str
+) -> None:
     """Write a model that is not quantised, or no longer, for `from_pretrained`; whole or not at all. Beside it goes
-    the tokenizer of the adapter's folder where it has one, else that of the base, if that has one.
+    the tokenizer of the adapter's folder where it has one, else that of the base (at its revision), if that has one.
 
     Raises:
         FileExistsError: `output` exists.
@@ -99,7 +101,8 @@ def save_plain(model: Any, output: str | Path, base: str | Path, adapter: str | 
     with whole_folder(output) as folder:
         model.save_pretrained(folder, **options)
         try:
-            AutoTokenizer.from_pretrained(str(adapter if own else base)).save_pretrained(folder)
+            where: Any = (str(adapter), {}) if own else (str(base), revision)
+            AutoTokenizer.from_pretrained(where[0], **where[1]).save_pretrained(folder)
         except (OSError, ValueError):  # a base without a tokenizer is one without
             if own:
                 raise

@@ -35,7 +35,7 @@ from .checks import check_field, is_indices, is_int, is_number
 from .files import check_own, whole_folder
 from .fingerprint import differences, fingerprint
 from .inputs import eval_mode, text_tokenizer
-from .lora_file import CONFIG
+from .lora_file import CONFIG, check_base_kept
 from .lora_file import TENSORS as WEIGHTS
 from .task_driver import Driver, Rows
 from .task_features import HiddenStates, adapters_off, decoder_layers, pooled
@@ -293,7 +293,8 @@ class TaskRouter:
             none: whether rows of no task go to the base alone; False: to the likeliest task's adapter.
 
         Raises:
-            ValueError: another base, a task without an adapter, or adapters that take no names by row.
+            ValueError: another base, a task without an adapter, adapters that take no names by row, or one that has
+                changed the base (PiSSA).
         """
         check_field(mode in ("top1", "top2"), "mode", mode, "'top1' or 'top2'")
         model = model if model is not None else self._model
@@ -301,6 +302,7 @@ class TaskRouter:
             raise ValueError("There is no model to drive: router.attach(model).")
         self.detach()
         self._open(model)
+        check_base_kept(getattr(self.base, "peft_config", {}))
         assert self._states is not None
         driver = Driver(self.base, self._states, self._rows)
         try:
@@ -597,6 +599,7 @@ class TaskRouterModel:
             raise ValueError(
                 f'The folder has an adapter named {adapter_name!r}: open it under another name, adapter_name="routed".'
             )
+        check_base_kept(config.adapters)
         probe = TaskRouter._from_text({**config.router, "tasks": {}}, {})
         probe._open(model)  # refuses another base
         assert probe._states is not None

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from helpers import LORA, METHODS, STATIC, adapted
+from helpers import LORA, METHODS, STATIC, adapted, tiny_llama
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -15,7 +15,7 @@ from peft_mora import TaskRouter
 from peft_mora.export import exact_lora, save_lora
 from peft_mora.info import adapter_info, vllm_options
 from peft_mora.merging import merge_adapters
-from peft_mora.opening import with_adapter
+from peft_mora.opening import revision_of, with_adapter
 from peft_mora_command import RUN, USAGE, VERBS, main, parse
 from trl_callbacks import protect
 from trl_callbacks.subspace import Subspace
@@ -111,6 +111,33 @@ def test_export_opens_the_base_as_the_adapter_was_trained_over_it(base_to, task_
     mora.save_pretrained(here / "mora")
     said = command("export", "mora", "--output", "no", "--texts", "pets.jsonl", "--device", "cpu")
     assert "measured by next tokens, and mora is over a LlamaModel" in said and not (here / "no").exists()
+
+
+@pytest.mark.parametrize("method", STATIC)
+def test_export_of_an_adapted_head_reads_its_file_as_peft_saves_it(method, llama_folder, here, command):
+    """With a copy of the base's own weight; where that is the embeddings' too, there is no such LoRA."""
+    model = trained(method, llama_folder, here / "one", target_modules=["q_proj", "lm_head"])
+    assert command("export", "one", "--output", "lora").startswith("exact; ")
+    save_lora(model, exact_lora(model), here / "wanted")
+    same_tensors(here / "wanted", here / "lora")
+    tiny_llama(tied=True).save_pretrained(here / "tied")
+    trained(method, here / "tied", here / "two", target_modules=["q_proj", "lm_head"])
+    assert "whose weight is the embeddings' too" in command("export", "two", "--output", "no")
+
+
+def test_a_base_is_opened_at_the_revision_that_its_adapter_names(llama_folder, here, monkeypatch):
+    trained("lori", llama_folder, here / "one", revision="v1")
+    assert revision_of("one", llama_folder) == {"revision": "v1"} and revision_of("one", "other") == {}
+    asked = []
+
+    def config(name, **options):
+        asked.append((name, options))
+        raise OSError("enough")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+    with pytest.raises(SystemExit, match="enough"):
+        main(["export", "one", "--output", "lora"])
+    assert asked == [(llama_folder, {"revision": "v1"})]
 
 
 def test_export_writes_the_base_in_4_bits_as_a_server_is_to_load_it(llama_folder, here, command):

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import METHODS, adapted, quantized, randomize, tiny_gpt2, tiny_llama
+from helpers import LORA, METHODS, adapted, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_mora.lora_file import PREFIX, Lora, read_lora, write_lora
 from peft_mora.merging import RULES, collect_inputs, merge_adapters, merge_into_base, rules, scaling, sequential
 from peft_mora.merging.core import canonical, core_space, reduced, to_lora
-from peft_mora.merging.inputs import Inputs, Spread, Statistics, at_strength, inputs, output_energy, spread
+from peft_mora.merging.inputs import Inputs, Spread, Statistics, at_strength, encoded, inputs, output_energy, spread
 from peft_mora.merging.inputs import adapted as put_onto
 from peft_mora.merging.lego import lego, robust
 
@@ -1101,6 +1102,63 @@ def test_an_output_head_and_embeddings_that_are_tied_do_not_follow_each_other(tr
     want = {"lm_head": (before, new), "embed_tokens": (new, before)}[trained]
     for part, weight in zip((merged.get_input_embeddings(), merged.lm_head), want, strict=True):
         torch.testing.assert_close(part.weight, weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", ["lora", "lori", "mora-dense", "furina"])
+def test_an_adapted_head_as_peft_saves_it_merges_and_goes_into_the_base(method, tied, inputs, tmp_path):
+    """With the base's own weight beside its factors."""
+    tiny_llama(tied=tied).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fields = {"target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+    model = adapted(LORA if method == "lora" else method, base, **fields)
+    model.save_pretrained(tmp_path / "one")
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / "one/adapter_model.safetensors")
+    merge_adapters([tmp_path / "one"], "sum", output=tmp_path / "merged")
+    for name in ("one", "merged"):
+        merge_into_base(tmp_path / name, tmp_path / f"{name}-whole", dtype=torch.float32)
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-whole")
+        torch.testing.assert_close(logits(whole, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapters_tokenizer_stays_with_the_merged_one_and_two_are_told_of(llama_folder, tmp_path):
+    folders = [folder(tmp_path, seed) for seed in (1, 2, 3)]
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    tokenizer.save_pretrained(folders[0])
+    tokenizer(["the cat sat"], truncation=True, max_length=2, padding="max_length")  # which its file then says
+    tokenizer.save_pretrained(folders[1])
+    merge_adapters(folders, "mean", output=tmp_path / "both")  # the third has none
+    assert AutoTokenizer.from_pretrained(tmp_path / "both").chat_template == tokenizer.chat_template
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folders[1])
+    with pytest.warns(UserWarning, match="task1 and .*task2 hold different tokenizers or chat templates"):
+        report = merge_adapters(folders, "mean", output=tmp_path / "other")
+    assert not (tmp_path / "other/tokenizer_config.json").exists() and "different tokenizers" in report.warnings[0]
+
+
+def test_a_prompt_has_no_end_of_text_that_its_tokenizer_adds():
+    class Ends:
+        """[1] text [2], as Llama's with add_eos_token; or only [2] before it, which begins and ends texts."""
+
+        eos_token_id = 2
+
+        def __init__(self, before, behind):
+            self.before, self.behind = before, behind
+
+        def __call__(self, texts, add_special_tokens=True):
+            def ids(text):
+                found = [5 + ord(c) for c in text if c != "$"] + [2] * text.count("$")
+                return [*self.before, *found, *self.behind] if add_special_tokens else found
+
+            return {"input_ids": ids(texts) if isinstance(texts, str) else [ids(text) for text in texts]}
+
+    def of(tokenizer, **given):
+        return [row.tolist() for row in encoded(["b", "b$"], tokenizer, **given)]
+
+    assert of(Ends([1], [2])) == [[1, 103, 2], [1, 103, 2, 2]]
+    assert of(Ends([1], [2]), open_end=True) == [[1, 103], [1, 103, 2]]
+    assert of(Ends([2], []), open_end=True) == [[2, 103], [2, 103, 2]]
 
 
 def test_what_is_of_another_model_or_task_goes_into_no_base(over_nf4, llama_folder, tmp_path):

@@ -1,11 +1,12 @@
 """The router: its fit against a plain float64 reference, its features, and models that it drives row by row."""
 
 import copy
+import json
 
 import pytest
 import torch
 from helpers import LORA, METHODS, adapted, load_recipe, randomize, tiny_gpt2, tiny_llama, tiny_t5
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, OPTConfig
@@ -460,6 +461,25 @@ def test_a_router_whose_tasks_have_changed_is_attached_again_before_it_is_saved(
     router.save_pretrained(tmp_path / "routed")
     opened = PeftModel.from_pretrained(tiny_llama(), tmp_path / "routed").eval()
     assert TaskRouter.of(opened).tasks == router.tasks and opened(TEST).logits.isfinite().all()
+
+
+def test_an_adapter_that_has_changed_the_base_for_the_others_is_refused(tmp_path):
+    """PiSSA takes its own start out of the base's weights, over which the other one and "none" would answer."""
+    model = adapted(LORA, task_type="CAUSAL_LM")
+    model.add_adapter("b", LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match="Adapter 'b' was initialised by 'pissa', which changes the base.*weight_conve"
+    ):
+        fitted(model.eval()).attach()
+    other = two_adapters()
+    router = fitted(other)
+    router.attach()
+    router.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["adapters"]["b"]["init_lora_weights"] = "olora"  # as an older release would have written it
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="Adapter 'b' was initialised by 'olora'"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 # The recipe

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,7 +139,8 @@ def merge_adapters(
         after: "match", "svc", "lines": what is done to the merged update, in this order, "lines" last.
         seed: of rules that draw ("dare").
         output: folder to write, whole or not at all: adapter_config.json, adapter_model.safetensors,
-            merge_report.json. None writes nothing; the result is in the report's `loras`.
+            merge_report.json, and the adapters' tokenizer where they have one. None writes nothing; the result is in
+            the report's `loras`.
         canonical: bring each adapter to its SVD gauge first, so that the result depends on what it computes only.
             False takes factors as they are, as the papers of "lego" and "robust" do; "slao" always does.
         model, prompts, tokenizer: the base model; {folder: texts}, a few dozen prompts of each adapter's task; None
@@ -269,6 +271,11 @@ def merge_adapters(
             "The plain sum of three and more adapters is rarely any of them (of eight tasks: greedy accuracy .01, "
             "where the mean had .51): compare with rule='iso-c', or 'inputs'."
         )
+    tokenizer_files: list[Path] = []
+    try:
+        tokenizer_files = adapters.tokenizer()
+    except ValueError as error:
+        said.append(str(error))
     for text in said:
         warnings.warn(text, stacklevel=2)
     report = _report(
@@ -277,7 +284,13 @@ def merge_adapters(
         options={**options, **used}, seed=seed, canonical=canonical, wanted_rank=rank, warnings=said, tried=tried,
     )  # fmt: skip
     if output is not None:
-        write_lora(output, merged, saved=adapters.saved, beside=report.save, **adapters.fields)
+
+        def beside(folder: Path) -> None:
+            report.save(folder)
+            for path in tokenizer_files:
+                shutil.copyfile(path, folder / path.name)
+
+        write_lora(output, merged, saved=adapters.saved, beside=beside, **adapters.fields)
     return report
 
 
@@ -302,7 +315,8 @@ class _Look:
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
         for file in adapters.files:
             check_base(model, file)
-        self.prompts = [encoded(each, self.tokenizer) for each in texts]
+        open_end = distillation.writes_text(model)
+        self.prompts = [encoded(each, self.tokenizer, open_end=open_end) for each in texts]
         check_length(model, list(chain(*self.prompts)))
         self.batches = [batches_of(prompts, batch_size) for prompts in self.prompts]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from torch import Tensor
 from ..checks import check_field, is_number, listed
 from ..lora_file import Lora, LoraFile, digest, read_lora
 from .core import canonical
+
+
+# Of a tokenizer; the first is always there.
+TOKENIZER = (
+    "tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
+PASSING = {"truncation", "padding", "padding_side", "truncation_side", "name_or_path"}  # of a use, not of the tokens
 
 
 class Adapters:
@@ -53,6 +62,22 @@ class Adapters:
             found.append(canonical(lora) if gauge else lora)
         return found
 
+    def tokenizer(self) -> list[Path]:
+        """The files of the tokenizer that was saved with the adapters, of those that have one; [] where none has.
+
+        Raises:
+            ValueError: they have different ones.
+        """
+        own = [folder for folder in self.folders if (folder / TOKENIZER[0]).is_file()]
+        files = [{name: folder / name for name in TOKENIZER if (folder / name).is_file()} for folder in own]
+        contents = [{name: _content(path) for name, path in found.items()} for found in files]
+        if differs := next((i for i, found in enumerate(contents) if found != contents[0]), None):
+            raise ValueError(
+                f"{own[0]} and {own[differs]} hold different tokenizers or chat templates, so that none is written "
+                "beside the merged adapter: copy the one that its prompts are made with there."
+            )
+        return [*files[0].values()] if files else []
+
     def _nothing(self, module: str) -> Lora:
         O, I = self.sizes[module]  # noqa: E741
         return Lora(torch.zeros(0, I), torch.zeros(O, 0))
@@ -70,6 +95,14 @@ class Adapters:
         if len(weights) != len(self):
             raise ValueError(f"{len(self)} adapters need {len(self)} weights, got {len(weights)}.")
         return [float(weight) for weight in weights]
+
+
+def _content(path: Path) -> Any:
+    """What a tokenizer's file says, but for how it was used last."""
+    if path.suffix != ".json":
+        return path.read_bytes()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in PASSING} if isinstance(found, dict) else found
 
 
 def check_together(files: Sequence[LoraFile]) -> tuple[dict[str, Any], dict[str, Tensor]]:

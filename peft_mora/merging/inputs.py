@@ -44,6 +44,7 @@ from ..inputs import (
 )
 from ..lora_file import Lora, LoraFile, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
+from .distillation import writes_text
 
 
 FILE = "input_statistics.safetensors"
@@ -195,7 +196,7 @@ def collect_inputs(
         check_base(model, file)
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
-        rows = encoded(texts, tokenizer, max_length)
+        rows = encoded(texts, tokenizer, max_length, writes_text(with_adapter.get_base_model()))
         check_length(with_adapter.get_base_model(), rows)
         batches = batches_of(rows, batch_size)
         statistics = input_spreads(
@@ -282,8 +283,13 @@ def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
             layer.scaling.update(scaling)
 
 
-def encoded(texts: Sequence[str], tokenizer: Any, max_length: int | None = None) -> list[Tensor]:
+def encoded(
+    texts: Sequence[str], tokenizer: Any, max_length: int | None = None, open_end: bool = False
+) -> list[Tensor]:
     """Token ids (S,) int64 of each text that has any, as many as `max_length`; of a processor, its tokenizer's.
+
+    Args:
+        open_end: something is to be written behind the texts: without the end of a text that some tokenizers add.
 
     Raises:
         ValueError: none has.
@@ -292,6 +298,10 @@ def encoded(texts: Sequence[str], tokenizer: Any, max_length: int | None = None)
     tokenizer = text_tokenizer(tokenizer)
     some = [] if isinstance(texts, str) else list(texts)
     found = (copy.deepcopy(tokenizer) if cut else tokenizer)(some, **cut)["input_ids"] if some else []
+    if open_end and found:
+        added = [list(tokenizer("a", add_special_tokens=special)["input_ids"])[-1:] for special in (True, False)]
+        if added[0] != added[1] and added[0] == [tokenizer.eos_token_id]:
+            found = [ids[:-1] if list(ids[-1:]) == added[0] else ids for ids in found]
     rows = [torch.tensor(ids) for ids in found if len(ids)]
     check_field(len(rows) > 0, "texts", texts, "a list of texts, at least one with tokens")
     return rows

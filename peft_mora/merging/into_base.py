@@ -1,4 +1,4 @@
-"""An adapter into its base model's weights, in 16 or 32 bits: W + ΔW, added in float32 and rounded once.
+"""An adapter into its base model's weights, in 16 or 32 bits: W + ΔW, added in float32 and rounded.
 
 A quantised base is dequantised first and stays so. Quantised again, each weight would move by about half a step of its
 code, and ΔW is smaller than a step: `requantize=True` measures ‖requant(W + ΔW) - (W + ΔW)‖ / ‖ΔW‖.
@@ -69,7 +69,8 @@ def merge_into_base(
         base: folder or name of the model, in 16 bits or quantised; None is the one that the adapter names. Give the
             16-bit model where the adapter was trained on its 4-bit copy and you have it: it has not lost what the
             copy has.
-        dtype: of the weights: float32, bfloat16 or float16.
+        dtype: of the weights: float32, bfloat16 or float16; a base of a wider one is rounded to it before ΔW is added,
+            so that float32 keeps more of a float32 base.
         requantize: measure what quantising the result again would lose, as the base is quantised, or in NF4 with
             double quantisation (bitsandbytes).
         device: where to compute.
@@ -113,7 +114,7 @@ def merge_into_base(
                 "(resize_token_embeddings) and give that folder as `base`."
             )
         own.copy_(tensor)
-    save_plain(model, output, name, file.folder)
+    save_plain(model, output, name, file.folder, **revision)
     total = (off / whole) ** 0.5 if whole else None
     return IntoBase(Path(output), dtype, quantized, len(file.loras), losses, total)
 
