@@ -270,8 +270,9 @@ class DriftCallback(HostCallback):
                     "without that callback, or without max_kl."
                 )
             second = {name: z for name, p in self._held.items() for z in averages(optimizer, [p])}
-            kept, reached, beyond = 1.0, _copies(self._held), _copies(second)
-            for kept in (0.5, 0.25, 0.125, 0.0) if found["kl"] > self.max_kl else ():
+            over, kept = found["kl"] > self.max_kl, 1.0
+            reached, beyond = (_copies(self._held), _copies(second)) if over else ({}, {})
+            for kept in (0.5, 0.25, 0.125, 0.0) if over else ():
                 for name, p in self._held.items():
                     p.copy_(torch.lerp(self._within[name], reached[name], kept))
                 for name, z in second.items():  # it begins as the weights do
