@@ -137,7 +137,11 @@ def prompts_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     labels, answers = batch.get("labels"), batch.get("completion_mask")
-    wanted = answers.bool() if labels is None and answers is not None else None if labels is None else labels != -100
+    wanted: Tensor | None = None  # where something is learnt
+    if labels is not None:
+        wanted = labels != -100
+    elif answers is not None:
+        wanted = answers.bool()
     seen: set[tuple[int, ...]] = set()
     positions = batch.get("position_ids")
     for row in range(len(ids)):
