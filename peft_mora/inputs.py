@@ -59,13 +59,18 @@ def real_rows(x: Tensor, mask: Tensor | None, name: str) -> Tensor:
     return x[fit_mask(mask, x.shape[:-1], repr(name)).to(x.device)]
 
 
+def base_of(model: Any) -> Any:
+    """The model that a PeftModel holds; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def towers(model: Any) -> set[nn.Module]:
     """What a model has beside the stack that reads its tokens, with all that is in it: vision and audio towers, and
     what carries their outputs over. Empty for a model of text, and for an encoder-decoder.
 
     Patches and frames go in there, of which the attention mask of the text says nothing.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if not hasattr(base, "get_decoder") or getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return set()
     tokens = base.get_decoder()
@@ -259,7 +264,7 @@ def trainable_as_before(model: nn.Module) -> Iterator[None]:
 def generating_by(model: Any, config: Any) -> AbstractContextManager[None]:
     """A GenerationConfig in the place of the model's own for the length of a block: as an argument, `generate` would
     complete it by the model's repetition penalty, beams and so on."""
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = base_of(model)
     # A PeftModel hands one of its own, where it was given one, on to its base.
     owners = [base, *([model] if model is not base and "generation_config" in vars(model) else [])]
     return with_field(owners, "generation_config", config)
@@ -304,7 +309,7 @@ def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 def output_head(model: Any) -> nn.Module | None:
     """What makes logits of hidden states in a model, or in the one that a PeftModel holds; None where nothing does."""
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = base_of(model)
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 
@@ -343,7 +348,7 @@ def visit(
     Raises:
         ValueError: as `check_patches`, where modules of a tower are among them.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base = base_of(model)
     accepted = inspect.signature(base.forward).parameters
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
     head = output_head(base)

@@ -42,6 +42,10 @@ PLAIN = set(
 )
 # Initialisations that leave the base model's weights alone.
 BASE_KEPT = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+AS_PLAIN = (
+    "Save it with model.save_pretrained(folder, path_initial_model_for_weight_conversion=...), which makes a plain "
+    "LoRA of it"
+)
 
 
 class Lora(NamedTuple):
@@ -115,13 +119,13 @@ def read_lora(folder: str | Path) -> LoraFile:
     rest = {key: tensor for key, tensor in rest.items() if key not in frozen}
     kept = tuple(config.get("modules_to_save") or ())
     tied = " (ensure_weight_tying, which adapts or saves a head and its embeddings together)"
+    why = tied if config.get("ensure_weight_tying") else ""
     for key in rest:
         owner = key.removeprefix(PREFIX).rpartition(".")[0]
         if not any(owner == name or f".{name}." in f".{owner}." for name in kept):
             raise ValueError(
                 f"{folder} holds {key!r}, which is no factor of a linear module's update: embeddings, convolutions "
-                f"and single parameters are not read{tied if config.get('ensure_weight_tying') else ''}. Train the "
-                "adapter without them."
+                f"and single parameters are not read{why}. Train the adapter without them."
             )
     if not loras:
         raise ValueError(f"{folder} holds no LoRA weights: save the adapter again.")
@@ -201,8 +205,7 @@ def check_plain(config: Mapping[str, Any], folder: str | Path) -> None:
     if init not in BASE_KEPT:
         raise ValueError(
             f"{folder} was initialised by {init!r}, which changes the base model's weights: its factors mean nothing "
-            "over the base model as it was. Save it with model.save_pretrained(folder, "
-            "path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it."
+            f"over the base model as it was. {AS_PLAIN}."
         )
     if config.get("trainable_token_indices"):
         raise ValueError(
@@ -235,8 +238,7 @@ def check_base_kept(configs: Mapping[str, Any]) -> None:
         if init not in BASE_KEPT:
             raise ValueError(
                 f"Adapter {name!r} was initialised by {init!r}, which changes the base model's weights: others, and "
-                "the base alone, would answer over what it has left. Save it with model.save_pretrained(folder, "
-                "path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it, and load that."
+                f"the base alone, would answer over what it has left. {AS_PLAIN}, and load that."
             )
 
 

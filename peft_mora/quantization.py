@@ -101,8 +101,8 @@ def save_plain(
     with whole_folder(output) as folder:
         model.save_pretrained(folder, **options)
         try:
-            where: Any = (str(adapter), {}) if own else (str(base), revision)
-            AutoTokenizer.from_pretrained(where[0], **where[1]).save_pretrained(folder)
+            options = {} if own else revision
+            AutoTokenizer.from_pretrained(str(adapter if own else base), **options).save_pretrained(folder)
         except (OSError, ValueError):  # a base without a tokenizer is one without
             if own:
                 raise

@@ -34,7 +34,7 @@ from .base import BASE_ADAPTER
 from .checks import check_field, is_indices, is_int, is_number
 from .files import check_own, whole_folder
 from .fingerprint import differences, fingerprint
-from .inputs import eval_mode, text_tokenizer
+from .inputs import base_of, eval_mode, text_tokenizer
 from .lora_file import CONFIG, check_base_kept
 from .lora_file import TENSORS as WEIGHTS
 from .task_driver import Driver, Rows
@@ -111,7 +111,7 @@ class TaskRouter:
             self._open(model)
 
     def _open(self, model: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         if base is self.base:
             self._model = model
             return

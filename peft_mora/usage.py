@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .inputs import check_patches, fit_mask
+from .inputs import base_of, check_patches, fit_mask
 from .routed import routed_layers
 
 
@@ -222,7 +222,7 @@ class UsageMeter:
 
 def _entrances(model: Any) -> list[nn.Module]:
     """The modules that a trainer may call: the model, what PEFT wraps, and that one's stack of layers."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)
     stack = getattr(inner, getattr(inner, "base_model_prefix", "") or "", None)
     found: list[nn.Module] = []
     for module in (model, inner, stack):
@@ -232,7 +232,7 @@ def _entrances(model: Any) -> list[nn.Module]:
 
 
 def _parameter_place(model: Any, name: str) -> int | None:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)
     names = list(inspect.signature(inner.forward).parameters)
     return names.index(name) if name in names else None
 

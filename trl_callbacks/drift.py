@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
-from peft_mora.inputs import eval_mode, trainable_as_before
+from peft_mora.inputs import base_of, eval_mode, trainable_as_before
 from peft_mora.merging.distillation import writes_text
 
 from .constraint import as_evaluated, averages
@@ -23,6 +23,7 @@ from .general_text import Batch, read, sample
 from .host import HostCallback
 
 
+SECOND = " (z)"  # behind a parameter's name
 ROWS = 4  # sequences whose logits are there at a time: (4, 256, V) twice
 
 
@@ -51,9 +52,8 @@ def drift(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
             wanted = (mask[:, 1:] & mask[:, :-1]).bool()
             target = ids[:, 1:][wanted]
             options = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            new = (
-                model(**options).logits[:, -ids.shape[1] : -1][wanted].float().log_softmax(-1)
-            )  # behind a soft prompt
+            behind = slice(-ids.shape[1], -1)  # a soft prompt, which has places of its own
+            new = model(**options).logits[:, behind][wanted].float().log_softmax(-1)
             with trainable_as_before(model), model.disable_adapter():
                 old = model(**options).logits[:, :-1][wanted].float().log_softmax(-1)
             kl = F.kl_div(new, old, reduction="batchmean", log_target=True)
@@ -90,9 +90,9 @@ class DriftCallback(HostCallback):
 
     Raises:
         ValueError: a wrong argument; at the start of training, no adapter that can be switched off, no causal language
-            model, or no text. With
-            `max_kl` also an adapter that is beyond it before the first step, a checkpoint that was trained without
-            it, DeepSpeed or FSDP, and later an adapter that diverges or whose parameters are replaced.
+            model, or no text. With `max_kl` also an adapter that is beyond it before the first step, a checkpoint that
+            was trained without it, DeepSpeed or FSDP, and later an adapter that diverges or whose parameters are
+            replaced.
 
     Example:
         >>> callbacks = [OrthogonalProjectionCallback(protect="self"), DriftCallback("pages.jsonl")]
@@ -114,12 +114,11 @@ class DriftCallback(HostCallback):
         check_field(is_int(tokens) and tokens >= 2, "tokens", tokens, "an integer >= 2")
         check_field(max_kl is None or (is_number(max_kl) and max_kl > 0), "max_kl", max_kl, "a number > 0, or None")
         self.source, self.interval, self.tokens, self.max_kl = source, interval, tokens, max_kl
-        self.holds_weights = max_kl is not None
+        self.holds_weights = self.sets_weights = max_kl is not None
         self.tokenizer = tokenizer
         self._batches: list[Batch] = []
         self._held: dict[str, nn.Parameter] = {}  # what is trained
-        self._within: dict[str, Tensor] = {}  # its weights at the last measurement within max_kl
-        self._second: dict[str, Tensor] = {}  # z there, of an optimizer that is schedule-free
+        self._within: dict[str, Tensor] = {}  # what `_moving` gave at the last measurement within max_kl
         self._found: dict[str, float] = {}
         self._measured = -1  # the step that this is of
         self._unlogged: dict[str, float] = {}
@@ -143,7 +142,7 @@ class DriftCallback(HostCallback):
                 "none, or inside of it (sentence-transformers). Give the trainer a peft_config, or a model from "
                 "get_peft_model."
             )
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         if not writes_text(base):
             raise ValueError(
                 f"DriftCallback measures the next tokens of a causal language model, and {type(base).__name__} gives "
@@ -164,7 +163,7 @@ class DriftCallback(HostCallback):
         # The trainer begins anew, with a smaller batch, where memory has run out: the bound is this very run's.
         again = bool(self._within) and _are_those(self._held, before)
         if state.global_step > 0:
-            self._within, self._second = self._restored(args, state, self.max_kl)
+            self._within = self._restored(args, state, self.max_kl)
         elif not again:
             kl = self._measure(model)["kl"]
             if not kl <= self.max_kl:  # NaN is beyond all
@@ -173,12 +172,10 @@ class DriftCallback(HostCallback):
                     f"max_kl is {self.max_kl:g}: no weights within it are known, to come back to. Begin with a fresh "
                     "adapter, or give a larger max_kl: what earlier tasks have moved counts as well."
                 )
-            self._within, self._second = _copies(self._held), {}
+            self._within = _copies(self._held)
 
-    def _restored(
-        self, args: TrainingArguments, state: TrainerState, max_kl: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weights within `max_kl` that the checkpoint keeps, and z."""
+    def _restored(self, args: TrainingArguments, state: TrainerState, max_kl: float) -> dict[str, Tensor]:
+        """The weights within `max_kl` that the checkpoint keeps."""
         kept = self.saved(args, state)
         if kept is None:
             raise ValueError(
@@ -192,23 +189,20 @@ class DriftCallback(HostCallback):
                 f"The run resumes with max_kl={max_kl:g}, but the weights that its checkpoint keeps are within "
                 f"{bound:g}. Resume with max_kl={bound:g}, or start the run again."
             )
-        second = {name.removeprefix("second."): t for name, t in kept.items() if name.startswith("second.")}
-        within = {name.removeprefix("within."): t for name, t in kept.items() if name.startswith("within.")}
-        if others := sorted(within.keys() ^ self._held.keys()):
+        within = {name.removeprefix("within."): t for name, t in kept.items()}
+        if others := sorted({name.removesuffix(SECOND) for name in within} ^ self._held.keys()):
             raise ValueError(
                 f"The run resumes with other parameters in training than its checkpoint was trained with, e.g. "
                 f"{others[0]!r}. Resume with the adapter that it began with. Of several active ones a trainer that "
                 "resumes trains the first: model.base_model.set_adapter([NAME, OLD])."
             )
-        both = [{name: t.to(self._held[name]) for name, t in found.items()} for found in (within, second)]
-        return both[0], both[1]
+        return {name: t.to(self._held[name.removesuffix(SECOND)]) for name, t in within.items()}
 
     def kept(self) -> dict[str, Tensor]:
         if self.max_kl is None:
             return {}
-        found = {f"within.{name}": t for name, t in self._within.items()}
-        found |= {f"second.{name}": t for name, t in self._second.items()}
-        return {"max_kl": torch.tensor(self.max_kl, dtype=torch.float64), **found}
+        within = {f"within.{name}": t for name, t in self._within.items()}
+        return {"max_kl": torch.tensor(self.max_kl, dtype=torch.float64), **within}
 
     def on_step_end(
         self,
@@ -241,20 +235,16 @@ class DriftCallback(HostCallback):
             parameters = {name: p for name, p in model.named_parameters() if name in self._held}
             with nullcontext() if best else as_evaluated(optimizer):
                 self._hold(model, state, None if best else optimizer, parameters)
-        self._batches, self._held, self._within, self._second = [], {}, {}, {}
+        self._batches, self._held, self._within = [], {}, {}
         if state.is_world_process_zero:
-            found, kept = self._found, self._found.get("kept", 1.0)
-            print(
-                "general text: perplexity {base_perplexity:.2f} -> {perplexity:.2f}, KL {kl:.4f} nats a token".format(
-                    **found
-                ),
-                *([f"(brought back to within max_kl={self.max_kl:g}: {kept:g} of the way)"] if kept < 1 else []),
-            )
+            said = "general text: perplexity {base_perplexity:.2f} -> {perplexity:.2f}, KL {kl:.4f} nats a token"
+            if self._found.get("kept", 1.0) < 1:
+                said += f" (brought back to within max_kl={self.max_kl:g}: {{kept:g}} of the way)"
+            print(said.format(**self._found))
 
     @torch.no_grad()
     def _hold(self, model: Any, state: TrainerState, optimizer: Any, parameters: dict[str, nn.Parameter]) -> None:
-        """Measure and, with `max_kl`, bring `parameters`, which have to be those that are held, back to within it; and
-        the second sequence of a schedule-free optimizer with them: what it will step is on the line between both."""
+        """Measure and, with `max_kl`, bring `parameters`, which have to be those that are held, back to within it."""
         found = self._measure(model)
         if self.max_kl is not None:
             if math.isnan(found["kl"]):
@@ -269,20 +259,25 @@ class DriftCallback(HostCallback):
                     "whose weights within max_kl are kept: another callback has replaced, frozen or added some. Train "
                     "without that callback, or without max_kl."
                 )
-            second = {name: z for name, p in self._held.items() for z in averages(optimizer, [p])}
-            over, kept = found["kl"] > self.max_kl, 1.0
-            reached, beyond = (_copies(self._held), _copies(second)) if over else ({}, {})
-            for kept in (0.5, 0.25, 0.125, 0.0) if over else ():
-                for name, p in self._held.items():
-                    p.copy_(torch.lerp(self._within[name], reached[name], kept))
-                for name, z in second.items():  # it begins as the weights do
-                    z.copy_(torch.lerp(self._second.get(name, self._within[name]), beyond[name], kept))
+            moving = self._moving(optimizer)
+            kept, reached = 1.0, _copies(moving) if found["kl"] > self.max_kl else {}
+            for kept in (0.5, 0.25, 0.125, 0.0) if reached else ():
+                for name, t in moving.items():
+                    begin = self._within.get(name)  # z begins as the weights do
+                    within = self._within[name.removesuffix(SECOND)] if begin is None else begin
+                    t.copy_(torch.lerp(within, reached[name], kept))
                 found = self._measure(model)
                 if found["kl"] <= self.max_kl:
                     break
-            self._within, self._second = _copies(self._held), _copies(second)
+            self._within = _copies(moving)
             found["kept"] = kept
         self._found, self._measured = found, state.global_step
+
+    def _moving(self, optimizer: Any) -> dict[str, Tensor]:
+        """What is trained, and the second sequence z of a schedule-free optimizer, under its parameter's name and
+        `SECOND`: what that steps next lies between both."""
+        second = {f"{name}{SECOND}": z for name, p in self._held.items() for z in averages(optimizer, [p])}
+        return {**self._held, **second}
 
     def metrics(self) -> dict[str, float]:
         found, self._unlogged = self._unlogged, {}

@@ -23,6 +23,7 @@ from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.fingerprint import fingerprint
 from peft_mora.inputs import (
+    base_of,
     contiguous_head,
     eval_mode,
     generating_by,
@@ -89,7 +90,7 @@ def protect(
     check_arguments(energy, tokens)
     Subspace.check_folder(folder)
     use_exact_4bit_kernels(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     subspace = Subspace("inputs", fingerprint(base))
     if whole:
         subspace.seen_energy = 1.0
@@ -275,7 +276,7 @@ def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, st
     batch = left_padded([torch.tensor(row) for row in prompts], end)
     ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
     new = length - min(map(len, prompts))
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = base_of(model)
     plain = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=end, max_new_tokens=new,
         min_new_tokens=None if stop else new, suppress_tokens=placeholders(base) or None,

@@ -26,7 +26,7 @@ from peft_mora.mora import MoraLinear
 from peft_mora.routed import record_routing
 
 from .factors import Factors, are_those, static_factors
-from .host import HostCallback, running_trainer
+from .host import HostCallback, callbacks_that
 
 
 def saliency(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor) -> Tensor:
@@ -145,8 +145,7 @@ class RankGrowthCallback(HostCallback):
     ) -> None:
         super().on_train_begin(args, state, control)
         self._name, factors = static_factors(model, self.adapter_name, "RankGrowthCallback")
-        others = running_trainer().callback_handler.callbacks
-        if holding := [type(c).__name__ for c in others if isinstance(c, HostCallback) and c.holds_weights]:
+        if holding := callbacks_that("holds_weights"):
             raise ValueError(
                 f"{holding[0]} holds on to the adapter's weights, which RankGrowthCallback replaces as they grow. "
                 "Train with one of them."

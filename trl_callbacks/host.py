@@ -50,6 +50,7 @@ class HostCallback(TrainerCallback):
 
     sidecar: str  # the name of the file in a checkpoint's folder that has `kept`
     holds_weights: bool = False  # whether it goes wrong where another callback replaces the adapter's parameters
+    sets_weights: bool = False  # whether it moves the adapter's weights itself, to where it holds them
 
     def refusals(self) -> dict[str, str]:
         """Kind of run (of `KINDS`) -> why it cannot be and what to do instead."""
@@ -169,6 +170,12 @@ def running_trainer() -> Any:
         if isinstance(found := frame.f_locals.get("self"), Trainer):
             return found
     raise ValueError("No trainer has called this callback: pass it to the trainer's constructor, callbacks=[...].")
+
+
+def callbacks_that(what: str) -> list[str]:
+    """Classes of the trainer's callbacks of ours that say so of themselves: "holds_weights" or "sets_weights"."""
+    callbacks = running_trainer().callback_handler.callbacks
+    return [type(c).__name__ for c in callbacks if isinstance(c, HostCallback) and getattr(c, what)]
 
 
 def caller_local(name: str) -> Any:

@@ -32,7 +32,7 @@ from peft_mora.routing import at_least_float32
 from .constraint import averages
 from .factors import Factors, are_those, base_weight, static_factors
 from .general_text import Batch, read, sample
-from .host import HostCallback, keep_stopped, running_trainer
+from .host import HostCallback, callbacks_that, keep_stopped, running_trainer
 
 
 # Tensors in, tensors out
@@ -214,8 +214,7 @@ class LoRASculpt(Rule):
                 f"The run has {run.steps} steps and at={self.at}: A and B would never be made sparse. Lower `at`, "
                 "train for longer, or write at=None, which makes nothing sparse."
             )
-        others = [] if self.at is None else running_trainer().callback_handler.callbacks
-        if holding := [type(c).__name__ for c in others if _sets_weights(c)]:
+        if self.at is not None and (holding := callbacks_that("sets_weights")):
             raise ValueError(
                 f"{holding[0]} puts the adapter's weights back to where it holds them, and 'lorasculpt' sets entries "
                 f"of A and B to 0 from step {self.at} on. Each undoes what the other has done: in the end the weights "
@@ -382,13 +381,6 @@ def switched_off(scalings: Sequence[dict[str, float]], adapter_name: str) -> Ite
     finally:
         for scaling, value in zip(scalings, values, strict=True):
             scaling[adapter_name] = value
-
-
-def _sets_weights(callback: Any) -> bool:
-    """Whether it sets the adapter's weights itself: a projection that constrains, or DriftCallback(max_kl=...)."""
-    if not isinstance(callback, HostCallback) or isinstance(callback, AdapterPenaltyCallback):
-        return False
-    return callback.holds_weights and getattr(callback, "_constrains", True)
 
 
 def _weights(factors: Mapping[str, Factors]) -> dict[str, nn.Parameter]:

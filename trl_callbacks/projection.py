@@ -26,7 +26,7 @@ from peft_mora import use_exact_4bit_kernels
 from peft_mora.base import REFERENCE
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.fingerprint import fingerprint
-from peft_mora.inputs import trainable_as_before
+from peft_mora.inputs import base_of, trainable_as_before
 from peft_mora.linalg import (
     contrast_directions,
     leading_directions,
@@ -155,7 +155,7 @@ class OrthogonalProjectionCallback(HostCallback):
         self.memory, self.protect = [Path(folder) for folder in folders or []], protect
         self.calibration_batches, self.adapter_name = calibration_batches, adapter_name
         self.start, self.room = start, room
-        self._constrains = start != "osrm" and (
+        self.sets_weights = start != "osrm" and (
             bool(self.memory) or protect is not None or self.source.protects_from_start
         )
         self._run: Run | None = None
@@ -181,7 +181,7 @@ class OrthogonalProjectionCallback(HostCallback):
         ahead_of_reporters(self)  # and of callbacks that average weights: they begin with what this one has placed
         self._given = list(model.active_adapters) if isinstance(model, PeftModel) else []
         _, factors = trainable_factors(model, self.adapter_name)
-        if self._constrains:
+        if self.sets_weights:
             for pair in factors.values():
                 for parameter in (pair.A, pair.B):
                     parameter.data = parameter.data.float()
@@ -221,7 +221,7 @@ class OrthogonalProjectionCallback(HostCallback):
                 "lose it. Give each task an output_dir of its own."
             )
         use_exact_4bit_kernels(model)  # forwards in eval mode follow, which would repack 4-bit weights on a CPU
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         needs = getattr(base, "main_input_name", "input_ids")
         batches = calibration_batches(
             train_dataloader, args, self.calibration_batches, "Use source='gradients' or 'past_adapters'.", needs
@@ -451,7 +451,7 @@ class OrthogonalProjectionCallback(HostCallback):
                     f"{found.parent}: its folder 'protected' is missing. Copy it here, or start the run again."
                 )
         model: Any = run.model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         known, subspace = fingerprint(base), None
         folders = self.memory if self.protect is None or not resumed else [found]
         if folders:

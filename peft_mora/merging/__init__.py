@@ -271,11 +271,8 @@ def merge_adapters(
             "The plain sum of three and more adapters is rarely any of them (of eight tasks: greedy accuracy .01, "
             "where the mean had .51): compare with rule='iso-c', or 'inputs'."
         )
-    tokenizer_files: list[Path] = []
-    try:
-        tokenizer_files = adapters.tokenizer()
-    except ValueError as error:
-        said.append(str(error))
+    tokenizer_files, differ = adapters.tokenizer()
+    said += [differ] if differ else []
     for text in said:
         warnings.warn(text, stacklevel=2)
     report = _report(

@@ -62,21 +62,18 @@ class Adapters:
             found.append(canonical(lora) if gauge else lora)
         return found
 
-    def tokenizer(self) -> list[Path]:
-        """The files of the tokenizer that was saved with the adapters, of those that have one; [] where none has.
-
-        Raises:
-            ValueError: they have different ones.
-        """
+    def tokenizer(self) -> tuple[list[Path], str]:
+        """The files of the tokenizer that was saved with the adapters, of those that have one; [] where none has, or
+        they have different ones, with what to say of that."""
         own = [folder for folder in self.folders if (folder / TOKENIZER[0]).is_file()]
         files = [{name: folder / name for name in TOKENIZER if (folder / name).is_file()} for folder in own]
         contents = [{name: _content(path) for name, path in found.items()} for found in files]
         if differs := next((i for i, found in enumerate(contents) if found != contents[0]), None):
-            raise ValueError(
+            return [], (
                 f"{own[0]} and {own[differs]} hold different tokenizers or chat templates, so that none is written "
                 "beside the merged adapter: copy the one that its prompts are made with there."
             )
-        return [*files[0].values()] if files else []
+        return [*files[0].values()] if files else [], ""
 
     def _nothing(self, module: str) -> Lora:
         O, I = self.sizes[module]  # noqa: E741
