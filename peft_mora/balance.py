@@ -5,7 +5,6 @@ d_i += rate · sign(mean(c) - c_i)        c_i how often expert i was chosen     
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from .base import REFERENCE, AdapterModel
-from .inputs import LatestMask, rows_of, watched
+from .inputs import LatestMask, recomputing, rows_of, watched
 from .lean import Gate
 from .routed import Counter, RoutedLinear
 from .routing import balance_step
@@ -42,7 +41,6 @@ class Balance:
         # Training forwards still to be differentiated: with gradients, and without. The latter are the first passes of
         # reentrant checkpointing and of gradient caching, or forwards that nobody will differentiate.
         self.forwards = {True: 0, False: 0}
-        self.masks: deque[Masks] = deque(maxlen=64)  # of those without, the latest of which is recomputed first
         self.steps: list[list[Tensor]] = []  # the counts of each; of several where replicas share a batch
         self.version = -1  # of the weight in the latest forward
         self.moved: Tensor | None = None  # by how much the offset did when the latest replicas were made
@@ -77,9 +75,12 @@ class Balance:
         if before is not None and self.sample is not None and weight is not None:  # decided on the device
             changed = (_sample(weight) != self.sample.to(weight.device)).any()
             offset.copy_(torch.where(changed, offset, before))
+        self.drop()
+
+    def drop(self) -> None:
+        """No step waits any longer."""
         self.forwards = {True: 0, False: 0}
         self.steps = []
-        self.masks.clear()
 
 
 def _sample(weight: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ class BalancedGate(Gate):
     def done(self, update: Tensor) -> Tensor:
         if self.step is None or self.chosen is None:
             return update
-        counts = (self.chosen != 0).flatten(0, -2)  # bincount would wait for the GPU
+        counts = torch.atleast_2d(self.chosen != 0).flatten(0, -2)  # bincount would wait for the GPU
         real = self.step.real_rows(self.chosen, self.chosen.shape[:-1])
         counts = (counts if real is None else counts & real).sum(0)
         return self.step.taken_in_backward_of(update, counts)
@@ -187,6 +188,7 @@ class BalancedLinear(RoutedLinear):
         self.balance: dict[str, Balance] = {}
         self.latest_mask = LatestMask()  # the model's, where it is part of one
         self.register_state_dict_pre_hook(_settle_all)
+        self.register_load_state_dict_pre_hook(_drop_loaded)
 
     def balance_rate(self, adapter_name: str) -> float:
         """Step of the offset; 0 is off."""
@@ -227,17 +229,13 @@ class BalancedLinear(RoutedLinear):
             shared = None if self.shared is None else self.shared[adapter_name]
             return Step(offset, rate, None, False, shared, masks) if trains and differentiated else None
         balance = self.balance[adapter_name]
-        recomputed = torch._C._current_graph_task_id() != -1
-        if recomputed and balance.masks:
-            masks = balance.masks.pop()
-        elif not recomputed:
+        recomputed = recomputing()
+        if not recomputed:
             if balance.is_due(weight):
                 balance.settle(offset, rate, weight)
             if trains:
                 balance.begin(weight)
                 balance.forwards[differentiated] += 1
-                if not differentiated:
-                    balance.masks.append(dict(masks))
         return Step(offset, rate, balance, recomputed, None, masks) if trains and differentiated else None
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -269,6 +267,13 @@ def _settle_all(layer: BalancedLinear, *_: Any) -> None:
     """Before saving: no step may be left waiting."""
     for name, balance in layer.balance.items():
         balance.settle(layer.offset[name], layer.balance_rate(name), layer.balanced_weight(name))
+
+
+def _drop_loaded(layer: BalancedLinear, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: steps that wait are not for an offset that comes from a file."""
+    for name, balance in layer.balance.items():
+        if f"{prefix}{layer.prefix}offset.{name}" in state_dict:
+            balance.drop()
 
 
 class MaskedModel(AdapterModel):

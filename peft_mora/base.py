@@ -12,6 +12,7 @@ finds them by `.default.` in the name; frozen tensors are persistent buffers in 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -58,6 +59,38 @@ def matching_key(patterns: dict[str, Any], module_name: str) -> str:
     if module_name in patterns:
         return module_name
     return get_pattern_key(sorted(patterns, key=lambda key: (-len(key), key)), module_name)
+
+
+def check_pattern(name: str, pattern: str, within: str = "{}") -> None:
+    """Refuse what is neither a module name nor a regular expression.
+
+    Args:
+        name: of the field.
+        pattern: what it has.
+        within: the expression that PEFT puts that into.
+
+    Raises:
+        ValueError: it does not compile.
+    """
+    try:
+        re.compile(within.format(pattern))
+    except re.error as error:
+        raise ValueError(
+            f"`{name}` has {pattern!r}, which is no regular expression ({error.msg}). Write a module's name, as "
+            "'q_proj', or an expression, as '.*_proj'."
+        ) from None
+
+
+def check_patterns(name: str, patterns: Any) -> None:
+    """Refuse a field that is no dict by module names or regular expressions.
+
+    Raises:
+        ValueError: names the field, and the key that does not compile.
+    """
+    ok = isinstance(patterns, dict) and is_names(list(patterns))
+    check_field(ok, name, patterns, "a dict with module names or regular expressions as keys")
+    for key in patterns:
+        check_pattern(name, key, r"(.*\.)?({})$")
 
 
 @dataclass
@@ -124,6 +157,8 @@ class AdapterConfig(PeftConfig):
             value = getattr(self, name)
             ok = value is None or isinstance(value, str) or is_names(value)
             check_field(ok, name, value, "a list of names, a string or None")
+            if isinstance(value, str):
+                check_pattern(name, value)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         check_field(is_int(self.r) and self.r > 0, "r", self.r, "a positive integer")
         check_field(is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a positive number")
@@ -135,6 +170,8 @@ class AdapterConfig(PeftConfig):
         check_field(ok, "layers_to_transform", layers, "an index, a list of indices or None")
         ok = pattern is None or isinstance(pattern, str) or is_names(pattern)
         check_field(ok, "layers_pattern", pattern, "a name, a list of names or None")
+        for value in [pattern] if isinstance(pattern, str) else pattern or []:
+            check_pattern("layers_pattern", value, r"(?:^|.*?\.){}\.")
         # A bare string would be taken letter by letter.
         ok = self.modules_to_save is None or is_names(self.modules_to_save)
         check_field(ok, "modules_to_save", self.modules_to_save, "a list of names or None")
@@ -145,9 +182,7 @@ class AdapterConfig(PeftConfig):
             ok, "trainable_token_indices", tokens, "a list of token ids, or a dict of such lists by module name"
         )
         for name in ("rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
-            ok = isinstance(value, dict) and is_names(list(value))
-            check_field(ok, name, value, "a dict with module names or regular expressions as keys")
+            check_patterns(name, getattr(self, name))
         for key, rank in self.rank_pattern.items():
             check_field(is_int(rank) and rank > 0, f"rank_pattern[{key!r}]", rank, "a positive integer")
         for key, alpha in self.alpha_pattern.items():

@@ -21,11 +21,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import replicate
 
 from .balance import MaskedModel
 from .base import AdapterConfig, AdapterLinear
 from .checks import check_field, is_int, is_number
-from .inputs import LatestMask, rows_of
+from .inputs import LatestMask, recomputing, rows_of
 from .lean import NO_GATE, Gate, Parts, Wanted, Weight, can_run, compute_dtype
 from .routing import at_least_float32, selection_loss, selection_loss_backward, without_autocast
 
@@ -118,10 +119,10 @@ class _Directions(torch.autograd.Function):
 
 def loss_scale() -> float:
     """What the loss of the forward that runs now is multiplied by before its backward: 1 / the micro-batches of the
-    optimizer's step, and fp16's loss scale.
+    optimizer's step, fp16's loss scale, and 1 / the replicas that `nn.DataParallel` makes now, which each have a loss.
 
-    A layer sees neither, and its own loss has to be scaled alike. transformers' Trainer knows, and TRL's, which are
-    that one: it is on the stack. Where none is, it is 1.
+    A layer sees none of them, and its own loss has to be scaled alike. transformers' Trainer knows, and TRL's, which
+    are that one: it is on the stack. Where none is, only the replicas count.
 
     Raises:
         ValueError: fp16 without a scaler that could be asked.
@@ -129,7 +130,10 @@ def loss_scale() -> float:
     if torch.compiler.is_compiling():
         return 1.0
     frame: Any = sys._getframe(1)
+    replicas = 1
     while frame is not None:
+        if frame.f_code is replicate.__code__:
+            replicas = len(frame.f_locals["devices"])
         trainer: Any = frame.f_locals.get("self") if frame.f_code.co_name == "training_step" else None
         if hasattr(trainer, "current_gradient_accumulation_steps"):
             scaler = getattr(trainer.accelerator, "scaler", None)
@@ -138,11 +142,10 @@ def loss_scale() -> float:
                     "FURINA's losses have to be scaled as fp16 scales the task's, and DeepSpeed does not say how much "
                     "that is. Train in bf16, or without them: FurinaConfig(selection_weight=0, balance_weight=0)."
                 )
-            replicas = max(1, trainer.args.n_gpu)  # of nn.DataParallel, whose gradients are added up
             batches = trainer.current_gradient_accumulation_steps * replicas
             return (1.0 if scaler is None else scaler.get_scale()) / batches
         frame = frame.f_back
-    return 1.0
+    return 1.0 / replicas
 
 
 class _WithLoss(torch.autograd.Function):
@@ -251,16 +254,26 @@ class FurinaLinear(AdapterLinear):
     def of_row(self, name: str) -> Any:
         return (name, None) if name in self.r else None  # `_add` makes the parts, which knows x
 
-    def _gate(self, adapter_name: str, G: Tensor) -> Gate:
+    def _adds_losses(self, adapter_name: str) -> bool:
         losses = self.furina_losses[adapter_name]
         trains = any(weight.requires_grad for weight in self.weights(adapter_name))
-        if not (self.training and trains and (losses.selection or losses.balance)):
+        return self.training and trains and (losses.selection > 0 or losses.balance > 0)
+
+    def _gate(self, adapter_name: str, G: Tensor) -> Gate:
+        if not self._adds_losses(adapter_name):
             return NO_GATE
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self.furina_scale[adapter_name] = loss_scale()  # a recomputation in the backward has no trainer above it
+        # No trainer is above a recomputation in the backward, nor above a replica's thread.
+        if not (recomputing() or getattr(self, "_is_replica", False)):
+            self.furina_scale[adapter_name] = loss_scale()
         if not torch.is_grad_enabled():
             return NO_GATE
-        return LossGate(G, losses, self.furina_scale[adapter_name], self.latest_mask.by_device)
+        losses, scale = self.furina_losses[adapter_name], self.furina_scale[adapter_name]
+        return LossGate(G, losses, scale, self.latest_mask.by_device)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.furina_scale = {name: loss_scale() for name in self.r if self._adds_losses(name)}
+        return replica
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         A, B, v = (weight.detach() for weight in self.weights(adapter_name))

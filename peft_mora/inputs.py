@@ -157,6 +157,24 @@ def batches_of(rows: Sequence[Any], size: int) -> list[dict[str, Tensor]]:
     return [right_padded(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
+def recomputing() -> bool:
+    """Whether a backward runs, and forwards in it are checkpointing's."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def before_backward(output: Any, act: Callable[[], None]) -> None:
+    """Call `act` as soon as a gradient comes to a forward's output, tensors in mappings and sequences, and so before
+    checkpointing computes any part of it again."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            output.register_hook(lambda grad: act())
+    elif isinstance(output, (Mapping, tuple, list)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            before_backward(part, act)
+
+
 class LatestMask:
     """The attention mask of a model's latest forward: for layers that count tokens, while it runs and, where reentrant
     checkpointing computes them again, in its backward.
@@ -179,6 +197,7 @@ class LatestMask:
         if "attention_mask" in names:
             hook = partial(self._see, names.index("attention_mask"))
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._recall, with_kwargs=True))
 
     def _see(self, place: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask", args[place] if place < len(args) else None)
@@ -195,6 +214,15 @@ class LatestMask:
             self.by_device = {found.device: sequences}
         else:
             self.by_device[found.device] = sequences
+
+    def _recall(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """The backward of this forward will find its mask again, also where other forwards came in between."""
+        if torch.compiler.is_compiling():
+            return
+        device = next((t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if device in self.by_device:
+            masks = self.by_device[device]
+            before_backward(output, lambda: self.by_device.update({device: masks}))
 
     def remove(self) -> None:
         """Take the hooks away."""

@@ -311,7 +311,9 @@ class MtlLoraModel(AdapterModel):
             layer = next(module for module in base.modules() if isinstance(module, MtlLoraLinear))
 
             def for_rows(*args: Any, task: Any, **kwargs: Any) -> Any:
-                with layer.row_tasks.answering(task):
+                names = ("inputs", "input_ids", "inputs_embeds", getattr(base, "main_input_name", ""))
+                prompts = next((p for p in (*args[:1], *map(kwargs.get, names)) if isinstance(p, Tensor)), None)
+                with layer.row_tasks.answering(task, prompts):
                     return generate(*args, **kwargs)
 
             base.generate = for_rows

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from . import registry
-from .base import AdapterConfig, AdapterLinear, adapters_of, config_of, matching_key, set_config
-from .checks import check_field, is_int, is_names, listed
+from .base import AdapterConfig, AdapterLinear, adapters_of, check_patterns, config_of, matching_key, set_config
+from .checks import check_field, is_int, listed
 
 
 class Counter(Protocol):
@@ -49,9 +49,7 @@ class RoutedConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pattern = self.top_k_pattern
-        ok = isinstance(pattern, dict) and is_names(list(pattern))
-        check_field(ok, "top_k_pattern", pattern, "a dict with module names or regular expressions as keys")
+        check_patterns("top_k_pattern", self.top_k_pattern)
         largest = max([self.r, *self.rank_pattern.values()])
         for key, k in self.top_k_pattern.items():
             check_field(

@@ -7,7 +7,7 @@ computes each block again by what it was computed by, also where several forward
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .checks import is_int, listed
+from .inputs import before_backward, recomputing
 
 
 class Rows:
@@ -101,16 +102,17 @@ class RowTasks:
 
     def __init__(self) -> None:
         self.rows = self.resting = Rows()  # in between forwards: not said, but while an answer is generated
-        self.inside = False  # of a forward of the whole model
+        self.called = ""  # "model" or "stack" while it runs, the outer one
         self.handles: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module) -> None:
         """Take `task` out of each call of the model, and of the stack that a trainer may call in its place."""
         stack = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
         self.handles.append(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
-        self.handles.append(model.register_forward_hook(self._leave, always_call=True))
+        self.handles.append(model.register_forward_hook(partial(self._leave, "model"), always_call=True))
         if isinstance(stack, nn.Module) and stack is not model:
             self.handles.append(stack.register_forward_pre_hook(self._enter_stack, with_kwargs=True))
+            self.handles.append(stack.register_forward_hook(partial(self._leave, "stack"), always_call=True))
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -119,8 +121,17 @@ class RowTasks:
         self.handles.clear()
 
     @contextmanager
-    def answering(self, task: Any) -> Iterator[None]:
-        """All forwards of the block are of these rows, each perhaps several times, unless they say otherwise."""
+    def answering(self, task: Any, prompts: Tensor | None) -> Iterator[None]:
+        """All forwards of the block are of these rows, each perhaps several times, unless they say otherwise.
+
+        Args:
+            prompts: (B, ..) what is answered, a row each.
+
+        Raises:
+            ValueError: the tasks are not one for all, nor one for each.
+        """
+        if prompts is not None and not isinstance(task, (str, int)):
+            Rows(task).check(prompts.shape[:2], "the prompts' batch")
         before = self.resting
         self.rows = self.resting = Rows(task, repeated=True)
         try:
@@ -146,27 +157,24 @@ class RowTasks:
         return (args, {k: v for k, v in kwargs.items() if k != "task"}) if "task" in kwargs else None
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self.inside = True
+        self.called = "model"
         return self._enter(module, args, kwargs)
 
     def _enter_stack(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # It is the whole call where `task` says so, or where no model called it and no backward computes it again.
-        own = "task" in kwargs or (
-            not self.inside and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
-        )
-        return self._enter(module, args, kwargs) if own else None
+        if "task" not in kwargs and (self.called or recomputing()):
+            return None
+        self.called = self.called or "stack"
+        return self._enter(module, args, kwargs)
 
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        rows, self.rows, self.inside = self.rows, self.resting, False
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.called != name:
             return
-        found = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-        for tensor in found:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(partial(self._again, rows))
-
-    def _again(self, rows: Rows, grad: Tensor) -> None:
-        self.rows = rows
+        rows, self.called = self.rows, ""
+        before_backward(output, lambda: setattr(self, "rows", rows))
+        # A trainer goes on with the head after the stack, and a backward with parts of what it computed again.
+        if name == "model" and not recomputing():
+            self.rows = self.resting
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rows": Rows(), "resting": Rows(), "inside": False}
+        return {**self.__dict__, "rows": Rows(), "resting": Rows(), "called": ""}

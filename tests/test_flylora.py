@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import nn
 
 from peft_mora import FlyLoraConfig, FlyLoraLinear, record_usage
+from peft_mora.base import AdapterLinear
 from peft_mora.routing import balance_step, select_by_magnitude, select_by_sign
 
 
@@ -175,6 +176,54 @@ def test_two_forwards_before_one_backward_are_recomputed_with_the_offset_and_pad
     assert any((offset.abs() > 0.6).any() for offset in got_offsets)  # two steps of 0.5
 
 
+@pytest.mark.parametrize("between", [True, False], ids=["a forward without gradients between", "two backwards"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputation_finds_the_padding_of_its_own_forward_in_any_order(use_reentrant, between, inputs):
+    masks = torch.ones(2, 3, 11, dtype=torch.long)
+    masks[0, :, 2:], masks[1, :, 8:] = 0, 0
+
+    def run(use_reentrant: bool | None):
+        model = unbalanced(use_reentrant)
+        first, second = ({"input_ids": inputs, "attention_mask": mask, "labels": inputs} for mask in masks)
+        losses = [model(**first).loss]
+        with torch.set_grad_enabled(not between):
+            losses.append(model(**second).loss)
+        for loss in losses[: 1 if between else 2]:
+            loss.backward()
+        model.state_dict()  # nothing waits when it is saved
+        return offsets(model)
+
+    assert all(map(torch.equal, run(use_reentrant), run(None)))
+
+
+def test_weights_that_are_loaded_get_no_step_of_the_forwards_before(inputs):
+    model = unbalanced()
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for _ in range(2):
+            model(inputs)  # may be computed again: the step of the next backward waits for the optimizer's
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    model.load_state_dict({name: value for name, value in saved.items() if "offset" not in name}, strict=False)
+    assert all(layer.balance["default"].steps for layer in layers(model))
+    model.load_state_dict(saved)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("method", ["flylora", "smora"])
+def test_one_token_without_a_batch_counts_once(method, lean, monkeypatch):
+    monkeypatch.setattr(AdapterLinear, "lean", lean)
+    x = torch.linspace(-1, 1, 13)
+
+    def moved(x):
+        model = adapted(method, nn.Sequential(nn.Linear(13, 9)), target_modules=["0"], balance_rate=0.1).train()
+        model(x).sum().backward()
+        (offset,) = (value for name, value in model.named_buffers() if "offset" in name)
+        return offset
+
+    assert moved(x).any() and torch.equal(moved(x), moved(x[None]))
+
+
 @pytest.mark.parametrize(("rate", "trainable"), [(0.0, True), (0.1, False)])
 def test_the_offset_does_not_move_at_rate_0_nor_while_the_adapter_is_frozen(rate, trainable, inputs):
     model = flylora(balance_rate=rate)
@@ -226,7 +275,7 @@ def test_a_forward_without_a_mask_counts_all_tokens_also_after_one_with(inputs):
 def test_unloading_takes_the_hooks_that_see_the_mask_away(inputs):
     model = flylora()
     assert any(m._forward_pre_hooks for m in model.modules())
-    assert not any(m._forward_pre_hooks for m in model.unload().modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.unload().modules())
 
 
 def test_gradient_caching_gives_the_gradients_of_the_whole_batch(inputs):

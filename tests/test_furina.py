@@ -1,5 +1,7 @@
 """What only FURINA does: directions and one magnitude, and losses that arrive without a router or a callback."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,11 +9,12 @@ import torch
 from datasets import Dataset
 from helpers import adapted, sft, texts, tiny_llama
 from peft import PeftModel, get_peft_model
+from test_like_lora import replicas
 from torch import nn
 from transformers import TrainerCallback
 
 from peft_mora import FurinaConfig, FurinaLinear
-from peft_mora.furina import EPS, loss_scale
+from peft_mora.furina import EPS, LossGate, loss_scale
 
 
 OFF = {"selection_weight": 0.0, "balance_weight": 0.0}
@@ -127,19 +130,61 @@ def test_in_sft_trainer_the_step_is_that_of_the_total_loss(checkpointing, llama_
         torch.testing.assert_close(watch.grads[name], grad, rtol=2e-3, atol=1e-5 * grad.abs().max().item(), msg=name)
 
 
-def test_the_scale_is_that_of_the_trainer_on_the_stack():
+def trainer_that(does):
+    """One in fp16 that sees two GPUs and accumulates four micro-batches."""
+
     class Trainer:
         current_gradient_accumulation_steps = 4
         args = SimpleNamespace(n_gpu=2)
         accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0), mixed_precision="fp16")
 
         def training_step(self):
-            return [loss_scale() for _ in "a"]
+            return [does() for _ in "a"]
 
-    assert loss_scale() == 1 and Trainer().training_step() == [128.0]
-    Trainer.accelerator.scaler = None
+    return Trainer()
+
+
+def test_the_scale_is_that_of_the_trainer_on_the_stack():
+    """Also where it sees several GPUs and makes no replicas: a quantised base is on one of them."""
+    trainer = trainer_that(loss_scale)
+    assert loss_scale() == 1 and trainer.training_step() == [256.0]
+    trainer.accelerator.scaler = None
     with pytest.raises(ValueError, match="Train in bf16, or without them: FurinaConfig"):
-        Trainer().training_step()
+        trainer.training_step()
+
+
+def test_replicas_in_their_threads_share_the_scale_of_the_trainer_that_made_them(monkeypatch):
+    model, scales = net(), []
+
+    def gate(G, losses, scale, masks):
+        scales.append(scale)
+        return LossGate(G, losses, scale, masks)
+
+    monkeypatch.setattr("peft_mora.furina.LossGate", gate)
+    make = partial(replicas, model, monkeypatch)
+    trainer = trainer_that(make)
+    for copies in (make(), *trainer.training_step()):
+        with ThreadPoolExecutor(1) as pool:
+            list(pool.map(lambda replica: replica(torch.ones(3, 13, dtype=torch.float64)), copies))
+    assert scales == [0.5, 0.5, 128.0, 128.0]
+    trainer.accelerator.scaler = None
+    with pytest.raises(ValueError, match="Train in bf16"):
+        trainer.training_step()
+
+
+def test_reentrant_checkpointing_finds_the_padding_of_the_forward_that_it_computes_again(inputs):
+    masks = torch.ones(2, 3, 11, dtype=torch.long)
+    masks[0, :, 2:], masks[1, :, 8:] = 0, 0
+
+    def grads(checkpointing: bool):
+        model = furina(selection_weight=5.0, balance_weight=3.0)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        sum(model(input_ids=inputs, attention_mask=mask, labels=inputs).loss for mask in masks).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    torch.testing.assert_close(grads(True), grads(False), rtol=1e-4, atol=1e-5)
 
 
 def test_a_fresh_adapter_is_the_base_and_every_part_of_it_learns(inputs):

@@ -206,6 +206,18 @@ def test_any_invalid_field_is_refused_by_name(method, field):
 
 
 @pytest.mark.parametrize("method", CONFIGS)
+def test_what_is_no_regular_expression_is_refused_by_field_and_pattern(method):
+    wrong = "*.lin0"
+    values = {"target_modules": wrong, "exclude_modules": wrong}
+    values |= {name: {"lin0": 1, wrong: 1} for name in ("rank_pattern", "alpha_pattern", "top_k_pattern")}
+    for name in values.keys() & DEFAULTS[method].keys():
+        with pytest.raises(ValueError, match=rf"`{name}` has '\*\.lin0'.*nothing to repeat.*Write"):
+            CONFIGS[method](**{name: values[name]})
+    with pytest.raises(ValueError, match=r"`layers_pattern` has '\(h'.*unterminated"):
+        CONFIGS[method](layers_to_transform=[0], layers_pattern=["layers", "(h"])
+
+
+@pytest.mark.parametrize("method", CONFIGS)
 def test_every_field_of_a_method_is_fuzzed(method):
     own = DEFAULTS[method].keys() - {f.name for f in fields(PeftConfig)}
     written_by_functions = {"kept_entries", "frozen_entries", "block_sizes", "frozen_top_k", "kept_experts"}
