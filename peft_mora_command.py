@@ -146,7 +146,7 @@ prompts. The rules: docs/merging.md."""
     parser.add_argument("--after", nargs="+", default=[], metavar="STEP", help="match, svc, lines")
     parser.add_argument("--seed", type=int, default=0, help="of rules that draw (%(default)s)")
     parser.add_argument(
-        "--options", type=json.loads, default={}, metavar="JSON", help="of the rule: '{\"density\": 0.1}'"
+        "--options", type=_options, default={}, metavar="JSON", help="of the rule: '{\"density\": 0.1}'"
     )
     parser.add_argument(
         "--prompts", nargs="+", metavar="FILE",
@@ -205,7 +205,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
     _add_model(parser, "the base model (the one that the adapter names)")
 
     def call(args: Any) -> None:
-        from peft_mora.export import effect_error, exact_lora, fit_lora, save_base, save_lora
+        from peft_mora.export import check_apart, effect_error, exact_lora, fit_lora, save_lora, save_with_base
         from peft_mora.info import adapter_info, vllm_options
         from peft_mora.inputs import batches_of
         from peft_mora.merging.distillation import writes_text
@@ -222,11 +222,12 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
             return base
 
         def write(model: Any, loras: Any, said: str) -> None:
-            to = args.base_to and Path(args.base_to).resolve()
-            config = save_lora(model, loras, args.output, base=to)
+            if args.base_to:
+                config = save_with_base(model, loras, args.output, args.base_to, args.folder)
+            else:
+                config = save_lora(model, loras, args.output)
             print(f"{said}LoRA of rank {config.r} in {args.output}; vLLM: {vllm_options(config.r, not found.routed)}")
-            if to:
-                save_base(model.unload(), to, args.folder)
+            if args.base_to:
                 print(f"its base in 16 bits in {args.base_to}")
 
         found = adapter_info(args.folder)
@@ -241,6 +242,8 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         for option, folder in (("--output", args.output), ("--base-to", args.base_to)):
             if folder and Path(folder).exists():
                 raise ValueError(f"{folder} exists: delete it or choose another {option}.")
+        if args.base_to:
+            check_apart(args.output, args.base_to)
         args.model = args.model or found.base
         if args.model is None:
             raise ValueError(f"{args.folder} does not say which base it is for: give it as --model NAME_OR_DIR.")
@@ -347,6 +350,11 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
             for text, name, row in zip(texts, routes.names, routes.probabilities.tolist(), strict=True):
                 print(f"{name}\t{max(row):.3f}\t{' '.join(text.split())}")
         if adapters:
+            if unknown := adapters.keys() - set(router.tasks):
+                raise ValueError(
+                    f"The router has no task {', '.join(map(repr, sorted(unknown)))}, but {', '.join(router.tasks)}: "
+                    "--add TASK=FILE teaches it one, or leave its adapter out."
+                )
             for name, folder in adapters.items():
                 model = with_adapter(model, folder, name)
             router.attach(model.eval())
@@ -410,6 +418,10 @@ def load_model(args: Any, folder: str | None = None) -> Any:
     from peft_mora.quantization import nf4_config
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch that is built without it
+        raise ValueError(f"--device {device}: torch cannot use it here ({error}).") from error
     options: dict[str, Any] = {"quantization_config": nf4_config()} if args.load_in_4bit else {}
     kind = AutoModelForCausalLM
     if folder:
@@ -499,6 +511,18 @@ def _pairs(given: list[str], flag: str) -> dict[str, str]:
     ):
         raise ValueError(f"{flag} {wrong}: write TASK=PATH.")
     return {name: value for name, _, value in pairs}
+
+
+FLAGS = ("model", "prompts", "tokenizer", "rule", "rank", "weights", "before", "after", "seed", "output", "distill")
+
+
+def _options(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no object: write the rule's options as '{{\"density\": 0.1}}'")
+    if own := [name for name in FLAGS if name in found]:
+        raise argparse.ArgumentTypeError(f"{own[0]!r} is an argument of its own: see --help")
+    return found
 
 
 def _rank(text: str) -> str | int | float:

@@ -9,6 +9,7 @@ inputs: `lora_errors` module by module, `effect_error` at the logits.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,6 +227,38 @@ def save_base(
     if Path(output).exists():  # before the model is changed
         raise FileExistsError(f"{output} exists: delete it or write to another folder.")
     save_plain(dequantized(model, dtype), output, name, adapter)
+
+
+def save_with_base(
+    model: Any, loras: dict[str, Lora], folder: str | Path, base_folder: str | Path, adapter: str | Path
+) -> LoraConfig:
+    """`save_lora` and `save_base`, both or neither: the LoRA says that it is for the base that is written beside it.
+
+    Args:
+        model: the PeftModel, of which the base is taken off and dequantised. adapter: its folder, for its tokenizer.
+
+    Raises:
+        ValueError: the folders are one, or the base is not quantised. FileExistsError: one of them exists.
+    """
+    check_apart(folder, base_folder)
+    base = Path(base_folder).resolve()
+    config = save_lora(model, loras, folder, base=base)
+    try:
+        save_base(model.unload(), base, adapter)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return config
+
+
+def check_apart(folder: str | Path, base_folder: str | Path) -> None:
+    """Refuse one folder for a LoRA and its base.
+
+    Raises:
+        ValueError: they are the same.
+    """
+    if Path(folder).resolve() == Path(base_folder).resolve():
+        raise ValueError(f"The LoRA and its base would both be {folder}: give a folder for each.")
 
 
 def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, AdapterLinear]:

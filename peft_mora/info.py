@@ -48,13 +48,14 @@ class AdapterInfo:
         base: the base model that it names, or None.
         tasks: names of the tasks that it says it has learnt, or that its router knows, in their order.
         adapters: of a folder with a router, the method of each adapter in it.
-        ranks: module -> rank-1 parts of its update, frozen ones too: experts, where the method chooses among them.
+        ranks: module -> rank of its update, frozen parts too; experts, where the method chooses among them.
         routed: whether an input decides which of them act.
         merges: whether its update is one matrix a module; None: of a method that is not known here.
         refusal: why it does not merge, and what to do; "" where it does.
         lora: "is" one that every reader of LoRA files opens, "exports" as one exactly, or "no".
         also: further things that are trained or lie beside it.
         parameters: numbers in the file. bytes: of all files of the folder itself. dtypes: of the weights.
+        asks_task: whether it answers only once a task is chosen.
     """
 
     folder: str
@@ -71,6 +72,7 @@ class AdapterInfo:
     parameters: int
     bytes: int
     dtypes: list[str] = field(default_factory=list)
+    asks_task: bool = False
 
     @property
     def serve(self) -> list[str]:
@@ -85,7 +87,12 @@ class AdapterInfo:
                 export = [f"peft-mora export {folder} --output {lora}"]
             modules = f"--lora-modules {shlex.quote(name)}={lora}"
             return [*export, f"vllm serve {base} --enable-lora --max-lora-rank {rank} {modules}"]
-        program = f'from transformers import pipeline; pipeline("text-generation", {json.dumps(self.folder)})("...")'
+        pipe = f'pipeline("text-generation", {json.dumps(self.folder)})'
+        program = f'from transformers import pipeline; {pipe}("...")'
+        if self.asks_task:
+            chosen = f"set_task(pipe.model, {json.dumps(self.tasks[0])})"
+            imports = "from transformers import pipeline; from peft_mora import set_task"
+            program = f'{imports}; pipe = {pipe}; {chosen}; pipe("...")'
         return [f"python -c {shlex.quote(program)}"]
 
     def __str__(self) -> str:
@@ -133,9 +140,9 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
             f"{folder} has an adapter of type {kind!r}, which peft {peft.__version__} does not know: install the "
             "release, or the package, that it was saved with."
         )
-    method, routed, merges, refusal = kind, False, None, ""
+    method, routed, merges, refusal, asks_task = kind, False, None, "", False
     lora: Literal["is", "exports", "no"] = "no"
-    ranks = _ranks(shapes, prefixes)
+    ranks = _ranks(shapes, prefixes, apart=kind == ROUTED_FOLDER)
     if kind == ROUTED_FOLDER:
         method, merges = "adapters and a router that picks one for each prompt", False
         refusal = "Merge the adapters' own folders instead (peft-mora merge)."
@@ -154,8 +161,11 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
         merges, routed = layer.is_static("default"), getattr(layer, "is_routed", lambda _: False)("default")
         refusal = "" if merges else layer.lora_refusal("default") or layer.merge_refusal
         lora = "exports" if merges else "no"
+        asks_task = len(config.get("tasks") or ()) > 1 and getattr(own, "default_task", "") is None
+        expert = getattr(own, "rank_partition", 1)  # ranks of an expert
         ranks = {
-            name: rows or own.rank_pattern.get(matching_key(own.rank_pattern, name), own.r)
+            name: (own.rank_pattern.get(matching_key(own.rank_pattern, name), own.r) if rows is None else rows)
+            // (expert if routed else 1)
             for name, rows in ranks.items()
         }
         chosen = {name: getattr(own, name, None) for name in ("routing", "default_task", "top_k", "sparsity")}
@@ -168,9 +178,10 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
     also += ["a memory of protected directions (subspace)"] if (folder / "subspace").is_dir() else []
     tasks = config.get("tasks") or list(config.get("rows", {}))
     return AdapterInfo(
-        str(folder), method, config.get("base_model_name_or_path"), tasks, adapters, ranks, routed, merges, refusal,
+        str(folder), method, config.get("base_model_name_or_path"), tasks, adapters,
+        {name: rows or 0 for name, rows in ranks.items()}, routed, merges, refusal,
         lora, also, sum(map(prod, shapes.values())),
-        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), dtypes,
+        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), dtypes, asks_task,
     )  # fmt: skip
 
 
@@ -179,16 +190,21 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _ranks(shapes: dict[str, tuple[int, ...]], prefixes: list[str]) -> dict[str, int]:
-    """Module -> rows of all its A's; the columns of its B where the file has no A; else 0."""
-    found: dict[str, dict[str, int]] = {}
+def _ranks(shapes: dict[str, tuple[int, ...]], prefixes: list[str], apart: bool) -> dict[str, int | None]:
+    """Module -> rows of all its A's; the columns of its B where the file has no A; None where it has neither.
+
+    Args:
+        apart: the keys name adapters, of which a row goes through one: the largest counts.
+    """
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for key, shape in shapes.items():
         for prefix in filter(None, prefixes):
             name, dot, own = key.removeprefix(PREFIX).rpartition(f".{prefix}")
             if dot:
-                sides = found.setdefault(name, {"A": 0, "B": 0})
-                side = own.partition(".")[0][-1:]
-                if side in sides and len(shape) == 2:
-                    sides[side] += shape[0] if side == "A" else shape[1]
+                kind, _, rest = own.partition(".")
+                sides = found.setdefault(name, {}).setdefault(rest.partition(".")[0] if apart else "", {})
+                if kind[-1:] in ("A", "B") and len(shape) == 2:
+                    sides[kind[-1]] = sides.get(kind[-1], 0) + (shape[0] if kind[-1] == "A" else shape[1])
                 break
-    return {name: sides["A"] or sides["B"] for name, sides in found.items()}
+    ranks = {name: [one.get("A", one.get("B")) for one in adapters.values()] for name, adapters in found.items()}
+    return {name: max((rank for rank in each if rank is not None), default=None) for name, each in ranks.items()}

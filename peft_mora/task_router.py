@@ -436,6 +436,11 @@ class TaskRouter:
                 "router.attach() again, which finds an adapter for each, and then save."
             )
         names = sorted({row for row in self._adapters.values() if row != BASE_ADAPTER})
+        if not names:
+            raise ValueError(
+                f"Every task is for the base alone ({BASE_ADAPTER!r}), so that there is no adapter to save: "
+                "router.save(folder) keeps the router."
+            )
         longest = sorted(self.base.peft_config, key=len, reverse=True)  # a task's name may have a "/", as an adapter's
         used = {row: next(name for name in longest if f"{row}/".startswith(f"{name}/")) for row in names}
         # "default" is what whoever opens the folder calls the whole of it.
@@ -462,11 +467,11 @@ class TaskRouter:
         every = torch.cat([self.rows[name] for name in sorted(self.rows)])
         # As integers: loaders and model.half() round what is float, and the routes would not be the same bit for bit.
         tensors["base_model.model.task_router.features"] = every.view(torch.int32).clone()
-        first = self.base.peft_config[used[names[0]]] if names else None
+        first = self.base.peft_config[used[names[0]]]
         config = TaskRouterConfig(
             adapters=configs, rows=rows, router=self._text(), mode=self._mode, none=self._none,
-            task_type=getattr(first, "task_type", None), base_model_name_or_path=self.base.config.name_or_path,
-            inference_mode=True,
+            task_type=first.task_type, base_model_name_or_path=self.base.config.name_or_path,
+            revision=first.revision, inference_mode=True,
         )  # fmt: skip
         if config.task_type is None:
             auto = {"base_model_class": type(self.base).__name__, "parent_library": type(self.base).__module__}

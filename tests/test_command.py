@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfi
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from peft_mora import TaskRouter
+from peft_mora import SMoraConfig, TaskRouter, prune_experts, record_usage
 from peft_mora.export import exact_lora, save_lora
 from peft_mora.info import adapter_info, vllm_options
 from peft_mora.merging import merge_adapters
 from peft_mora.opening import revision_of, with_adapter
+from peft_mora.routed import routed_layers
 from peft_mora_command import RUN, USAGE, VERBS, main, parse
 from trl_callbacks import protect
 from trl_callbacks.subspace import Subspace
@@ -82,6 +85,28 @@ def test_info_says_what_an_adapter_is_and_loads_no_model(method, llama_folder, h
     assert json.loads(command("info", here / "one", "--json"))["serve"] == found.serve
 
 
+def test_info_counts_experts_and_asks_for_the_task_that_an_adapter_needs(llama_folder, here):
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    config = SMoraConfig(r=8, top_k=1, rank_partition=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    model.save_pretrained("smora")
+    assert set(adapter_info("smora").ranks.values()) == {2}
+    model = adapted("mora", model.unload(), task_type="CAUSAL_LM")
+    with torch.no_grad(), record_usage(model):
+        model(torch.arange(4, 24).view(4, 5))
+    prune_experts(model, 1.0)  # few always act
+    model.save_pretrained("mora")
+    left = {name.removeprefix("base_model.model."): len(layer.mora_A["default"].weight)
+            for name, layer in routed_layers(model).items()}  # fmt: skip
+    assert adapter_info("mora").ranks == left and 0 in left.values()
+    model = adapted("mtllora", model.unload(), default_task=None, task_type="CAUSAL_LM")
+    model.save_pretrained("mtllora")
+    (serve,) = adapter_info("mtllora").serve
+    program = shlex.split(serve)[2].replace('"...")', '"the cat", max_new_tokens=2)')
+    exec(program, {})  # pipeline, set_task, a prompt
+    assert 'set_task(pipe.model, "a")' in program
+
+
 @pytest.mark.parametrize("method", STATIC)
 def test_export_writes_what_the_library_writes_and_reads_no_weight_of_the_base(
     method, llama_folder, here, command, monkeypatch
@@ -140,7 +165,7 @@ def test_a_base_is_opened_at_the_revision_that_its_adapter_names(llama_folder, h
     assert asked == [(llama_folder, {"revision": "v1"})]
 
 
-def test_export_writes_the_base_in_4_bits_as_a_server_is_to_load_it(llama_folder, here, command):
+def test_export_writes_the_base_in_4_bits_as_a_server_is_to_load_it(llama_folder, here, command, monkeypatch):
     trained("lori", llama_folder, here / "one")
     how = ("export", "one", "--output", "lora", "--device", "cpu", "--base-to", "base16")
     assert "is not quantised: a server loads it as it is" in command(*how) and not (here / "lora").exists()
@@ -148,6 +173,10 @@ def test_export_writes_the_base_in_4_bits_as_a_server_is_to_load_it(llama_folder
     assert adapter_info("lora").base == str(here / "base16")
     assert "quantization_config" not in json.loads((here / "base16/config.json").read_text())
     assert "base16 exists" in command("export", "one", "--output", "other", "--base-to", "base16")
+    how = ("export", "one", "--output", "other", "--load-in-4bit", "--device", "cpu", "--base-to")
+    assert "give a folder for each" in command(*how, "other/../other")
+    monkeypatch.setattr("peft_mora.export.save_plain", Mock(side_effect=OSError("the disk is full")))
+    assert "the disk is full" in command(*how, "base") and not (here / "other").exists()
 
 
 def test_export_of_a_routed_adapter_is_fitted_measured_and_refused_where_it_is_far(llama_folder, here, command):
@@ -200,6 +229,9 @@ def test_route_makes_extends_asks_and_ships_a_router(llama_folder, here, command
     found = adapter_info("routed")
     assert found.tasks == ["pets", "walks"] and found.adapters == {"pets": "LORA", "walks": "LORA"}
     assert "pipeline" in found.serve[0] and "router" in command("info", "routed")
+    assert set(found.ranks.values()) == set(adapter_info("pets").ranks.values())  # a row goes through one of them
+    adapters = ("--adapters", "pets=pets", "walks=walks", "dogs=pets", "--output", "more")
+    assert "no task 'dogs', but pets, walks: --add TASK=FILE" in command("route", "router", *model, *adapters)
     assert command("route", "router", "--remove", "walks") == "router knows pets\n"
 
 
@@ -254,6 +286,7 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
         (("merge", "lora", "--output", "both", "--rule", "avg"), "`rule` must be 'inputs'"),
         (("merge", "lora", "--output", "both", "--prompts", "pets.jsonl"), "--model and --prompts go together"),
         (("export", "lora", "--output", "x"), "a plain LoRA already"),
+        ((*routed, "--device", "cuda:99", "a prompt"), "--device cuda:99: torch cannot use it here"),
         (("export", "fly", "--output", "lora"), "lora exists: delete it or choose"),
         (("export", "fly", "--output", "x", "--texts", "chat.jsonl"), "chat.jsonl:2 has a list as 'completion'"),
         (("route", "nowhere", "a prompt"), "with the base model: give it as --model"),
@@ -265,6 +298,8 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
         line = command(*arguments)
         assert "\n" not in line and re.search(f"^peft-mora {arguments[0]}: .*{said}", line), line
     assert command("merge", "lora") == "2"  # argparse has said why
+    for options in ("[1]", '{"seed": 3}', "{", '{"output": "x"}'):
+        assert command("merge", "lora", "fly", "--output", "both", "--options", options) == "2"
 
 
 def test_an_adapter_of_another_base_is_refused_in_one_line_that_names_it(llama_folder, here, command):

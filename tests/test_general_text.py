@@ -35,7 +35,7 @@ def tokenizer(llama_folder):
     return AutoTokenizer.from_pretrained(llama_folder)
 
 
-@pytest.mark.parametrize("form", ["list", "dataset", "file", "page", "prompts"])
+@pytest.mark.parametrize("form", ["list", "dataset", "file", "page", "prompts", "answers"])
 def test_text_comes_as_strings_records_data_set_or_file(form, tokenizer, tmp_path):
     source = {
         "list": TEXT,
@@ -43,6 +43,7 @@ def test_text_comes_as_strings_records_data_set_or_file(form, tokenizer, tmp_pat
         "file": str(jsonl(tmp_path / "t.jsonl", *({"text": text} for text in TEXT))),
         "page": [{"page": text} for text in TEXT],
         "prompts": [{"prompt": text[:5], "completion": text[5:]} for text in TEXT],
+        "answers": [{"prompt": text.partition(" ")[0], "answer": text.partition(" ")[2]} for text in TEXT],
     }[form]
     found = [batch["input_ids"][0].tolist() for batch in read(source, tokenizer, 1000)]
     assert found == [tokenizer(text).input_ids for text in TEXT]

@@ -99,6 +99,8 @@ def test_a_batch_is_refused_that_does_not_say_its_tasks_or_says_them_wrongly(row
     for few in (["a", "a"], TASKS[:3]):
         with pytest.raises(ValueError, match=f"tasks of {len(few)} rows.*the batch is of shape.*one task for each"):
             model(rows, task=few)
+        with pytest.raises(ValueError, match=f"tasks of {len(few)} rows.*the prompts' batch is of shape .4, 7"):
+            model.generate(input_ids=rows, task=few, max_new_tokens=2)
     with pytest.raises(ValueError, match="'adapter/task'"):
         model(rows, task=TASKS, adapter_names=["default"] * 4)
     flat = adapted(config, net(), target_modules=["lin"]).base_model
@@ -115,22 +117,31 @@ def test_a_batch_is_refused_that_does_not_say_its_tasks_or_says_them_wrongly(row
         set_task(model, "a", "other")
 
 
+@pytest.mark.parametrize("part", ["loss", "hidden states", "stack"])
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
-def test_checkpointing_computes_each_of_two_forwards_again_by_its_own_tasks(rows, use_reentrant):
+def test_checkpointing_computes_each_of_two_forwards_again_by_its_own_tasks(rows, use_reentrant, part):
+    """Whatever of the output the loss is made of, and where the stack alone is called."""
+
+    def loss(model, task):
+        if part == "stack":
+            return model.base_model.model.model(input_ids=rows, task=task).last_hidden_state.square().sum()
+        output = model(input_ids=rows, labels=rows, task=task, output_hidden_states=True)
+        return output.loss if part == "loss" else output.hidden_states[-1].square().sum()
+
     model = llama().train()
     if use_reentrant is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    first = model(input_ids=rows, labels=rows, task=TASKS).loss
-    second = model(input_ids=rows, labels=rows, task="c").loss
+    first, second = loss(model, TASKS), loss(model, "c")
     first.backward()
     second.backward()
-    found = torch.stack([p.grad.double().norm() for p in model.parameters() if p.requires_grad])
+    found = [p.grad for p in model.parameters() if p.grad is not None]
     plain = llama().train()
     for task in (TASKS, "c"):
-        plain(input_ids=rows, labels=rows, task=task).loss.backward()
-    want = torch.stack([p.grad.double().norm() for p in plain.parameters() if p.requires_grad])
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-8)
+        loss(plain, task).backward()
+    want = [p.grad for p in plain.parameters() if p.grad is not None]
+    assert len(want) == 56
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_bare_stack_does_not_go_on_with_the_tasks_of_the_forward_before(rows):
@@ -163,6 +174,27 @@ def test_a_stack_that_is_checkpointed_as_a_whole_is_computed_again_by_its_own_ta
         return [p.grad for p in model.parameters() if p.requires_grad]
 
     assert all(map(torch.equal, grads(True), grads(False)))
+
+
+def test_the_head_is_of_the_rows_of_the_bare_stack_before_it(rows):
+    model = llama(target_modules=["q_proj", "lm_head"]).base_model.model
+    assert torch.equal(model.lm_head(model.model(rows, task=TASKS)[0]), model(rows, task=TASKS).logits)
+
+
+@pytest.mark.parametrize("whole", ["model", "stack"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_blocks_are_checkpointed_inside_of_what_is_checkpointed_as_a_whole(rows, use_reentrant, whole):
+    def grads(checkpointed: bool):
+        model = llama().train()
+        part = model.base_model.model if whole == "model" else model.base_model.model.model
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        call = partial(checkpoint, part, use_reentrant=False) if checkpointed else part
+        call(rows, task=TASKS)[0].square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    torch.testing.assert_close(grads(True), grads(False), rtol=1e-5, atol=1e-6)
 
 
 def test_a_task_that_no_row_is_of_gets_no_gradient(rows):
@@ -309,6 +341,9 @@ def test_the_column_is_refused_where_it_cannot_reach_the_layers(llama_folder, tm
         trainer().data_collator([{"input_ids": [4, 5], "task": task} for task in ("a", None)])
     with pytest.raises(ValueError, match="Task 'z' is none of this adapter's"):
         trainer(train_dataset=mixed(tasks=("a", "z")))
+    beside = get_peft_model(quantized(llama_folder), config(target_modules=["q_proj"]))
+    beside.add_adapter("other", config(tasks=["x", "y"], target_modules=["q_proj"]))
+    sft(beside, llama_folder, tmp_path, None, [TaskColumnCallback()], train_dataset=mixed())  # "other" does not act
     for packed in (
         {"packing": True, "packing_strategy": "wrapped", "max_length": 8},
         {"padding_free": True, "max_length": None},

@@ -463,6 +463,20 @@ def test_a_router_whose_tasks_have_changed_is_attached_again_before_it_is_saved(
     assert TaskRouter.of(opened).tasks == router.tasks and opened(TEST).logits.isfinite().all()
 
 
+def test_a_folder_names_the_base_s_revision_and_is_of_an_adapter_at_least(tmp_path):
+    model = two_adapters()
+    for config in model.peft_config.values():
+        config.revision = "v1"
+    router = fitted(model)
+    router.attach()
+    router.save_pretrained(tmp_path / "routed")
+    assert json.loads((tmp_path / "routed/adapter_config.json").read_text())["revision"] == "v1"
+    router.attach(adapters=dict.fromkeys(router.tasks, "__base__"))
+    with pytest.raises(ValueError, match="no adapter to save"):
+        router.save_pretrained(tmp_path / "bare")
+    assert not (tmp_path / "bare").exists()
+
+
 def test_an_adapter_that_has_changed_the_base_for_the_others_is_refused(tmp_path):
     """PiSSA takes its own start out of the base's weights, over which the other one and "none" would answer."""
     model = adapted(LORA, task_type="CAUSAL_LM")

@@ -95,8 +95,9 @@ def carry_column(trainer: Any, column: str) -> None:
     for task in distinct(data, column):
         for module in trainer.model.modules():
             if isinstance(module, MtlLoraLinear):
-                for rule in module.mtllora_rule.values():
-                    place(task, rule.tasks)
+                for name in module.active_adapters:
+                    if name in module.mtllora_rule:
+                        place(task, module.mtllora_rule[name].tasks)
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*trainer._signature_columns, column]
     trainer.data_collator = WithTask(trainer.data_collator, column)
