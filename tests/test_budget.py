@@ -26,6 +26,13 @@ from trl_callbacks.budget import annealed, divide, usage_metrics
 MODULES = 14  # of the tiny Llama
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch):
+    """Half a second each; one test looks at it."""
+    if "heat_map" not in request.node.name:
+        monkeypatch.setattr("trl_callbacks.budget.write_heat_map", lambda path, usage: [])
+
+
 def config(kind: str = "task", **kwargs):
     if kind == "flylora":
         return FlyLoraConfig(**{"r": 6, "top_k": 6, "density": 0.3, "target_modules": "all-linear", **kwargs})
