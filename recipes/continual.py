@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from hashlib import sha256
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base, load_base
-from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
+from shared.lm_eval_tasks import names_in_lm_eval, write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
 from shared.training import adapter_config, make_trainer
 from transformers import TrainerCallback, set_seed
@@ -59,10 +58,10 @@ def parse() -> argparse.Namespace:
     add("--ways", nargs="+", default=["dense+protection"], choices=[*WAYS, "all"], help="to learn (%(default)s)")
     add("--seeds", nargs="+", type=int, default=[0], help="of the adapter and the order; a run each (%(default)s)")
     add("--tasks", type=runs.names, default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
-    add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
+    add("--words", type=int, default=48, help="cut passages of --data to so many words; 0: not at all (%(default)s)")
     add("--scorer", default="lm-eval", choices=("lm-eval", "answers"), help="(%(default)s)")
     add("--metrics", nargs="+", default=["greedy"], choices=scores.METRICS, help="write or rank it (%(default)s)")
-    add("--general", type=runs.names, default="", metavar="A,B", help="further lm-eval tasks to watch")
+    add("--general", type=runs.names, default="", metavar="A,B", help="further lm-eval tasks, groups or tags to watch")
     add("--perplexity", metavar="FILE", help="JSON lines of passages to watch the perplexity of")
     add("--save-steps", type=int, default=15, help="steps between checkpoints (%(default)s)")
     add("--adapter", type=json.loads, default={}, metavar="JSON", help="fields of the adapter's config")
@@ -111,8 +110,23 @@ def train(
     (folder / "trained").touch()
 
 
+def watched(names: list[str], manager: Any) -> list[str]:
+    """The lm-eval tasks, and groups with a score of their own, that --general names."""
+    found: list[str] = []
+    for name in names:
+        these = names_in_lm_eval(name, manager)
+        if not these:
+            raise SystemExit(f"--general: lm-eval knows no task {name}; `lm_eval ls tasks` has them all")
+        found += these
+    for name in found:
+        entry = manager.task_index[name]
+        if name in manager.all_groups and not entry.cfg.get("aggregate_metric_list"):
+            raise SystemExit(f"--general: {name} is a group with no score of its own; name tasks of {entry.yaml_path}")
+    return list(dict.fromkeys(found))
+
+
 def score(
-    adapter: Path | None, path: Path, tasks: dict[str, Any], columns: list[str], base: str, manager: Any,
+    adapter: Path | None, path: Path, tasks: dict[str, Any], columns: list[str], base: str, managers: dict[str, Any],
     args: argparse.Namespace,
 ) -> dict[str, float]:  # fmt: skip
     """Scores of the adapter as it is on disk, kept in `path` one by one: what that has already is not run again.
@@ -120,6 +134,7 @@ def score(
     Args:
         tasks: ours, by lm-eval's name; their greedy score is a column of its own, NAME_greedy.
         columns: these, and what else lm-eval knows.
+        managers: lm-eval's TaskManager, of each column.
     """
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if set(columns) <= set(found):
@@ -137,8 +152,9 @@ def score(
             found |= {column: value for column, value in both.items() if column in columns}
         else:
             options = {"limit": args.limit, "bootstrap_iters": 0}
-            shown = scores.lm_eval(model, tokenizer, [name], manager, args.batch_size, **options)
-            values = {k.split(",")[0]: v for k, v in shown["results"][name].items() if isinstance(v, (int, float))}
+            shown = scores.lm_eval(model, tokenizer, [name], managers[name], args.batch_size, **options)
+            named = [(key.split(","), value) for key, value in shown["results"][name].items()]  # METRIC,FILTER
+            values = {key[0]: value for key, value in named if key[1:] and isinstance(value, (int, float))}
             best = ("acc", "exact_match", "word_perplexity")
             found[name] = next((values[k] for k in best if k in values), next(iter(values.values())))
         runs.write_json(path, found)
@@ -180,8 +196,10 @@ def main() -> None:
     output = Path(args.output).resolve()
     names = args.tasks
     learnt = [find_task(name, args.data, args.words) for name in names]
+    known = TaskManager() if args.general else None  # thousands of files, which takes seconds
+    args.general = watched(args.general, known)
     base = find_base(args.model, args.device)
-    content = {"base": Path(base).name, "records": sha256(json.dumps(learnt).encode()).hexdigest()[:12]}
+    content = {"base": Path(base).name, "records": runs.digest(learnt), **runs.files(args, "perplexity", "protect")}
     runs.claim(output, args, "device", "output", "ways", "seeds", "metrics", **content)
     tasks = dict(zip(write_lm_eval_tasks(learnt, output / "tasks"), learnt, strict=True))
     of_metric = {metric: [name + "_greedy" * (metric == "greedy") for name in tasks] for metric in args.metrics}
@@ -190,9 +208,10 @@ def main() -> None:
         general.append(write_lm_eval_perplexity(args.perplexity, output / "tasks"))
     columns = [*chain.from_iterable(of_metric.values()), *general]
     head = [*(f"{name} {metric}" for metric in args.metrics for name in names), *general]
-    manager = TaskManager(include_path=str(output / "tasks"), include_defaults=bool(args.general))
+    ours = TaskManager(include_path=str(output / "tasks"), include_defaults=False)
+    managers = dict.fromkeys(columns, ours) | dict.fromkeys(args.general, known)
 
-    common = (tasks, columns, base, manager, args)
+    common = (tasks, columns, base, managers, args)
     zero_shot = score(None, output / "zero_shot.json", *common)
     table = Table("way", "seed", *head, *(f"{key} {metric}" for metric in args.metrics for key in ("AA", "BWT")))
     for way, seed in product(args.ways, args.seeds):

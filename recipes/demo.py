@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import resource
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def main() -> None:
     table, verdicts = Table(*head, "seconds", "peak MiB", title=name), []
     for method in args.method:
         folder = output / f"{method}-{name}"
+        for memory in ("subspace", "protected"):  # of an earlier run, and none of an unprotected one
+            shutil.rmtree(folder / memory, ignore_errors=True)
         start_peak(args.device)
         begin = time.perf_counter()
         config = adapter_config(method, seed=args.seed, **comparable(method, args.r))

@@ -26,7 +26,16 @@ from shared.base_model import find_base
 from shared.tasks import find_task
 
 from peft_mora import METHODS
-from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_base, save_lora
+from peft_mora.export import (
+    check_apart,
+    effect_error,
+    exact_lora,
+    exportable_layers,
+    fit_lora,
+    lora_errors,
+    save_lora,
+    save_with_base,
+)
 from peft_mora.info import vllm_options
 from peft_mora.lora_file import Lora
 
@@ -36,6 +45,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("adapter", type=Path, help="folder of a saved MORA, LORI or FLYLORA adapter")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the LoRA; must not exist yet")
     parser.add_argument("--task", default="helpdesk", help="whose texts: embedded, or in --data (%(default)s)")
+    parser.add_argument(
+        "--passage_words", type=int, default=0, metavar="N",
+        help="cut the passages of a --data task to N words, as demo.py trains (48); 0: not at all (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the run that an embedded task was learnt in: its records (%(default)s)"
+    )
     parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
     parser.add_argument(
@@ -50,6 +66,11 @@ def parse() -> argparse.Namespace:
     for option, folder in (("--output", args.output), ("--base-to", args.base_to)):
         if folder is not None and folder.exists():
             parser.error(f"{folder} exists: delete it or choose another {option}")
+    if args.base_to:
+        try:
+            check_apart(args.output, args.base_to)
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 
@@ -75,7 +96,7 @@ def error_table(errors: dict[str, float]) -> Any:
 
 def main() -> None:
     args = parse()
-    task = find_task(args.task, args.data)
+    task = find_task(args.task, args.data, args.passage_words, args.seed)
     config = PeftConfig.from_pretrained(args.adapter)
     kind, ours = PeftType(config.peft_type).value, [method.config.method for method in METHODS.values()]
     if kind not in ours:
@@ -109,11 +130,12 @@ def main() -> None:
 
 
 def write(model: Any, loras: dict[str, Lora], args: argparse.Namespace, exact: bool) -> None:
-    to = args.base_to and args.base_to.resolve()
-    config = save_lora(model, loras, args.output, base=to)
+    if args.base_to:
+        config = save_with_base(model, loras, args.output, args.base_to, args.adapter)
+    else:
+        config = save_lora(model, loras, args.output)
     print(f"LoRA of rank {config.r} in {args.output}; vLLM: {vllm_options(config.r, exact)}")
-    if to:
-        save_base(model.unload(), to, args.adapter)
+    if args.base_to:
         print(f"its base in 16 bits in {args.base_to}; llama.cpp: convert_lora_to_gguf.py --base {args.base_to}")
 
 

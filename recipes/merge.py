@@ -45,13 +45,14 @@ from shared.base_model import find_base, load_base
 from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
 from shared.training import NAMES, adapter_config, comparable, protectable, train
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
 from peft_mora.merging import AFTER, RULES, MergeReport, collect_inputs, merge_adapters, options_of
 from peft_mora.opening import with_adapter
 from trl_callbacks import OrthogonalProjectionCallback, protect
+from trl_callbacks.general_text import TOKENS, read
 
 
 TWO_PASSES = "two-passes"
@@ -236,14 +237,14 @@ class Run:
     """One seed's adapters of one method, and all rows that are made of them."""
 
     def __init__(
-        self, seed: int, method: str, base: str, tasks: list[Any], output: Path, rows: runs.Rows, args: Any
+        self, seed: int, method: str, base: str, tasks: list[Any], score: Any, output: Path, rows: runs.Rows, args: Any
     ) -> None:
         self.seed, self.method, self.base, self.tasks, self.rows, self.args = seed, method, base, tasks, rows, args
         self.output = output / f"seed-{seed}"
         self.folders = [self.output / f"{method}-{task['name']}" for task in tasks]
         self.names = [f"task{i}" for i in range(len(tasks))]  # a task's name may be none of a module
         self.ranks = args.ranks or [args.r] * len(tasks)
-        self.score = Scorer(tasks, self.output / "tasks", args)
+        self.score = score
         self.opened: tuple[Any, Any] | None = None
         self.looked: tuple[Any, ...] | None = None  # what the statistics beside the adapters are of
 
@@ -428,25 +429,38 @@ def show(rows: list[dict[str, Any]], names: list[str], title: str) -> None:
     Console(width=max(120, 15 * (len(columns) + len(KEY)))).print(table)
 
 
+def clear(output: Path) -> None:
+    """Delete a run: all its adapters, of whatever method and seed, and what says how they were made the last."""
+    shutil.rmtree(output / "protected", ignore_errors=True)
+    for folder in list(output.glob("seed-*/*-*")):
+        if folder.name.split("-")[0] in NAMES:
+            shutil.rmtree(folder)
+    for path in (output / "merge.csv", output / "run.json"):
+        path.unlink(missing_ok=True)
+
+
 def main() -> None:
     args = parse()
     args.weights = args.weights or [1.0, 1 / len(args.tasks)]
     output = Path(args.output).resolve()
+    # What can be wrong with the arguments is found before anything is deleted.
+    tasks = {seed: [find_task(name, args.data, seed=seed) for name in args.tasks] for seed in args.seeds}
+    for method, r in product(args.methods, args.ranks or [args.r]):
+        adapter_config(method, **comparable(method, r))
     base = find_base(args.model, args.device)
+    if args.protect and args.protect != "self":
+        read(args.protect, AutoTokenizer.from_pretrained(base), TOKENS)
+    scorers = {seed: Scorer(tasks[seed], output / f"seed-{seed}" / "tasks", args) for seed in args.seeds}
     if not args.reuse:
-        for path in (output / "run.json", output / "merge.csv"):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(output / "protected", ignore_errors=True)
-        for seed, method, name in product(args.seeds, args.methods, args.tasks):
-            shutil.rmtree(output / f"seed-{seed}" / f"{method}-{name}", ignore_errors=True)
+        clear(output)
     free = "device output seeds methods ways weights rules merged_ranks prompts settings metrics score_on reuse"
-    runs.claim(output, args, *free.split(), base=base)
+    records = runs.digest([find_task(name, args.data) for name in args.tasks])  # the same for all seeds
+    content = {"base": base, "records": records, **runs.files(args, "perplexity", "protect")}
+    runs.claim(output, args, *free.split(), **content)
     of_tasks = [name + end for end in ENDS.values() for name in args.tasks]
     rows = runs.Rows(output / "merge.csv", KEY, SHOWN, ["learnt", "seconds", *of_tasks], args.reuse)
-    for seed in args.seeds:
-        tasks = [find_task(name, args.data, seed=seed) for name in args.tasks]
-        for method in args.methods:
-            Run(seed, method, base, tasks, output, rows, args)()
+    for seed, method in product(args.seeds, args.methods):
+        Run(seed, method, base, tasks[seed], scorers[seed], output, rows, args)()
     show(rows.rows, args.tasks, f"means over seeds, {args.steps} steps a task")
     print(f"Adapters, merged ones with their reports and interference.png, and merge.csv are in {output}")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import ArrowConfig, PeftModel, create_arrow_model
+from peft import ArrowConfig, PeftConfig, PeftModel, create_arrow_model
 from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
@@ -41,6 +41,7 @@ from peft_mora.opening import with_adapter
 
 WAYS = ("base", "told", "router", "top2", "always", "similar", "arrow", "merged")
 TITLE = "greedy accuracy of whole answers; routed: share sent to its task; unseen: none, its task not fitted"
+LEARNT = ("r", "steps", "batch_size", "lr", "seed", "bare")  # what an adapter is made with, beside base and records
 POOL = 160  # training prompts a task that --look draws from; what is not drawn is held out
 CHAT = """\
 Hi! How are you today? Can you write me a short poem about autumn?
@@ -66,11 +67,11 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tasks", type=runs.names, default="warehouse,helpdesk,mood,museum", help="folders in --data, or embedded")
-    add("--words", type=int, default=48, help="cut passages of --data to so many words (%(default)s)")
+    add("--words", type=int, default=48, help="cut passages of --data to so many words; 0: not at all (%(default)s)")
     add("--adapters", metavar="DIR", help="LoRAs, DIR/TASK or DIR/lora-TASK, learnt at --seed (none: trained now)")
     add("--ways", nargs="*", default=WAYS, choices=WAYS, help="(all; none where --bank alone is asked for)")
     add("--bank", metavar="DIR", help="a MORA adapter that has learnt the tasks, one after the other")
-    add("--others", nargs="*", default=[], metavar="NAME=DIR", help="further adapters, each one model for all")
+    add("--others", nargs="*", default=[], type=pair, metavar="NAME=DIR", help="further adapters, one model for all")
     add("--prompts", nargs="+", type=int, default=[64], help="training prompts a task to fit with (%(default)s)")
     add("--layers", nargs="+", type=int, help="hidden states to route by; with --look each alone (8/30 of the depth)")
     add("--false-alarms", type=float, default=0.05, help="known prompts that may go to the base (%(default)s)")
@@ -84,6 +85,14 @@ def parse() -> argparse.Namespace:
     if not (args.ways or args.bank or args.others or args.look):
         parser.error("--ways without a way: name some, or give --bank or --others")
     return args
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Of "NAME=DIR": (NAME, DIR); as the type of an argument."""
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=DIR")
+    return name, folder
 
 
 def read_texts(path: str | Path, words: int) -> list[str]:
@@ -296,17 +305,29 @@ def adapters(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, o
         name = task["name"]
         if args.adapters:
             places = [Path(args.adapters) / folder for folder in (name, f"lora-{name}")]
-            folder = next((place for place in places if (place / "adapter_config.json").exists()), None)
+            folder = next((place for place in places if is_adapter(place)), None)
             if folder is None:
                 raise SystemExit(
                     f"{args.adapters} has no adapter for {name!r}: neither {name} nor lora-{name} is there"
                 )
         else:
             folder = output / "adapters" / name
-            if not (folder / "adapter_config.json").exists():
-                train(base, adapter_config("lora", r=args.r, alpha=2 * args.r), task["train"], folder, args)
+            if is_adapter(folder) and not (folder / "run.json").exists():
+                raise SystemExit(
+                    f"{folder} does not say how it was trained: give {folder.parent} as --adapters to take it as it "
+                    "is, or another --output"
+                )
+            learnt = argparse.Namespace(**{key: getattr(args, key) for key in LEARNT})
+            runs.claim(folder, learnt, base=base, records=runs.digest(task["train"]))
         folders.append(folder.resolve())
+    for task, folder in zip(tasks, folders, strict=True):
+        if not is_adapter(folder):
+            train(base, adapter_config("lora", r=args.r, alpha=2 * args.r), task["train"], folder, args)
     return folders
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
 
 
 def main() -> None:
@@ -318,6 +339,13 @@ def main() -> None:
         record["passage"] = without_instruction(record["prompt"])
         if args.bare:
             record["prompt"] = f"{record['passage']}\nAnswer:"
+    most = max(args.prompts)
+    for task in tasks if args.look else ():
+        if most >= (pool := len(task["train"][:POOL])):
+            raise SystemExit(f"--look --prompts {most} leaves none of {task['name']}'s {pool} to look at: give fewer")
+    for folder in (args.bank, *(folder for _, folder in args.others)):
+        if folder:
+            PeftConfig.from_pretrained(folder)  # before minutes of other ways
     base = find_base(args.model, args.device)
     if args.look:
         look(tasks, base, args, output)
@@ -405,7 +433,7 @@ def main() -> None:
             merged, _ = scores.load(base, output / "merged", args.device)
             add(way, generate(merged, tokenizer, records, size), merged)
             del merged, plain
-    for name, folder in (other.split("=", 1) for other in args.others):
+    for name, folder in args.others:
         other, _ = scores.load(base, folder, args.device)
         add(name, generate(other, tokenizer, records, size), other)
     if args.bank:

@@ -29,7 +29,7 @@ from rich.table import Table
 from shared import report, runs, scores
 from shared.base_model import EMBEDDED, find_base
 from shared.embedded_tasks import TASKS
-from shared.lm_eval_tasks import read_passages, write_lm_eval_perplexity, write_lm_eval_tasks
+from shared.lm_eval_tasks import names_in_lm_eval, read_passages, write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
 
 from peft_mora.files import whole_file
@@ -55,9 +55,12 @@ def parse() -> argparse.Namespace:
         help="exit with 1 where general perplexity grew, or a score of --general fell, by more (with --report)",
     )  # fmt: skip
     parser.add_argument(
-        "--passage_words", type=int, default=48, metavar="N",
-        help="cut the passages of --data tasks to N words, as demo.py trains; 0: not at all, as sft.py (%(default)s)",
+        "--passage_words", type=int, default=0, metavar="N",
+        help="cut passages of --data tasks to N words, as demo.py trains (48); 0: not at all, as sft.py (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the run that an embedded task was learnt in: its records (%(default)s)"
+    )
     parser.add_argument("--apply_chat_template", action="store_true", help="ask as in a chat (trained on messages)")
     parser.add_argument("--batch_size", type=int, default=8, help="(%(default)s)")
     args = parser.parse_args()
@@ -85,7 +88,7 @@ def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list
     ours, known, general = [], [], set()
     for name in dict.fromkeys([*args.task, *args.general]):
         if name in TASKS or (args.data and (Path(args.data) / name).is_dir()):
-            ours.append(find_task(name, args.data, args.passage_words or None))
+            ours.append(find_task(name, args.data, args.passage_words, args.seed))
         else:
             known.append(name)
     general.update(name for name in known if name in args.general)
@@ -145,16 +148,16 @@ def main() -> None:
     names = written + known
     folders = [str(tasks), *([args.include_path] if args.include_path else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
-    if not all(manager.match_tasks([name]) for name in known):
+    if not all(names_in_lm_eval(name, manager) for name in known):
         manager = TaskManager(include_path=folders)  # thousands of files, which takes seconds
-    if unknown := [name for name in known if not manager.match_tasks([name])]:
+    meant = {name: names_in_lm_eval(name, manager) for name in known}
+    if unknown := [name for name in known if not meant[name]]:
         raise SystemExit(
             f"lm-eval knows no task {', '.join(unknown)}. Give one of its own (`lm_eval ls tasks`), a folder with its "
             f"YAML as --include_path, the folder of NAME/*.jsonl as --data, or one of {', '.join(TASKS)}"
         )
-    tags = {name: sorted(manager.task_index[name].tags) for name in known if name in manager.all_tags}
-    names = list(chain.from_iterable(tags.get(name, [name]) for name in names))
-    general = set(chain.from_iterable(tags.get(name, [name]) for name in general))
+    names = list(dict.fromkeys(chain.from_iterable(meant.get(name, [name]) for name in names)))
+    general = set(chain.from_iterable(meant.get(name, [name]) for name in general))
     base = args.model or EMBEDDED
     if args.adapter and not args.model:
         base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path

@@ -2,10 +2,12 @@
 
 python recipes/sft.py                      # MORA on the embedded helpdesk task, offline, on a CPU
 python recipes/sft.py --peft_method lori   # the same with another adapter
-python recipes/sft.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --load_in_4bit \\
-    --dtype bfloat16 --peft_method mora --lora_r 16 --lora_alpha 512 --lora_target_modules all-linear --top_k 8
+python recipes/sft.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara \\
+    --load_in_4bit --use_bnb_nested_quant --dtype bfloat16 \\
+    --peft_method mora --lora_r 16 --lora_alpha 512 --lora_target_modules all-linear --top_k 8
 
-All of TRL's flags keep their names and meaning (`trl sft --help`, also --config FILE.yaml and accelerate launch).
+TRL's flags keep their names and meaning (`trl sft --help`, also --config FILE.yaml and accelerate launch), but that an
+adapter is always trained: --use_peft needs not be given.
 --lora_r, --lora_alpha, --lora_dropout, --lora_target_modules and --lora_modules_to_save are those of every method.
 --dataset_name is a name on the Hub, a JSONL file, a folder with train.jsonl or one that save_to_disk wrote, or an
 embedded task; its records have prompt and answer (or completion), messages, or text. Without --model_name_or_path it
@@ -90,12 +92,15 @@ def main() -> None:
     parser = trl.TrlParser(types, description=__doc__, formatter_class=Help)
     lora = {f.name: f.default for f in fields(trl.ModelConfig) if f.name in ("lora_r", "lora_alpha", "lora_dropout")}
     parser.set_defaults_with_config(**dict.fromkeys(lora))  # None is "not given": a method's own default counts
-    flags = {argument.split("=")[0].replace("-", "_") for argument in sys.argv[1:]}
-    small = not flags & {"__model_name_or_path", "__config"}
+    parser.set_defaults_with_config(use_peft=True)
+    flags = {argument.split("=")[0].replace("-", "_") for argument in sys.argv[1:] if len(argument) > 2}
+    small = "__config" not in flags and not any("__model_name_or_path".startswith(flag) for flag in flags)
     if small:
         parser.set_defaults_with_config(**SMALL_RUN)
     method_args, script_args, args, model_args, mixture = parser.parse_args_and_config(fail_with_unknown_args=False)
     method = method_args.peft_method
+    if not model_args.use_peft:
+        parser.error("this trains an adapter, and --use_peft is false: all weights are trained by `trl sft`")
     if small:
         model_args.lora_r = model_args.lora_r or comparable(method, 8)["r"]
         model_args.lora_alpha = model_args.lora_alpha or comparable(method, 8)["alpha"]
@@ -119,7 +124,6 @@ def main() -> None:
 
     def get_peft_config(model_args: trl.ModelConfig) -> Any:
         if method == "lora":
-            model_args.use_peft = True
             for name, default in lora.items():
                 if getattr(model_args, name) is None:
                     setattr(model_args, name, default)
@@ -132,8 +136,10 @@ def main() -> None:
             modules_to_save=model_args.lora_modules_to_save, **common, **given,
         )  # fmt: skip
 
-    if model_args.model_name_or_path == EMBEDDED:
-        bits = 16 if model_args.load_in_4bit or model_args.load_in_8bit else 4  # 16: by the flags, on loading
+    quantised = model_args.load_in_4bit or model_args.load_in_8bit
+    embedded = model_args.model_name_or_path == EMBEDDED
+    if embedded:
+        bits = 16 if quantised else 4  # 16: by the flags, on loading
         model_args.model_name_or_path = find_base(bits=bits, device="cpu" if args.use_cpu else args.device.type)
 
     def get_dataset(_: trl.DatasetMixtureConfig) -> dict[str, Any]:
@@ -155,7 +161,11 @@ def main() -> None:
     if name and not mixture.datasets and not script_args.dataset_streaming:
         trl.get_dataset, mixture.datasets, script_args.dataset_name = get_dataset, [name], None
     sft.main(script_args, args, model_args, mixture)
-    print(f"Evaluate it: python recipes/score.py --adapter {args.output_dir} --task ...")
+    sixteen = "" if quantised or embedded else " --bits 16"
+    print(f"Evaluate it: python recipes/score.py --adapter {args.output_dir}{sixteen} --task ...")
+    nf4 = model_args.load_in_4bit and model_args.bnb_4bit_quant_type == "nf4" and model_args.use_bnb_nested_quant
+    if quantised and not nf4:
+        print("  over a base in NF4 with nested quantisation, which this run's was not: its scores are another base's")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 import trl
 from helpers import jsonl, load_recipe, write_task
@@ -111,6 +112,47 @@ def test_other_arguments_and_other_records_in_the_same_folder_are_refused(run, t
         run(tmp_path, *arguments, "--steps", 5)
     with pytest.raises(SystemExit, match=r"'adapter': \(\{\}, \{'alpha': 8\}\)"):
         run(tmp_path, *arguments, "--adapter", '{"alpha": 8}')
+
+
+def test_files_that_say_something_else_now_are_refused(run, tasks, tmp_path):
+    pages = jsonl(tmp_path / "pages.jsonl", {"text": "the cat sat on the mat"})
+    arguments = ("--ways", "sequential", "--scorer", "answers", "--protect", pages, "--perplexity", pages)
+    run(tmp_path / "run", *arguments, "--tasks", "colours", "--words", 0)
+    jsonl(pages, {"text": "a dog ran under the log"})
+    with pytest.raises(SystemExit, match=r"\(there, here\): \{'perplexity content': .* 'protect content': "):
+        run(tmp_path / "run", *arguments, "--tasks", "colours", "--words", 0)
+
+
+def test_general_takes_tags_groups_and_patterns_as_lm_eval_does(run, continual, tasks, tmp_path, monkeypatch):
+    """A tag and a group of two tasks, one of them scored by another metric than acc; and what has no score."""
+    found = [{**continual.find_task(name, tasks), "name": f"known-{name}"} for name in ("colours", "winds")]
+    names = [f"{name}_greedy" for name in continual.write_lm_eval_tasks(found, tmp_path / "known")]
+    for name, more in (
+        (names[0], {}),
+        (names[1], {}),
+        ("peft_mora_known_winds", {"metric_list": [{"metric": "mcc"}]}),
+    ):
+        file = tmp_path / "known" / f"{name}.yaml"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "tag": "both", **more}))
+    mean = {"aggregate_metric_list": [{"metric": "exact_match", "filter_list": "label"}]}
+    for name, more in (("together", mean), ("apart", {})):
+        (tmp_path / "known" / f"{name}.yaml").write_text(json.dumps({"group": name, "task": names, **more}))
+    manager = lm_eval.tasks.TaskManager
+
+    def known(include_path=tmp_path / "known", include_defaults=False):  # not thousands of files
+        return manager(include_path=str(include_path), include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", known)
+    arguments = ("--tasks", "colours", "--ways", "sequential", "--scorer", "answers", "--general")
+    run(tmp_path / "run", *arguments, f"both,peft_mora_known_*s_greedy,together,{names[0]}")
+    whole = matrix(tmp_path / "run" / "sequential-0")
+    assert whole[0] == ["", "colours label", names[0], "peft_mora_known_winds", names[1], "together"]
+    colours, mcc, winds, together = map(float, whole[-1][2:])
+    assert together == pytest.approx((colours + winds) / 2) and -1 <= mcc <= 1  # and no number of samples
+    for wrong, said in (("tagether", "knows no task tagether"), ("apart", "apart is a group with no score")):
+        with pytest.raises(SystemExit, match=said):
+            run(tmp_path / "other", *arguments, wrong)
+        assert not (tmp_path / "other").exists()
 
 
 def test_every_way_has_a_row_in_the_table_and_nothing_runs_twice(run, tmp_path, monkeypatch):

@@ -285,6 +285,8 @@ def test_datasets_without_types_by_record_are_refused(tmp_path, monkeypatch):
         ("questions.jsonl", "train", "questions.jsonl:1: the columns are question, label; write prompt and answer"),
         ("good.jsonl", "test", "is one file, without a 'test' part: give a folder with train.jsonl and test.jsonl"),
         ("empty", "train", "has no records"),
+        ("empty.jsonl", "train", "empty.jsonl has no records"),
+        ("folder", "test", "'folder' gives no 'test' records (Unknown split"),
         ("no/such-set", "train", "'no/such-set' is not a file or a folder here, and `datasets` could not get it"),
     ],
 )
@@ -292,6 +294,8 @@ def test_a_source_that_cannot_be_read_is_refused_with_what_to_give(source, split
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "questions.jsonl", {"question": "q", "label": 1})
     jsonl(tmp_path / "good.jsonl", GOOD)
+    jsonl(tmp_path / "folder" / "train.jsonl", GOOD)
+    jsonl(tmp_path / "empty.jsonl")
     Dataset.from_dict({"text": []}).save_to_disk("empty")
     with pytest.raises(ValueError) as caught:
         read_dataset(source, split)
@@ -344,6 +348,9 @@ def test_a_task_with_a_bad_record_is_refused_with_file_and_line(tmp_path):
     jsonl(tmp_path / "colours" / "train.jsonl", GOOD)
     jsonl(tmp_path / "colours" / "test.jsonl", GOOD, {"prompt": "p"})
     with pytest.raises(ValueError, match="test.jsonl:2: 'answer' is missing or empty"):
+        read_task(tmp_path, "colours")
+    jsonl(tmp_path / "colours" / "test.jsonl")
+    with pytest.raises(ValueError, match="test.jsonl has no records"):
         read_task(tmp_path, "colours")
     (tmp_path / "colours" / "labels.json").write_text("[0, 1]")
     with pytest.raises(ValueError, match=r"labels.json is \[0, 1\]; write a list of the answers, as strings"):

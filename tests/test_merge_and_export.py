@@ -427,6 +427,61 @@ def test_the_merge_recipe_refuses_what_would_have_no_effect(arguments, message, 
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def merge_run(llama_folder, tasks, tmp_path, run_recipe):
+    """merge.py with its common arguments, in tmp_path / "out"."""
+
+    def run(*arguments) -> str:
+        common = ["--model", llama_folder, "--data", tasks, "--output", tmp_path / "out", "--device", "cpu"]
+        common += "--tasks sky,way --steps 1 --ways --rules mean --metrics greedy --methods lora".split()
+        return run_recipe("merge", *common, *arguments)
+
+    return run
+
+
+def test_a_new_merge_run_leaves_no_adapter_of_the_old_one(merge_run, tmp_path):
+    """Else --reuse would take it as trained with the new arguments."""
+    out = tmp_path / "out"
+    merge_run("--methods", "lora", "furina")
+    (out / "seed-0" / "notes-of-mine").mkdir()
+    merge_run("--seeds", 7, "--tasks", "sky", "--steps", 2)
+    left = {path.parent.relative_to(out).as_posix() for path in out.glob("seed-*/*/adapter_config.json")}
+    assert left == {"seed-7/lora-sky", "seed-7/lora-merged-mean-sum"}
+    assert (out / "seed-0" / "notes-of-mine").exists()
+
+
+def test_a_merge_run_with_wrong_arguments_deletes_nothing(merge_run, tasks, tmp_path, monkeypatch):
+    merge_run("--tasks", "sky")
+    paths = [path for path in (tmp_path / "out").glob("**/*") if "tasks" not in path.parts[-2:]]
+    assert len(paths) > 5
+    none = jsonl(tmp_path / "none.jsonl", {"title": "a cat"})
+    monkeypatch.setattr("peft_mora.opening.with_adapter", None)
+    for wrong in (
+        ["--tasks", "sky,wya"],
+        ["--methods", "smora", "--tasks", "sky", "--r", -1],
+        ["--protect", none],
+        ["--protect", tmp_path / "no.jsonl"],
+        ["--perplexity", tmp_path / "no.jsonl"],
+        ["--score-on", "train"],
+        ["--model", tmp_path / "no"],
+    ):
+        with pytest.raises((SystemExit, ValueError, FileNotFoundError)):
+            merge_run(*wrong)
+        assert all(path.exists() for path in paths), wrong
+
+
+def test_merge_refuses_files_that_say_something_else_now(merge_run, tasks, tmp_path):
+    pages = jsonl(tmp_path / "pages.jsonl", {"text": "the cat sat on the red mat"})
+    arguments = ["--tasks", "sky", "--reuse", "--perplexity", pages, "--protect", pages]
+    merge_run(*arguments)
+    jsonl(pages, {"text": "a dog ran under the log"})
+    with pytest.raises(SystemExit, match=r"\(there, here\): \{'perplexity content': .* 'protect content': "):
+        merge_run(*arguments)
+    jsonl(tasks / "sky" / "test.jsonl", {"prompt": "the cat", "answer": "red"}, {"prompt": "the", "answer": "blue"})
+    with pytest.raises(SystemExit, match=r"\(there, here\): \{'records': "):
+        merge_run(*arguments)
+
+
 @pytest.mark.parametrize(("extra", "seeds"), [([], [5, 6, 7]), (["--same-a"], [5, 5, 5])])
 def test_each_task_s_adapter_is_drawn_from_a_seed_of_its_own(extra, seeds, tmp_path, monkeypatch):
     recipe, drawn = load_recipe("merge"), []
@@ -439,7 +494,7 @@ def test_each_task_s_adapter_is_drawn_from_a_seed_of_its_own(extra, seeds, tmp_p
     monkeypatch.setattr(sys, "argv", ["merge.py", "--seed", "5", "--ranks", "8,4,16", *extra])
     args = recipe.parse()
     found = [find_task(name) for name in args.tasks]
-    recipe.Run(args.seeds[0], "lora", "base", found, tmp_path, None, args).train()
+    recipe.Run(args.seeds[0], "lora", "base", found, None, tmp_path, None, args).train()
     assert drawn == [(seed, seed, r) for seed, r in zip(seeds, (8, 4, 16), strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -126,6 +127,7 @@ def test_sft_without_a_model_runs_on_the_embedded_one(
         (["--peft_method", "lora", "--sparsity", "0.5"], "--sparsity is no field of lora"),
         (["--peft_method", "mora", "--use_dora"], "--use_dora is LoRA's own"),
         (["--peft_method", "mole"], "invalid choice: 'mole'"),
+        (["--use_peft", "false"], "this trains an adapter, and --use_peft is false"),
     ],
 )
 def test_sft_refuses_a_flag_that_would_have_no_effect(
@@ -135,6 +137,28 @@ def test_sft_refuses_a_flag_that_would_have_no_effect(
         run_recipe(sft, *flags(llama_folder, task / "colours", tmp_path / "out"), *extra)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "how"),
+    [
+        (["--load_in_4bit", "--use_bnb_nested_quant"], " --task ...\n"),
+        (["--load_in_4bit"], " --task ...\n  over a base in NF4 with nested quantisation, which this run's was not"),
+        ([], " --bits 16 --task ...\n"),
+    ],
+)
+def test_sft_s_last_line_scores_over_the_base_of_the_run(
+    base, how, sft, run_recipe, llama_folder, task, tmp_path, monkeypatch
+):
+    """A flag's beginning is the flag, to argparse."""
+    seen = []
+    monkeypatch.setattr(sft.sft, "main", lambda *arguments: seen.append(arguments))
+    arguments = flags(llama_folder, task / "colours", tmp_path / "out")
+    rest = [a for a in arguments[2:] if a not in ("--load_in_4bit", "--use_bnb_nested_quant")]
+    told = run_recipe(sft, "--model_name", llama_folder, *rest, *base)
+    assert f"score.py --adapter {tmp_path / 'out'}{how}" in told
+    ((_, _, model_args, _),) = seen
+    assert (model_args.model_name_or_path, model_args.lora_alpha) == (llama_folder, None)  # not the small run's
 
 
 def test_sft_refuses_records_whose_answer_truncation_would_cut_off(sft, run_recipe, llama_folder, task, tmp_path):
@@ -189,7 +213,8 @@ def test_score_scores_tasks_and_perplexity_through_lm_eval(score, run_recipe, ad
     passages = jsonl(tmp_path / "short.jsonl", *({"page": page} for page in pages))
     own = tmp_path / "own"
     write_lm_eval_tasks([{**read_task(task, "colours"), "name": "mine"}], own)
-    arguments = ["--adapter", adapter, "--task", "colours", "peft_mora_mine", "--data", task, "--include_path", own]
+    arguments = ["--adapter", adapter, "--data", task, "--include_path", own]
+    arguments += ["--task", "colours", "peft_mora_mine", "peft_mora_min?"]
     told = run_recipe(score, *arguments, "--perplexity", passages, "--report", "--device", "cpu", "--output", tmp_path)
     record = json.loads((tmp_path / "results.json").read_text())
     ours, base = record["adapter"]["results"], record["base"]["results"]
@@ -277,6 +302,24 @@ def test_a_list_of_tasks_may_mix_folders_and_embedded_ones(task):
         find_task("colors", task)
 
 
+def test_a_question_behind_a_long_passage_is_asked_unless_passages_are_to_be_cut(score, tmp_path, monkeypatch):
+    """Also of the records that an embedded task of another seed has: its test prompts are learnt there."""
+    long = {"prompt": "the cat sat. " * 40 + "Is that good? Answer:", "answer": "yes"}
+    for split in ("train", "test"):
+        jsonl(tmp_path / "data/long" / f"{split}.jsonl", long)
+    arguments = ["score.py", "--data", str(tmp_path / "data"), "--task", "long", "museum"]
+    for more, prompt, seed in ([[], long["prompt"], 0], [["--passage_words", "4", "--seed", "3"], None, 3]):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        score.write_tasks(score.parse(), tmp_path / f"tasks-{seed}")
+        asked, known = (
+            Dataset.from_parquet(str(tmp_path / f"tasks-{seed}/peft_mora_{name}_test.parquet"))["prompt"]
+            for name in ("long", "museum")
+        )
+        assert asked[0] == (prompt or "the cat sat. the Answer:")
+        assert list(known) == [record["prompt"] for record in make_task("museum", seed=seed)["test"]]
+    assert find_task("long", tmp_path / "data", 0)["test"][0]["prompt"] == long["prompt"]
+
+
 def test_a_task_is_cut_into_parts_by_its_labels():
     whole, parts = find_task("museum"), [find_task(f"museum-{k}of3") for k in (1, 2, 3)]
     assert [part["labels"] for part in parts] == [["Gold", "Bronze"], ["Silver"], ["Iron"]]
@@ -299,6 +342,8 @@ def test_demo_protects_general_text_where_the_method_allows_it_and_says_what_was
     memory = json.loads((tmp_path / "mora-colours" / "subspace" / "subspace.json").read_text())
     assert [known["name"] for known in memory["tasks"]] == ["general text", "initial"]
     assert not (tmp_path / "lori-colours" / "subspace").exists()
+    run_recipe("demo", *few, "--protect", "none", "--device", "cpu", "--output", tmp_path)
+    assert not [path for name in ("subspace", "protected") if (path := tmp_path / "mora-colours" / name).exists()]
 
 
 def test_merge_takes_no_adapter_of_another_base(run_recipe, llama_folder, task, tmp_path):
@@ -327,7 +372,8 @@ def test_merged_inputs_are_an_adapter_s_own_at_the_strength_at_which_it_is_merge
 
 
 def test_methods_are_compared_at_equal_parameters_and_a_stopped_run_goes_on(run_recipe, llama_folder, task, tmp_path):
-    common = ["--model", llama_folder, "--device", "cpu", "--data", task, "--tasks", "colours", "--steps", 2]
+    data = shutil.copytree(task, tmp_path / "data")
+    common = ["--model", llama_folder, "--device", "cpu", "--data", data, "--tasks", "colours", "--steps", 2]
     common += ["--output", tmp_path, "--limit", 6, "--batch-size", 2]
     told = run_recipe("measure/methods", *common, "--methods", "lora", "--rates", 1e-3)
     assert "lora: {'r': 8, 'alpha': 16}" in told and told.count("->") == 1
@@ -345,6 +391,12 @@ def test_methods_are_compared_at_equal_parameters_and_a_stopped_run_goes_on(run_
     assert table[0].endswith("| greedy, label at 0.001 | greedy, label at 0.01 |") and len(table) == 4
     best = max(("0.001", "0.01"), key=lambda rate: float(rows["lora", rate]["greedy"]))
     assert f"{float(rows['lora', best]['greedy']):.2f}" in table[2] and table[2].startswith("| colours | lora | 8 |")
+    write_task(data / "sizes", ("big", "small"))
+    told = run_recipe("measure/methods", *common, "--tasks", "sizes", "--methods", "lora", "--rates", 1e-3)
+    assert told.count("->") == 1  # a task joins
+    write_task(data / "colours", ("blue", "red"))
+    with pytest.raises(SystemExit, match=r"\(there, here\): \{'records of colours': "):
+        run_recipe("measure/methods", *common)
 
 
 def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_folder, tmp_path):
@@ -379,6 +431,56 @@ def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_fol
     row, second = csv_rows(tmp_path / "look.csv")
     assert (row["layer"], second["layer"]) == ("1", "2")
     assert float(row["right"]) == 1 and float(row["false alarms"]) < 1
+
+
+def test_a_picture_of_other_runs_leaves_the_one_in_the_docs(run_recipe, tmp_path):
+    forgetting = load_recipe("measure/forgetting")
+    docs = forgetting.DOCS / "images" / "forgetting.svg"
+    before = docs.stat()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "matrix.csv").write_text(",a greedy\nzero-shot,0\nafter a,1\n")
+    told = run_recipe(forgetting, tmp_path / "one" / "matrix.csv", tmp_path / "two" / "matrix.csv")
+    assert told.strip() == str(tmp_path / "one" / "forgetting.svg") and Path(told.strip()).exists()
+    assert forgetting.parse().titles == ["one", "two"]
+    assert docs.stat() == before
+
+
+def test_route_reuses_adapters_that_were_trained_as_asked_alone(run_recipe, llama_folder, task, tmp_path, monkeypatch):
+    recipe = load_recipe("route")
+    common = ["--device", "cpu", "--data", task, "--tasks", "colours", "--steps", 1, "--r", 2]
+    common += ["--output", tmp_path / "out", "--ways", "told", "--limit", 1]
+    run_recipe(recipe, *common, "--model", llama_folder)
+    trained = tmp_path / "out" / "adapters" / "colours"
+    other = shutil.copytree(llama_folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_scaling": None, "initializer_range": 0.5}))
+    monkeypatch.setattr(recipe, "train", None)  # what is there is not trained again
+    run_recipe(recipe, *common, "--model", llama_folder, "--limit", 2)
+    for wrong, said in (
+        (["--r", 4, "--steps", 3], r"'r': \(2, 4\), 'steps': \(1, 3\)"),
+        (["--bare"], r"'bare': \(False, True\), 'records': "),
+        (["--model", other], r"'base': "),
+    ):
+        with pytest.raises(SystemExit, match=rf"{trained} is a run with other arguments \(there, here\): \{{{said}"):
+            run_recipe(recipe, *common, "--model", llama_folder, *wrong)
+    (trained / "run.json").unlink()
+    with pytest.raises(SystemExit, match="colours does not say how it was trained: give .* as --adapters"):
+        run_recipe(recipe, *common, "--model", llama_folder)
+
+
+def test_route_refuses_at_once_what_would_fail_after_minutes(run_recipe, llama_folder, task, tmp_path, capsys):
+    common = ["--model", llama_folder, "--device", "cpu", "--data", task, "--tasks", "colours"]
+    common += ["--output", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        run_recipe("route", *common, "--others", "foo")
+    assert "argument --others: 'foo' is no NAME=DIR" in capsys.readouterr().err
+    for more in (["--others", f"foo={tmp_path / 'no'}"], ["--bank", tmp_path / "no"]):
+        with pytest.raises((ValueError, OSError), match="no"):
+            run_recipe("route", *common, *more)
+    with pytest.raises(SystemExit, match="--look --prompts 12 leaves none of colours's 12 to look at: give fewer"):
+        run_recipe("route", *common, "--look", "--prompts", 4, 12)
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_route_knows_a_prompt_without_its_instruction():
@@ -476,3 +578,6 @@ def test_callbacks_are_compared_with_the_same_training_without_them(run_recipe, 
     assert "| colours | sizes | colours, sum | sizes, sum | colours, mean | sizes, mean |" in tables[1]
     for make in recipe.APART.values():
         make(60, 8, [tmp_path])  # with arguments that the callback takes
+    write_task(tmp_path / "sizes", ("small", "big"))
+    with pytest.raises(SystemExit, match=r"\(there, here\): \{'records': "):
+        run_recipe(recipe, *common)

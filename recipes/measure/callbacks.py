@@ -94,8 +94,8 @@ class Bench:
         self.args, self.output = args, Path(args.output).resolve()
         self.base = find_base(args.model, args.device)
         free = ("device", "output", "scenes", "ways", "rates", "prompt_rates", "seeds")
-        runs.claim(self.output, args, *free, base=Path(self.base).name)
         self.tasks = [find_task(name, args.data) for name in args.tasks]
+        runs.claim(self.output, args, *free, base=Path(self.base).name, records=runs.digest(self.tasks))
         self.rows = runs.Rows(self.output / "callbacks.csv", KEY, SHOWN)
 
     @cached_property

@@ -3,8 +3,8 @@
 python recipes/measure/forgetting.py                # the picture in the docs, of the two runs in docs/data
 python recipes/measure/forgetting.py out/continual/sequential-0/matrix.csv --titles LoRA
 
-A matrix.csv is what continual.py writes. Tasks that are still to come are left out; perplexity is shown over
-that of the first row, the model before it has learnt anything.
+A matrix.csv is what continual.py writes; the picture goes beside the first. Tasks that are still to come are left
+out; perplexity is shown over that of the first row, the model before it has learnt anything.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "matrices", nargs="*", type=Path, default=MATRICES, help="matrix.csv of runs (those in docs/data)"
     )
-    parser.add_argument("--titles", nargs="+", default=TITLES, help="one a matrix")
+    parser.add_argument("--titles", nargs="+", help="one a matrix (names of their folders)")
     parser.add_argument("--metric", default="greedy", help="of the columns, `greedy` or `label` (%(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=DOCS / "images" / "forgetting.svg", help="svg or png (%(default)s)"
-    )
+    parser.add_argument("--output", type=Path, help="svg or png (forgetting.svg beside the first matrix)")
     args = parser.parse_args()
+    docs = args.matrices == MATRICES
+    args.titles = args.titles or (TITLES if docs else [path.resolve().parent.name for path in args.matrices])
+    args.output = args.output or (DOCS / "images" if docs else args.matrices[0].parent) / "forgetting.svg"
     if len(args.titles) != len(args.matrices):
         parser.error(f"{len(args.titles)} --titles for {len(args.matrices)} matrices")
     return args

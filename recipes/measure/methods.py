@@ -84,7 +84,8 @@ def main() -> None:
     output = Path(args.output).resolve()
     base = find_base(args.model, args.device)
     tasks = {name: find_task(name, args.data) for name in args.tasks}
-    runs.claim(output, args, "device", "output", "methods", "tasks", "rates", "seeds", base=Path(base).name)
+    content = {"base": Path(base).name, **{f"records of {name}": runs.digest(task) for name, task in tasks.items()}}
+    runs.claim(output, args, "device", "output", "methods", "tasks", "rates", "seeds", **content)
     shapes = linear_shapes(load_base(base, args.device)[0])
     ranks = {method: equal_rank(method, args.r, shapes) for method in args.methods}
     for method, (r, parameters) in ranks.items():

@@ -127,6 +127,10 @@ def _open(source: str | Path, split: str, config: str | None) -> tuple[Iterator[
     else:
         try:
             dataset = load_dataset(str(source), config, split=split)
+        except ValueError as error:  # no such split, no such config
+            raise ValueError(
+                f"{source!r} gives no {split!r} records ({error}). A folder of yours has {split}.jsonl in it."
+            ) from error
         except OSError as error:  # not found, no network
             raise ValueError(
                 f"{source!r} is not a file or a folder here, and `datasets` could not get it from the Hub ({error}). "
@@ -153,7 +157,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         number = data.count(b"\n", 0, error.start) + 1
         kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 (byte {data[error.start]:#x})"
         raise ValueError(f"{path}:{number}: the text is {kind}; save the file as UTF-8") from error
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text.strip() else [], 1):
         if not line.strip():
             raise ValueError(f"{path}:{number}: empty record; delete the line")
         try:

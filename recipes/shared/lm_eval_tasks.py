@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,16 @@ def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
     }
     _write_config(config, folder)
     return name
+
+
+def names_in_lm_eval(name: str, manager: Any) -> list[str]:
+    """The tasks and groups that a name, a tag or a pattern (`arc_*`) stands for; [] where lm-eval knows none.
+
+    A tag has no score, and its tasks have; a group may have one.
+    """
+    found = [name] if name in manager.task_index else manager.match_tasks([name])
+    tags = {tag: sorted(manager.task_index[tag].tags) for tag in found if tag in manager.all_tags}
+    return list(dict.fromkeys(chain.from_iterable(tags.get(one, [one]) for one in found)))
 
 
 def read_passages(file: str | Path) -> list[str]:

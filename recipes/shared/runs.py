@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "batch_size": {"type": int, "help": "samples a step (%(default)s)"},
     "lr": {"type": float, "help": "peak learning rate (%(default)s)"},
     "limit": {"type": int, "help": "test samples to score (all)"},
-    "seed": {"type": int, "help": "of the adapter and the order (%(default)s)"},
+    "seed": {"type": int, "help": "of the adapter, the order, an embedded task's records (%(default)s)"},
     "output": {"metavar": "DIR", "help": "where it all goes (%(default)s)"},
 }
 
@@ -52,16 +53,31 @@ def names(text: str) -> list[str]:
 
 def claim(output: Path, args: argparse.Namespace, *free: str, **content: str) -> None:
     """Make the folder of a run that goes on where it was stopped, or refuse one that was begun with other arguments:
-    what it holds would be taken for what these give. Those in `free` may differ; `content` says what is behind a name.
+    what it holds would be taken for what these give. Those in `free` may differ; `content` says what is behind a name
+    (`digest`, `files`), and a name that the run did not have joins it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    given = {key: value for key, value in vars(args).items() if key not in free} | content
+    given = {key: value for key, value in vars(args).items() if key not in free}
+    there = given
     if (output / "run.json").exists():
         there = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        differs = {key: (there.get(key), value) for key, value in given.items() if there.get(key) != value}
-        if differs:
-            raise SystemExit(f"{output} is a run with other arguments (there, here): {differs}; give another --output")
-    write_json(output / "run.json", given)
+    differs = {key: (there.get(key), value) for key, value in given.items() if there.get(key) != value}
+    differs |= {key: (there[key], value) for key, value in content.items() if there.get(key, value) != value}
+    if differs:
+        raise SystemExit(f"{output} is a run with other arguments (there, here): {differs}; give another --output")
+    write_json(output / "run.json", there | given | content)
+
+
+def digest(what: Any) -> str:
+    """12 hex digits of records, or of what is in a file (a Path)."""
+    data = what.read_bytes() if isinstance(what, Path) else json.dumps(what).encode()
+    return sha256(data).hexdigest()[:12]
+
+
+def files(args: argparse.Namespace, *names: str) -> dict[str, str]:
+    """What is in the files that arguments name, as `content` of `claim`."""
+    paths = {name: Path(getattr(args, name) or "") for name in names}
+    return {f"{name} content": digest(path) for name, path in paths.items() if path.is_file()}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.utils import collect_env
 from transformers.utils import has_file
 
 from peft_mora.inputs import contiguous_head, positions
@@ -16,6 +19,8 @@ from .base_model import load_base
 
 
 METRICS = ("greedy", "label")  # of a task
+
+ENVIRONMENT = functools.cache(collect_env.get_pretty_env_info)  # lm-eval asks at each call, and pip takes a second
 
 
 def load(base: str, adapter: str | Path | None, device: str, name: str = "default") -> tuple[Any, Any]:
@@ -53,7 +58,7 @@ def lm_eval(model: Any, tokenizer: Any, names: list[str], manager: Any, batch_si
 
     # Else log-likelihoods are summed in the logits' own bfloat16, which has two or three digits.
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-    with contiguous_head(model):
+    with contiguous_head(model), mock.patch.object(collect_env, "get_pretty_env_info", ENVIRONMENT):
         return simple_evaluate(lm, tasks=names, task_manager=manager, **{"log_samples": False, **options})
 
 

@@ -26,10 +26,14 @@ def cut_passage(prompt: str, max_words: int) -> str:
     return body[: start + length].rstrip() + ("\n" if head else " ") + answer
 
 
-def find_task(name: str, data_dir: str | Path | None = None, max_passage_words: int | None = 48, seed: int = 0) -> Any:
+def find_task(name: str, data_dir: str | Path | None = None, max_passage_words: int = 48, seed: int = 0) -> Any:
     """The task of `read_task` where DATA_DIR/NAME is a folder, else the embedded one; a list of names may mix them.
 
     NAME-KofN is the part of task NAME with every N-th of its labels, from the K-th on: one data set is N tasks.
+
+    Args:
+        max_passage_words: as `read_task`.
+        seed: draws an embedded task's records: a test prompt of one seed may be learnt with another.
 
     Raises:
         ValueError: there is neither, or no such part; else as `read_task`.
@@ -59,8 +63,10 @@ def _part(task: dict[str, Any], name: str, k: int, n: int) -> dict[str, Any]:
     return {"name": name, "labels": labels, **records}
 
 
-def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 48) -> dict[str, Any]:
+def read_task(data_dir: str | Path, name: str, max_passage_words: int = 48) -> dict[str, Any]:
     """Read DATA_DIR/NAME/{train,test}.jsonl (fields prompt, answer) and labels.json into make_task's layout.
+
+    Passages are cut to so many words (`cut_passage`); 0: not at all.
 
     Raises:
         FileNotFoundError: a split is missing. ValueError: a record is empty or wrong, with its file and line number.
@@ -84,8 +90,10 @@ def read_task(data_dir: str | Path, name: str, max_passage_words: int | None = 4
             prompt, answer = record["prompt"], record["answer"].strip()
             if labels is not None and answer not in labels:
                 raise ValueError(f"{path}:{number}: answer {answer!r} is not in {labels_file}: {labels}")
-            prompt = prompt if max_passage_words is None else cut_passage(prompt, max_passage_words)
+            prompt = cut_passage(prompt, max_passage_words) if max_passage_words else prompt
             task[split].append({"prompt": prompt, "answer": answer})
+        if not task[split]:
+            raise ValueError(f"{path} has no records: write one JSON object a line, with prompt and answer")
     task["labels"] = labels if labels is not None else sorted({r["answer"] for r in task["train"] + task["test"]})
     return task
 
