@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import TRACKIO
 from helpers import METHODS, quantized, sft
+from shared_fixtures import TRACKIO
 
 from trl_callbacks import ActivationBudgetCallback, LoriCalibrationCallback, OrthogonalProjectionCallback
 
