@@ -222,10 +222,8 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
             return base
 
         def write(model: Any, loras: Any, said: str) -> None:
-            if args.base_to:
-                config = save_with_base(model, loras, args.output, args.base_to, args.folder)
-            else:
-                config = save_lora(model, loras, args.output)
+            to = (model, loras, args.output)
+            config = save_with_base(*to, args.base_to, args.folder) if args.base_to else save_lora(*to)
             print(f"{said}LoRA of rank {config.r} in {args.output}; vLLM: {vllm_options(config.r, not found.routed)}")
             if args.base_to:
                 print(f"its base in 16 bits in {args.base_to}")
@@ -513,15 +511,16 @@ def _pairs(given: list[str], flag: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-FLAGS = ("model", "prompts", "tokenizer", "rule", "rank", "weights", "before", "after", "seed", "output", "distill")
+# Arguments of `merge_adapters` that are flags here, or cannot be written in JSON.
+NO_OPTIONS = "folders model prompts tokenizer rule rank weights before after seed output".split()
 
 
 def _options(text: str) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text} is no object: write the rule's options as '{{\"density\": 0.1}}'")
-    if own := [name for name in FLAGS if name in found]:
-        raise argparse.ArgumentTypeError(f"{own[0]!r} is an argument of its own: see --help")
+    if own := [name for name in NO_OPTIONS if name in found]:
+        raise argparse.ArgumentTypeError(f"{own[0]!r} is no option of a rule; --help has what is a flag")
     return found
 
 

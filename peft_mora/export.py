@@ -238,7 +238,8 @@ def save_with_base(
         model: the PeftModel, of which the base is taken off and dequantised. adapter: its folder, for its tokenizer.
 
     Raises:
-        ValueError: the folders are one, or the base is not quantised. FileExistsError: one of them exists.
+        ValueError: the LoRA would be in the base's folder, or the base is not quantised.
+        FileExistsError: one of the folders exists.
     """
     check_apart(folder, base_folder)
     base = Path(base_folder).resolve()
@@ -252,13 +253,13 @@ def save_with_base(
 
 
 def check_apart(folder: str | Path, base_folder: str | Path) -> None:
-    """Refuse one folder for a LoRA and its base.
+    """Refuse a LoRA's folder that is its base's, or is in it: a folder is written as a whole.
 
     Raises:
-        ValueError: they are the same.
+        ValueError: it is.
     """
-    if Path(folder).resolve() == Path(base_folder).resolve():
-        raise ValueError(f"The LoRA and its base would both be {folder}: give a folder for each.")
+    if Path(folder).resolve().is_relative_to(Path(base_folder).resolve()):
+        raise ValueError(f"The LoRA, {folder}, would be in its base's folder, {base_folder}: give a folder for each.")
 
 
 def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, AdapterLinear]:

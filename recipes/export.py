@@ -45,13 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("adapter", type=Path, help="folder of a saved MORA, LORI or FLYLORA adapter")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the LoRA; must not exist yet")
     parser.add_argument("--task", default="helpdesk", help="whose texts: embedded, or in --data (%(default)s)")
-    parser.add_argument(
-        "--passage_words", type=int, default=0, metavar="N",
-        help="cut the passages of a --data task to N words, as demo.py trains (48); 0: not at all (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the run that an embedded task was learnt in: its records (%(default)s)"
-    )
+    runs.add_records(parser)
     parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
     parser.add_argument(
@@ -130,10 +124,8 @@ def main() -> None:
 
 
 def write(model: Any, loras: dict[str, Lora], args: argparse.Namespace, exact: bool) -> None:
-    if args.base_to:
-        config = save_with_base(model, loras, args.output, args.base_to, args.adapter)
-    else:
-        config = save_lora(model, loras, args.output)
+    to = (model, loras, args.output)
+    config = save_with_base(*to, args.base_to, args.adapter) if args.base_to else save_lora(*to)
     print(f"LoRA of rank {config.r} in {args.output}; vLLM: {vllm_options(config.r, exact)}")
     if args.base_to:
         print(f"its base in 16 bits in {args.base_to}; llama.cpp: convert_lora_to_gguf.py --base {args.base_to}")

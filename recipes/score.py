@@ -54,13 +54,7 @@ def parse() -> argparse.Namespace:
         "--max-drift", type=float, metavar="SHARE",
         help="exit with 1 where general perplexity grew, or a score of --general fell, by more (with --report)",
     )  # fmt: skip
-    parser.add_argument(
-        "--passage_words", type=int, default=0, metavar="N",
-        help="cut passages of --data tasks to N words, as demo.py trains (48); 0: not at all, as sft.py (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the run that an embedded task was learnt in: its records (%(default)s)"
-    )
+    runs.add_records(parser)
     parser.add_argument("--apply_chat_template", action="store_true", help="ask as in a chat (trained on messages)")
     parser.add_argument("--batch_size", type=int, default=8, help="(%(default)s)")
     args = parser.parse_args()

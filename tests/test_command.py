@@ -175,6 +175,8 @@ def test_export_writes_the_base_in_4_bits_as_a_server_is_to_load_it(llama_folder
     assert "base16 exists" in command("export", "one", "--output", "other", "--base-to", "base16")
     how = ("export", "one", "--output", "other", "--load-in-4bit", "--device", "cpu", "--base-to")
     assert "give a folder for each" in command(*how, "other/../other")
+    inside = ("export", "one", "--output", "whole/lora", "--load-in-4bit", "--device", "cpu", "--base-to", "whole")
+    assert "give a folder for each" in command(*inside) and not (here / "whole").exists()
     monkeypatch.setattr("peft_mora.export.save_plain", Mock(side_effect=OSError("the disk is full")))
     assert "the disk is full" in command(*how, "base") and not (here / "other").exists()
 
@@ -298,8 +300,10 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
         line = command(*arguments)
         assert "\n" not in line and re.search(f"^peft-mora {arguments[0]}: .*{said}", line), line
     assert command("merge", "lora") == "2"  # argparse has said why
-    for options in ("[1]", '{"seed": 3}', "{", '{"output": "x"}'):
+    for options in ("[1]", '{"seed": 3}', "{", '{"output": "x"}', '{"tokenizer": "x"}'):
         assert command("merge", "lora", "fly", "--output", "both", "--options", options) == "2"
+    taught = command("merge", "lora", "--output", "both", "--options", '{"distill": 4}')
+    assert "`distill` learns from prompts: give `model` and `prompts`" in taught
 
 
 def test_an_adapter_of_another_base_is_refused_in_one_line_that_names_it(llama_folder, here, command):

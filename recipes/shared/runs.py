@@ -42,6 +42,17 @@ def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
     return made
 
 
+def add_records(parser: argparse.ArgumentParser) -> None:
+    """What has to be as it was in training, where an adapter of any run is asked a task's records."""
+    parser.add_argument(
+        "--passage_words", type=int, default=0, metavar="N",
+        help="cut passages of --data tasks to N words, as demo.py trains (48); 0: not at all, as sft.py (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the run that an embedded task was learnt in: its records (%(default)s)"
+    )
+
+
 def names(text: str) -> list[str]:
     """Of "a, b": ["a", "b"]; as the type of an argument."""
     found = [name.strip() for name in text.split(",") if name.strip()]
