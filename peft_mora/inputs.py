@@ -188,16 +188,19 @@ class LatestMask:
         self.by_device: dict[torch.device, list[tuple[torch.Size, Tensor | None]]] = {}
         self.handles: list[RemovableHandle] = []
 
-    def watch(self, module: nn.Module) -> None:
-        """Look at the mask of each call of the module, if it takes one.
+    def watch(self, modules: Iterable[nn.Module]) -> None:
+        """Look at the mask of each call of modules that take one.
 
         A mask that is not (B, S), such as (B, 1, S, S), changes nothing: a module further out has had the other one.
+        The innermost of them recall theirs: a model's output holds its encoder's too, whose mask is another.
         """
-        names = list(inspect.signature(module.forward).parameters)
-        if "attention_mask" in names:
-            hook = partial(self._see, names.index("attention_mask"))
+        names = {module: list(inspect.signature(module.forward).parameters) for module in modules}
+        takes = {module: found.index("attention_mask") for module, found in names.items() if "attention_mask" in found}
+        for module, place in takes.items():
+            hook = partial(self._see, place)
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(self._recall, with_kwargs=True))
+            if not any(inner in takes for inner in module.modules() if inner is not module):
+                self.handles.append(module.register_forward_hook(self._recall, with_kwargs=True))
 
     def _see(self, place: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask", args[place] if place < len(args) else None)
@@ -239,8 +242,7 @@ def watched(model: Any) -> LatestMask:
     latest = LatestMask()
     halves = [getattr(model, name)() for name in ("get_encoder", "get_decoder") if hasattr(model, name)]
     stack = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    for module in {id(m): m for m in (model, stack, *halves) if isinstance(m, nn.Module)}.values():
-        latest.watch(module)
+    latest.watch(module for module in (model, stack, *halves) if isinstance(module, nn.Module))
     return latest
 
 

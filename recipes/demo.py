@@ -99,14 +99,14 @@ def main() -> None:
     table, verdicts = Table(*head, "seconds", "peak MiB", title=name), []
     for method in args.method:
         folder = output / f"{method}-{name}"
-        for memory in ("subspace", "protected"):  # of an earlier run, and none of an unprotected one
-            shutil.rmtree(folder / memory, ignore_errors=True)
         start_peak(args.device)
         begin = time.perf_counter()
         config = adapter_config(method, seed=args.seed, **comparable(method, args.r))
         protects = text is not None and protectable(method)
         callbacks = [OrthogonalProjectionCallback(protect=text)] if protects else []
         trainer = train(base, config, task["train"], folder, args, callbacks)
+        for memory in () if protects else ("subspace", "protected"):  # an earlier run's, in its place now
+            shutil.rmtree(folder / memory, ignore_errors=True)
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         seconds, peak = time.perf_counter() - begin, peak_mib(args.device)
         del trainer  # or it is in the next row's memory too

@@ -28,10 +28,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from itertools import chain, product
 from pathlib import Path
@@ -433,8 +435,8 @@ def clear(output: Path) -> None:
     """Delete a run: all its adapters, of whatever method and seed, and what says how they were made the last."""
     shutil.rmtree(output / "protected", ignore_errors=True)
     for folder in list(output.glob("seed-*/*-*")):
-        if folder.name.split("-")[0] in NAMES:
-            shutil.rmtree(folder)
+        if re.fullmatch(r"seed--?\d+", folder.parent.name) and folder.is_dir() and folder.name.split("-")[0] in NAMES:
+            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     for path in (output / "merge.csv", output / "run.json"):
         path.unlink(missing_ok=True)
 
@@ -450,13 +452,16 @@ def main() -> None:
     base = find_base(args.model, args.device)
     if args.protect and args.protect != "self":
         read(args.protect, AutoTokenizer.from_pretrained(base), TOKENS)
-    scorers = {seed: Scorer(tasks[seed], output / f"seed-{seed}" / "tasks", args) for seed in args.seeds}
-    if not args.reuse:
-        clear(output)
     free = "device output seeds methods ways weights rules merged_ranks prompts settings metrics score_on reuse"
     records = runs.digest([find_task(name, args.data) for name in args.tasks])  # the same for all seeds
     content = {"base": base, "records": records, **runs.files(args, "perplexity", "protect")}
-    runs.claim(output, args, *free.split(), **content)
+    claim = partial(runs.claim, output, args, *free.split(), **content)
+    if args.reuse:
+        claim()
+    scorers = {seed: Scorer(tasks[seed], output / f"seed-{seed}" / "tasks", args) for seed in args.seeds}
+    if not args.reuse:
+        clear(output)
+        claim()
     of_tasks = [name + end for end in ENDS.values() for name in args.tasks]
     rows = runs.Rows(output / "merge.csv", KEY, SHOWN, ["learnt", "seconds", *of_tasks], args.reuse)
     for seed, method in product(args.seeds, args.methods):

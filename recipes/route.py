@@ -101,6 +101,8 @@ def read_texts(path: str | Path, words: int) -> list[str]:
     ]
     if None in found:
         raise SystemExit(f"{path}: every line needs a text in the field text, page or question")
+    if not found:
+        raise SystemExit(f"{path} has no records: write one JSON object a line, with text, page or question")
     return [" ".join(text.split()[:words]) for text in found]
 
 

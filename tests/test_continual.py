@@ -149,6 +149,8 @@ def test_general_takes_tags_groups_and_patterns_as_lm_eval_does(run, continual, 
     assert whole[0] == ["", "colours label", names[0], "peft_mora_known_winds", names[1], "together"]
     colours, mcc, winds, together = map(float, whole[-1][2:])
     assert together == pytest.approx((colours + winds) / 2) and -1 <= mcc <= 1  # and no number of samples
+    of_pattern = continual.names_in_lm_eval("*", known())
+    assert {"together", "apart", "peft_mora_known_winds"} <= {*of_pattern} and not {*names} & {*of_pattern}
     for wrong, said in (("tagether", "knows no task tagether"), ("apart", "apart is a group with no score")):
         with pytest.raises(SystemExit, match=said):
             run(tmp_path / "other", *arguments, wrong)

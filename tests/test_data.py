@@ -366,6 +366,8 @@ def test_passages_become_a_task_and_an_empty_one_is_refused(tmp_path):
     assert name.startswith("peft_mora_perplexity_") and name.endswith("short")
     written = Dataset.from_parquet(str(tmp_path / "tasks" / f"{name}.parquet"))
     assert written["text"] == ["[the cat sat]", "a {{dog}} ran"]
+    with pytest.raises(ValueError, match="empty.jsonl has no passages"):
+        write_lm_eval_perplexity(jsonl(tmp_path / "empty.jsonl"), tmp_path / "tasks")
     with pytest.raises(ValueError, match="short.jsonl:2: no passage"):
         write_lm_eval_perplexity(jsonl(file, {"page": "the cat"}, {"page": " "}), tmp_path / "tasks")
 

@@ -359,6 +359,22 @@ def test_an_encoder_s_padding_does_not_count_in_either_half(inputs):
     assert len(moved(0)) == 16 and all(torch.equal(a, b) for a, b in zip(moved(40), moved(0), strict=True))
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_an_encoder_is_computed_again_with_its_own_padding(use_reentrant, inputs):
+    """Its output is the model's, too, and the decoder's sequence as long as its own."""
+    mask = (torch.arange(11) < torch.tensor([[4], [7], [11]])).long()
+
+    def moved(checkpointing: bool) -> list[torch.Tensor]:
+        model = flylora(tiny_t5(), target_modules=["q"], balance_rate=0.1).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(input_ids=inputs, attention_mask=mask, labels=inputs).loss.backward()
+        return offsets(model)
+
+    assert all(map(torch.equal, moved(True), moved(False)))
+
+
 @pytest.mark.slow
 def test_a_compiled_model_leaves_padding_out_and_is_compiled_once(inputs):
     def moved(compiled: bool) -> list[torch.Tensor]:

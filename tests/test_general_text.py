@@ -54,7 +54,8 @@ def test_messages_go_through_the_chat_template(tokenizer):
         read([TURN], tokenizer, 100)
     tokenizer.chat_template = CHAT
     expected = tokenizer("<s> user red </s><s> assistant blue </s>", add_special_tokens=False).input_ids
-    for source in ([TURN], [{"messages": TURN}], [{"prompt": TURN[:1], "completion": TURN[1:]}]):
+    split = [{"prompt": TURN[:1], name: TURN[1:]} for name in ("completion", "answer")]
+    for source in ([TURN], [{"messages": TURN}], split[:1], split[1:]):
         assert read(source, tokenizer, 100)[0]["input_ids"].tolist() == [expected]
 
 

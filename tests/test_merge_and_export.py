@@ -443,11 +443,16 @@ def test_a_new_merge_run_leaves_no_adapter_of_the_old_one(merge_run, tmp_path):
     """Else --reuse would take it as trained with the new arguments."""
     out = tmp_path / "out"
     merge_run("--methods", "lora", "furina")
-    (out / "seed-0" / "notes-of-mine").mkdir()
+    mine = [out / "seed-0" / "notes-of-mine", out / "seed-final" / "lora-mine", tmp_path / "elsewhere"]
+    for folder in mine:
+        folder.mkdir(parents=True)
+    (out / "seed-0" / "lora-linked").symlink_to(tmp_path / "elsewhere")
+    (out / "seed-0" / "lora-notes.txt").write_text("mine")
     merge_run("--seeds", 7, "--tasks", "sky", "--steps", 2)
     left = {path.parent.relative_to(out).as_posix() for path in out.glob("seed-*/*/adapter_config.json")}
     assert left == {"seed-7/lora-sky", "seed-7/lora-merged-mean-sum"}
-    assert (out / "seed-0" / "notes-of-mine").exists()
+    assert all(folder.exists() for folder in mine) and (out / "seed-0" / "lora-notes.txt").exists()
+    assert not (out / "seed-0" / "lora-linked").is_symlink()
 
 
 def test_a_merge_run_with_wrong_arguments_deletes_nothing(merge_run, tasks, tmp_path, monkeypatch):
@@ -462,6 +467,7 @@ def test_a_merge_run_with_wrong_arguments_deletes_nothing(merge_run, tasks, tmp_
         ["--protect", none],
         ["--protect", tmp_path / "no.jsonl"],
         ["--perplexity", tmp_path / "no.jsonl"],
+        ["--perplexity", jsonl(tmp_path / "empty.jsonl")],
         ["--score-on", "train"],
         ["--model", tmp_path / "no"],
     ):
@@ -478,8 +484,10 @@ def test_merge_refuses_files_that_say_something_else_now(merge_run, tasks, tmp_p
     with pytest.raises(SystemExit, match=r"\(there, here\): \{'perplexity content': .* 'protect content': "):
         merge_run(*arguments)
     jsonl(tasks / "sky" / "test.jsonl", {"prompt": "the cat", "answer": "red"}, {"prompt": "the", "answer": "blue"})
+    written = {path: path.read_bytes() for path in (tmp_path / "out" / "seed-0" / "tasks").iterdir()}
     with pytest.raises(SystemExit, match=r"\(there, here\): \{'records': "):
         merge_run(*arguments)
+    assert written and all(path.read_bytes() == found for path, found in written.items())
 
 
 @pytest.mark.parametrize(("extra", "seeds"), [([], [5, 6, 7]), (["--same-a"], [5, 5, 5])])

@@ -342,6 +342,9 @@ def test_demo_protects_general_text_where_the_method_allows_it_and_says_what_was
     memory = json.loads((tmp_path / "mora-colours" / "subspace" / "subspace.json").read_text())
     assert [known["name"] for known in memory["tasks"]] == ["general text", "initial"]
     assert not (tmp_path / "lori-colours" / "subspace").exists()
+    with pytest.raises(FileNotFoundError):
+        run_recipe("demo", *few, "--protect", tmp_path / "no.jsonl", "--device", "cpu", "--output", tmp_path)
+    assert (tmp_path / "mora-colours" / "subspace").exists()
     run_recipe("demo", *few, "--protect", "none", "--device", "cpu", "--output", tmp_path)
     assert not [path for name in ("subspace", "protected") if (path := tmp_path / "mora-colours" / name).exists()]
 

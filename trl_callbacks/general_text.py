@@ -186,9 +186,9 @@ def _encoded(source: Any, tokenizer: Any) -> Iterator[list[int]]:
         if isinstance(record, Mapping) and isinstance(record.get("messages"), Sequence):
             record = record["messages"]
         if isinstance(record, Mapping):
-            prompt, completion = record.get("prompt"), record.get("completion")
-            if completion is None and isinstance(record.get("answer"), str):
-                completion = " " + record["answer"].strip()  # as the recipes' records are learnt
+            prompt, completion = record.get("prompt"), record.get("completion", record.get("answer"))
+            if "completion" not in record and isinstance(completion, str):
+                completion = " " + completion.strip()  # an answer, as the recipes' records are learnt
             if isinstance(prompt, str) and isinstance(completion, str):
                 record = prompt + completion
             elif isinstance(prompt, list) and isinstance(completion, list):

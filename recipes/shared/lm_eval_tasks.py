@@ -114,11 +114,31 @@ def write_lm_eval_perplexity(file: str | Path, folder: str | Path) -> str:
 def names_in_lm_eval(name: str, manager: Any) -> list[str]:
     """The tasks and groups that a name, a tag or a pattern (`arc_*`) stands for; [] where lm-eval knows none.
 
-    A tag has no score, and its tasks have; a group may have one.
+    A tag has no score, and its tasks have; a group may have one. What is in a group that is there is not there twice:
+    lm-eval refuses it.
     """
     found = [name] if name in manager.task_index else manager.match_tasks([name])
     tags = {tag: sorted(manager.task_index[tag].tags) for tag in found if tag in manager.all_tags}
-    return list(dict.fromkeys(chain.from_iterable(tags.get(one, [one]) for one in found)))
+    found = list(dict.fromkeys(chain.from_iterable(tags.get(one, [one]) for one in found)))
+    groups = [manager.task_index[one].cfg for one in found if one in manager.all_groups]
+    inside = set().union(*(_members(group, manager) for group in groups))
+    return [one for one in found if one not in inside]
+
+
+def _members(group: dict[str, Any], manager: Any) -> set[str]:
+    """Names of the tasks and groups in a group, by its config, and in the groups and tags among them."""
+    found: set[str] = set()
+    parts = group.get("task", [])
+    for part in [parts] if isinstance(parts, str) else parts:
+        part = {"task": part} if isinstance(part, str) else part
+        name = part.get("group", part.get("task"))
+        entry = manager.task_index.get(name)
+        found.add(name)
+        if "group" in part or name in manager.all_groups:
+            found |= _members(part if "group" in part else entry.cfg, manager)
+        elif name in manager.all_tags:
+            found |= entry.tags
+    return found
 
 
 def read_passages(file: str | Path) -> list[str]:
@@ -131,6 +151,8 @@ def read_passages(file: str | Path) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{file}:{number}: no passage; write a non-empty string in the field 'text' or 'page'")
         texts.append(text)
+    if not texts:
+        raise ValueError(f"{file} has no passages: write one JSON object a line, with 'text' or 'page'")
     return texts
 
 
