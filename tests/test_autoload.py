@@ -147,6 +147,7 @@ def test_a_program_that_names_neither_us_nor_peft_opens_an_adapter_also_in_lm_ev
     assert_same(out["routed scores"], want["routed scores"])
 
 
+@pytest.mark.slow
 def test_a_spawned_child_that_names_peft_alone_opens_an_adapter(folders, want, tmp_path, monkeypatch):
     Path(tmp_path, "child_of_autoload.py").write_text(
         f"import sys, torch\n{OPEN}\n"
@@ -212,6 +213,7 @@ def test_importing_the_package_brings_no_host_along(off):
     assert off["new hosts"] == []
 
 
+@pytest.mark.slow
 def test_the_runner_needs_no_autoload(folders, want, tmp_path):
     script = tmp_path / "evaluate.py"
     script.write_text(program("out['argv'], out['path'] = sys.argv, sys.path[0]\n" + WITH_PEFT, **folders))

@@ -139,11 +139,11 @@ def test_a_run_anneals_from_dense_to_a_fractional_target_with_the_total_held(kin
     "kind, step, restore, place",
     [
         ("task", 2, False, "file"),
-        ("task", 5, True, "file"),
-        ("flylora", 2, True, "file"),
-        ("flylora", 5, False, "file"),
-        ("task", 2, False, "trainer_state.json"),
-        ("flylora", 5, True, "trainer_state.json"),
+        ("flylora", 5, True, "file"),
+        ("task", 5, False, "trainer_state.json"),
+        pytest.param("task", 5, True, "file", marks=pytest.mark.slow),
+        pytest.param("flylora", 2, False, "file", marks=pytest.mark.slow),
+        pytest.param("flylora", 2, True, "trainer_state.json", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_repeats_the_unbroken_one(kind, step, restore, place, llama_folder, tmp_path):

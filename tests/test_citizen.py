@@ -257,7 +257,7 @@ def test_layer_and_model_status(family, capsys):
 # Graphs
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_torch_compile_finds_no_graph_break_in_a_layer_which_takes_the_plain_path(make_config, training, monkeypatch):
     torch._dynamo.reset()
     apply, calls = _AddUpdate.apply, []
@@ -332,10 +332,12 @@ def results(tmp_path_factory) -> list[dict[str, str]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_ddp_needs_no_find_unused_parameters_averages_gradients_and_counts_the_experts_of_all_ranks(method, results):
     assert [result[f"under_ddp/{method}"] for result in results] == ["ok", "ok"]
 
 
+@pytest.mark.slow
 def test_fsdp2_computes_the_same_gradients_and_gives_the_weights_back(method, results):
     assert [result[f"under_fsdp2/{method}"] for result in results] == ["ok", "ok"]
 

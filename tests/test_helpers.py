@@ -10,6 +10,7 @@ def test_every_method_has_its_row():
     assert FORMS.keys() == peft_mora.METHODS.keys()
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_its_partner_at_once_and_its_words_are_told(tmp_path):
     """The other one would wait until the end of the timeout, which has an error of its own."""
     body = """

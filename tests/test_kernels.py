@@ -138,6 +138,7 @@ def test_a_model_with_the_fused_gate_is_the_model_without(kernels, form, inputs,
     assert usage.keys() == counted.keys() and all(torch.equal(share, counted[name]) for name, share in usage.items())
 
 
+@pytest.mark.slow
 def test_the_kernels_are_right_in_tritons_interpreter():
     """In a process of its own: Triton has to know before it is imported."""
     pytest.importorskip("triton", minversion="3.7")  # whose interpreter knows numpy 2.4

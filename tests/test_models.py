@@ -386,6 +386,7 @@ def embedder(llama_folder, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_embedding_models_train_are_saved_and_open_in_a_process_that_names_only_them(embedder, tmp_path):
     folders, wanted = [], []
     for method in ("mora", "lori-sparse", "flylora"):

@@ -215,8 +215,15 @@ def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(second, tm
     assert {t.dtype for name, t in saved.items() if "mora_A" in name} == {torch.float32}
 
 
-@pytest.mark.parametrize("began", ["two one", "one two"])
-@pytest.mark.parametrize("start", ["contrast", "random"])
+@pytest.mark.parametrize(
+    "began, start",
+    [
+        ("two one", "contrast"),
+        ("one two", "random"),
+        pytest.param("two one", "random", marks=pytest.mark.slow),
+        pytest.param("one two", "contrast", marks=pytest.mark.slow),
+    ],
+)
 def test_a_second_lora_resumes_beside_the_first_and_repeats_the_unbroken_run(
     start, began, first_task, llama_folder, tmp_path
 ):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -173,15 +174,23 @@ def test_sft_gives_plain_lora_exact_kernels_too(sft, llama_folder):
     assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
-def test_help_names_every_method(sft, run_recipe, capsys):
-    """score.py as a program, by the name that it had; sft.py imports TRL."""
-    done = subprocess.run([sys.executable, RECIPES / "evaluate.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "recipes/evaluate.py is recipes/score.py now" in done.stderr, done.stderr[-1000:]
+def test_help_names_every_method(sft, score, run_recipe, capsys):
+    for recipe in (sft, score):
+        with pytest.raises(SystemExit) as end:
+            run_recipe(recipe, "--help")
+        assert end.value.code == 0
+        text = capsys.readouterr().out.lower()
+        assert all(method in text for method in ("lora", "mora", "lori", "flylora"))
+
+
+def test_score_runs_by_the_name_that_it_had(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(subprocess, "call", lambda command: calls.append(command) or 3)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "x"])
     with pytest.raises(SystemExit) as end:
-        run_recipe(sft, "--help")
-    assert end.value.code == 0
-    for text in (done.stdout, capsys.readouterr().out):
-        assert all(method in text.lower() for method in ("lora", "mora", "lori", "flylora"))
+        runpy.run_path(str(RECIPES / "evaluate.py"), run_name="__main__")
+    assert end.value.code == 3 and calls == [[sys.executable, RECIPES / "score.py", "--model", "x"]]
+    assert "recipes/evaluate.py is recipes/score.py now" in capsys.readouterr().err
 
 
 def test_a_new_row_of_the_table_is_a_choice_of_every_program(monkeypatch):
