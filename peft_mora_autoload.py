@@ -32,11 +32,14 @@ def _import_peft_mora() -> None:
     except Exception as error:
         import warnings
 
-        warnings.warn(
+        said = (
             f"peft_mora could not load, so PEFT does not know its adapters here: {error} "
-            "(PEFT_MORA_AUTOLOAD=0 turns this off.)",
-            stacklevel=2,
+            "(PEFT_MORA_AUTOLOAD=0 turns this off.)"
         )
+        try:
+            warnings.warn(said, stacklevel=2)
+        except Warning:  # where warnings are errors: PEFT's own import is to go on
+            print(said, file=sys.stderr)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import runpy
 import sys
@@ -158,8 +159,11 @@ prompts. The rules: docs/merging.md."""
     _add_model(parser, "the base model, with --prompts")
 
     def call(args: Any) -> None:
+        from peft_mora.files import check_new
+        from peft_mora.lora_file import read_config
         from peft_mora.merging import merge_adapters
 
+        check_new(args.output)
         given: dict[str, Any] = {"distill": args.distill, **args.options}
         if (args.prompts is None) != (args.model is None):
             raise ValueError("--model and --prompts go together: give both, or neither.")
@@ -167,7 +171,9 @@ prompts. The rules: docs/merging.md."""
             if len(args.prompts) != len(args.folders):
                 raise ValueError(f"--prompts has {len(args.prompts)} files for {len(args.folders)} folders.")
             texts = {folder: read_texts(file) for folder, file in zip(args.folders, args.prompts, strict=True)}
-            given |= {"model": load_model(args), "prompts": texts}
+            for folder in args.folders:
+                read_config(folder)
+            given |= {"model": load_model(args, args.folders[0]), "prompts": texts}
         how = (args.rule, args.rank, args.weights, args.before, args.after, args.seed, args.output)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them
@@ -197,7 +203,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
     )
     parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument(
-        "--max-error", type=float, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
+        "--max-error", type=_error, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
     )
     parser.add_argument(
         "--base-to", metavar="DIR", help="the quantised base in 16 bits, for servers; must not exist yet"
@@ -205,9 +211,19 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
     _add_model(parser, "the base model (the one that the adapter names)")
 
     def call(args: Any) -> None:
-        from peft_mora.export import check_apart, effect_error, exact_lora, fit_lora, save_lora, save_with_base
-        from peft_mora.info import adapter_info, vllm_options
+        from peft_mora.export import (
+            check_apart,
+            check_linear_alone,
+            effect_error,
+            exact_lora,
+            fit_lora,
+            save_lora,
+            save_with_base,
+        )
+        from peft_mora.files import check_new
+        from peft_mora.info import TEXT, adapter_info, vllm_options
         from peft_mora.inputs import batches_of
+        from peft_mora.lora_file import read_config
         from peft_mora.merging.distillation import writes_text
         from peft_mora.merging.inputs import encoded
         from peft_mora.opening import with_adapter
@@ -224,7 +240,8 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         def write(model: Any, loras: Any, said: str) -> None:
             to = (model, loras, args.output)
             config = save_with_base(*to, args.base_to, args.folder) if args.base_to else save_lora(*to)
-            print(f"{said}LoRA of rank {config.r} in {args.output}; vLLM: {vllm_options(config.r, not found.routed)}")
+            server = f"; vLLM: {vllm_options(config.r, not found.routed)}" if found.opens == TEXT else ""
+            print(f"{said}LoRA of rank {config.r} in {args.output}{server}")
             if args.base_to:
                 print(f"its base in 16 bits in {args.base_to}")
 
@@ -237,9 +254,12 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
             raise ValueError(
                 found.refusal or f"{args.folder} is a LoRA with {', '.join(found.also)}: serve it in PEFT."
             )
+        check_linear_alone(read_config(args.folder), args.folder)
         for option, folder in (("--output", args.output), ("--base-to", args.base_to)):
             if folder and Path(folder).exists():
                 raise ValueError(f"{folder} exists: delete it or choose another {option}.")
+            if folder:
+                check_new(folder)
         if args.base_to:
             check_apart(args.output, args.base_to)
         args.model = args.model or found.base
@@ -267,7 +287,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
                 f"How close a LoRA comes is measured by next tokens, and {args.folder} is over a "
                 f"{type(base).__name__}, which gives none: serve the adapter itself, or train one that merges."
             )
-        tokenizer = load_tokenizer(args.folder, base)
+        tokenizer = tokenizer_of(args.folder, base)
         model = with_adapter(base, args.folder).eval()
         seen, unseen = (
             [
@@ -282,7 +302,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
             f"fitted on {len(texts)} texts; error of the effect on logits, {len(test)} others: {effect.error:.2g}; "
             f"next token as the adapter's: LoRA {effect.same_token:.1%}, base alone {effect.same_token_base:.1%}"
         )
-        if effect.error > args.max_error:
+        if not effect.error <= args.max_error:
             raise ValueError(f"Nothing written: {said}. Above --max-error {args.max_error:g}.")
         write(model, loras, f"{said}\n")
 
@@ -330,7 +350,7 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
         if adapters:
             check_routed(args.output)
         model: Any = load_model(args) if args.model else None
-        tokenizer = load_tokenizer(args.model, model) if args.model else None
+        tokenizer = tokenizer_of(args.model, model) if args.model else None
         if Path(args.router).exists() or not new:
             router = TaskRouter.load(args.router, model, tokenizer)
         else:
@@ -385,7 +405,7 @@ In the training script: OrthogonalProjectionCallback("out/general")."""
         Subspace.check_folder(args.output)
         given = {name: getattr(args, name) for name in ("energy", "tokens") if getattr(args, name) is not None}
         model = load_model(args)
-        found = protect(model, args.source, args.output, tokenizer=load_tokenizer(args.model, model), **given)
+        found = protect(model, args.source, args.output, tokenizer=tokenizer_of(args.model, model), **given)
         ranks = [len(basis.T) for basis in found.right.values()]
         print(
             f"{args.output}: {found.tasks[-1]['tokens']} tokens, {len(ranks)} inputs, "
@@ -409,6 +429,7 @@ def load_model(args: Any, folder: str | None = None) -> Any:
     """The base model of --model, on --device, in 4 bits if asked, with the kernels of training; of the class that the
     adapter in a folder was trained over, else a causal language model."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from peft_mora import use_exact_4bit_kernels
@@ -423,19 +444,22 @@ def load_model(args: Any, folder: str | None = None) -> Any:
     options: dict[str, Any] = {"quantization_config": nf4_config()} if args.load_in_4bit else {}
     kind = AutoModelForCausalLM
     if folder:
-        kind, options = base_class(folder), options | revision_of(folder, args.model)
-    model = kind.from_pretrained(args.model, dtype="auto", device_map=device, **options)
+        kind, options = base_class(folder, args.model), options | revision_of(folder, args.model)
+    try:
+        model = kind.from_pretrained(args.model, dtype="auto", device_map=device, **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {args.model} are damaged ({error}): download or save them again.") from error
     use_exact_4bit_kernels(model)
     return model.eval()
 
 
-def load_tokenizer(where: str, model: Any) -> Any:
+def tokenizer_of(where: str, model: Any) -> Any:
     """The tokenizer that lies there, or else the model's."""
-    from transformers import AutoTokenizer
     from transformers.utils import has_file
 
-    there = has_file(where, "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(where if there else model.config.name_or_path)
+    from peft_mora.inputs import load_tokenizer
+
+    return load_tokenizer(where if has_file(where, "tokenizer_config.json") else model.config.name_or_path)
 
 
 def _without_weights(base: str, folder: str) -> Any:
@@ -447,7 +471,7 @@ def _without_weights(base: str, folder: str) -> Any:
     from peft_mora.lora_file import PREFIX, TENSORS
     from peft_mora.opening import base_class, revision_of
 
-    kind, config = base_class(folder), AutoConfig.from_pretrained(base, **revision_of(folder, base))
+    kind, config = base_class(folder, base), AutoConfig.from_pretrained(base, **revision_of(folder, base))
     with torch.device("meta"):
         make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
         model = make(config, dtype=torch.float32)
@@ -521,6 +545,13 @@ def _options(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text} is no object: write the rule's options as '{{\"density\": 0.1}}'")
     if own := [name for name in NO_OPTIONS if name in found]:
         raise argparse.ArgumentTypeError(f"{own[0]!r} is no option of a rule; --help has what is a flag")
+    return found
+
+
+def _error(text: str) -> float:
+    found = float(text)
+    if not 0 <= found < math.inf:  # NaN is above nothing
+        raise argparse.ArgumentTypeError(f"{text} is no error: write a number >= 0, e.g. 0.1")
     return found
 
 

@@ -28,7 +28,7 @@ REFERENCE = {  # package -> what it is; its names, where they are not its __all_
     "peft_mora.merging": ("Several adapters into one", ""),
     "peft_mora.export": (
         "A plain LoRA of an adapter",
-        "exact_lora fit_lora lora_errors Effect effect_error save_lora",
+        "exact_lora fit_lora lora_errors Effect effect_error save_lora save_base save_with_base",
     ),
     "peft_mora.lora_file": ("Adapter folders without a model", "Lora LoraFile read_lora write_lora check_plain"),
     "peft_mora.info": ("What a folder holds", "adapter_info AdapterInfo"),

@@ -10,7 +10,7 @@ inputs: `lora_errors` module by module, `effect_error` at the logits.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ def exact_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Lor
     """Each module's ΔW as it is.
 
     Raises:
-        ValueError: the adapter's update is not one ΔW, or it trains more than linear modules.
+        ValueError: the adapter's update is not one ΔW or not finite, or it trains more than linear modules.
     """
     loras = {}
     for name, layer in exportable_layers(model, adapter_name).items():
@@ -48,6 +48,7 @@ def exact_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Lor
             )
         A, B = layer.factors(adapter_name)
         loras[name] = Lora(A, layer.scaling[adapter_name] * B)
+    _check_finite(loras.items(), adapter_name)
     return loras
 
 
@@ -72,11 +73,12 @@ def fit_lora(
             of them, which takes three more of its size. One module takes what it takes.
 
     Raises:
-        ValueError: as `exportable_layers`, or a wrong rank.
+        ValueError: as `exportable_layers`, or a wrong rank, or numbers that are not finite.
     """
     check_field(rank is None or (is_int(rank) and rank >= 1), "rank", rank, "an integer >= 1, or None")
     loras = {}
     layers = exportable_layers(model, adapter_name)
+    _check_finite(((name, layer.factors(adapter_name)) for name, layer in layers.items()), adapter_name)
     sizes = {n: 8 * layer.in_features**2 for n, layer in layers.items()}
     for names in parts(sizes, max(gram_bytes - 3 * max(sizes.values()), gram_bytes // 2)):
         group = {n: layers[n] for n in names}
@@ -95,8 +97,14 @@ def fit_lora(
         _visit(model, group, batches, adapter_name, add)
         for name in list(sums):
             xx, xz = sums.pop(name)
+            if not (xx.isfinite().all() and xz.isfinite().all()):
+                raise ValueError(
+                    f"What goes into module {name!r}, or what the adapter adds there, is not finite (NaN, inf), so "
+                    "that no LoRA is near: look at the base's weights and dtype, and at the adapter's."
+                )
             A, C = reduced_rank_regression(xx, xz, min(rank or xz.shape[1], xz.shape[1]), ridge)
             loras[name] = Lora(A.float(), (bases[name] @ C).float())
+    _check_finite(loras.items(), adapter_name)
     return loras
 
 
@@ -106,6 +114,9 @@ def lora_errors(
     """How far each module's LoRA is from the adapter there on given inputs: |Y - X·Aᵀ·Bᵀ| / |Y| over all tokens.
 
     A few tokens with outputs a hundred times the others' decide these; `effect_error` is what reaches the output.
+
+    Raises:
+        ValueError: as `exportable_layers`, or outputs that are not finite.
     """
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in loras}
 
@@ -114,6 +125,11 @@ def lora_errors(
         sums[name] += torch.stack([error.square().sum(), y.square().sum()]).double().cpu()
 
     _visit(model, exportable_layers(model, adapter_name), batches, adapter_name, add)
+    if wrong := next((name for name, both in sums.items() if not both.isfinite().all()), None):
+        raise ValueError(
+            f"What the adapter or the LoRA adds in module {wrong!r} is not finite (NaN, inf) on these inputs, so that "
+            "there is no error: look at the base's weights and dtype, and at the adapter's."
+        )
     return {name: (e / y).sqrt().item() if y > 0 else 0.0 for name, (e, y) in sums.items()}
 
 
@@ -135,6 +151,9 @@ def effect_error(
 
     Logits count less their mean over the vocabulary, which no probability depends on. Those of one batch by two models
     are in memory at a time, in the model's dtype.
+
+    Raises:
+        ValueError: as `exportable_layers`, or logits that are not finite.
     """
     layers = exportable_layers(model, adapter_name)
     _check_linear(layers)
@@ -157,6 +176,12 @@ def effect_error(
                 with removed_after(hooks):
                     missed += _compared(logits(batch), adapter, real)
             count += len(real)
+    if not (missed.isfinite().all() and effect.isfinite().all()):
+        whose = "the LoRA" if effect.isfinite().all() else "the adapter, or the base alone,"
+        raise ValueError(
+            f"The logits of the model with {whose} are not finite (NaN, inf), so that no error can be measured: look "
+            "at the base's weights and dtype, and at the adapter's."
+        )
     (error, same_lora), (size, same_base) = missed.tolist(), effect.tolist()
     return Effect((error / size) ** 0.5 if size else 0.0, same_lora / count, same_base / count)
 
@@ -262,6 +287,20 @@ def check_apart(folder: str | Path, base_folder: str | Path) -> None:
         raise ValueError(f"The LoRA, {folder}, would be in its base's folder, {base_folder}: give a folder for each.")
 
 
+def check_linear_alone(config: Mapping[str, Any], what: str) -> None:
+    """Refuse an adapter's config that has more than updates of modules.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if config.get(field):
+            raise ValueError(
+                f"{what} has {field}={config[field]!r}, and a plain LoRA file has no place for that which all its "
+                "readers know. Train without it to export."
+            )
+
+
 def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, AdapterLinear]:
     """The adapted layers, by their names in the base model.
 
@@ -274,12 +313,7 @@ def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[s
     if not layers or config is None:
         methods = listed(name.upper() for name in registry.registered)
         raise ValueError(f"The model has no {methods} adapter named {adapter_name!r}.")
-    for field in ("modules_to_save", "trainable_token_indices"):
-        if getattr(config, field):
-            raise ValueError(
-                f"Adapter {adapter_name!r} has {field}={getattr(config, field)!r}, and a plain LoRA file has no place "
-                "for that which all its readers know. Train without it to export."
-            )
+    check_linear_alone(vars(config), f"Adapter {adapter_name!r}")
     if any(layer.active_adapters != [adapter_name] or layer.disable_adapters or layer.merged for layer in layers):
         raise ValueError(
             f"Adapter {adapter_name!r} is to be exported as it works alone: call model.set_adapter({adapter_name!r}) "
@@ -296,6 +330,15 @@ def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[s
             "(merge_and_unload gives the module a weight of its own)."
         )
     return by_name
+
+
+def _check_finite(loras: Iterable[tuple[str, tuple[Tensor, Tensor]]], adapter_name: str) -> None:
+    for name, factors in loras:
+        if not all(factor.isfinite().all() for factor in factors):
+            raise ValueError(
+                f"Adapter {adapter_name!r} has values that are not finite (NaN, inf), e.g. in {name!r}: take a "
+                "checkpoint from before, or train it again."
+            )
 
 
 def _visit(

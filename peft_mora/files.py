@@ -30,8 +30,10 @@ def whole_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
             end: it holds something else.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not replace:
-        raise FileExistsError(f"{folder} exists: delete it or write to another folder.")
+    if replace:
+        _check_parents(folder)
+    else:
+        check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unique = uuid.uuid4().hex[:8]
     written, old = (folder.with_name(f".{folder.name}-{unique}{end}") for end in ("", "-old"))
@@ -58,13 +60,32 @@ def whole_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_new(folder: str | Path) -> None:
+    """Refuse a folder that cannot be made: before work whose result is to go there.
+
+    Raises:
+        FileExistsError: it exists, or a file is where one of its parents is to be.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: delete it or write to another folder.")
+    _check_parents(folder)
+
+
+def _check_parents(folder: Path) -> None:
+    there = next(parent for parent in folder.parents if parent.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"{there} is a file, so that no folder can be written in it: give another one.")
+
+
 def check_own(folder: str | Path, names: Collection[str]) -> None:
     """Refuse a folder that is to be replaced as a whole and holds anything but files of these names.
 
     Raises:
-        FileExistsError: naming the first such entry.
+        FileExistsError: naming the first such entry, or a file where a folder is to be.
     """
     folder = Path(folder).resolve()
+    _check_parents(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, where a folder is to be: give another one.")
     entries = sorted(folder.iterdir()) if folder.exists() else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ import peft
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from . import registry
 from .base import matching_key
@@ -21,6 +23,28 @@ from .lora_file import PREFIX, TENSORS, check_plain, damage_named, empty_layer, 
 
 
 ROUTED_FOLDER = "TASK_ROUTER"  # adapters and their router, as task_router.py writes them
+# What opens a model: by the task type, or by the end of the name of the class that was trained. A pipeline of
+# transformers, or where it has none for that, a class of PEFT.
+TEXT = "text-generation"
+BY_TASK = {
+    "CAUSAL_LM": TEXT,
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "FEATURE_EXTRACTION": "feature-extraction",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+}
+BY_CLASS = {
+    "ForCausalLM": TEXT,
+    "LMHeadModel": TEXT,
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForQuestionAnswering": "AutoPeftModelForQuestionAnswering",
+}
+LABELS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # a row each
+HEADS = ("lm_head", "embed_out")  # names of output heads, which may be tied to the embeddings
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that its --max-lora-rank takes
 
 
@@ -48,7 +72,8 @@ class AdapterInfo:
         base: the base model that it names, or None.
         tasks: names of the tasks that it says it has learnt, or that its router knows, in their order.
         adapters: of a folder with a router, the method of each adapter in it.
-        ranks: module -> rank of its update, frozen parts too; experts, where the method chooses among them.
+        ranks: module -> rank of its update, frozen parts too; experts, where the method chooses among them; 0 where it
+            has no rank.
         routed: whether an input decides which of them act.
         merges: whether its update is one matrix a module; None: of a method that is not known here.
         refusal: why it does not merge, and what to do; "" where it does.
@@ -56,6 +81,8 @@ class AdapterInfo:
         also: further things that are trained or lie beside it.
         parameters: numbers in the file. bytes: of all files of the folder itself. dtypes: of the weights.
         asks_task: whether it answers only once a task is chosen.
+        opens: what opens it, a pipeline of transformers or a class of PEFT ("AutoPeftModel").
+        labels: of a classifier that is saved with it.
     """
 
     folder: str
@@ -73,30 +100,40 @@ class AdapterInfo:
     bytes: int
     dtypes: list[str] = field(default_factory=list)
     asks_task: bool = False
+    opens: str = TEXT
+    labels: int | None = None
 
     @property
     def serve(self) -> list[str]:
-        """Shell commands that serve it, in their order; the last one stays."""
+        """Shell commands that serve it, in their order; the last one stays. Of what writes no text, what opens it."""
         base, folder = shlex.quote(self.base or "BASE"), shlex.quote(self.folder)
         lora, name = folder, Path(self.folder).name or "adapter"
         rank = vllm_rank(max(self.ranks.values(), default=1))
-        if self.lora != "no" and rank is not None:
+        if self.lora != "no" and rank is not None and self.opens == TEXT:
             export = []
             if self.lora == "exports":
                 lora = shlex.quote(f"{self.folder}-lora")
                 export = [f"peft-mora export {folder} --output {lora}"]
             modules = f"--lora-modules {shlex.quote(name)}={lora}"
             return [*export, f"vllm serve {base} --enable-lora --max-lora-rank {rank} {modules}"]
-        pipe = f'pipeline("text-generation", {json.dumps(self.folder)})'
-        program = f'from transformers import pipeline; {pipe}("...")'
+        if self.opens.startswith("AutoPeft"):
+            imports, model = f"from peft import {self.opens}", "model"
+            made = f"model = {self.opens}.from_pretrained({json.dumps(self.folder)})"
+            asked = ""
+        else:
+            imports, model = "from transformers import pipeline", "pipe.model"
+            labels = f', model_kwargs={{"num_labels": {self.labels}}}' if self.labels else ""
+            made = f"pipe = pipeline({json.dumps(self.opens)}, {json.dumps(self.folder)}{labels})"
+            asked = '; pipe("...")'
+        program = f"{imports}; {made}{asked}"
         if self.asks_task:
-            chosen = f"set_task(pipe.model, {json.dumps(self.tasks[0])})"
-            imports = "from transformers import pipeline; from peft_mora import set_task"
-            program = f'{imports}; pipe = {pipe}; {chosen}; pipe("...")'
+            chosen = f"set_task({model}, {json.dumps(self.tasks[0])})"
+            program = f"{imports}; from peft_mora import set_task; {made}; {chosen}{asked}"
         return [f"python -c {shlex.quote(program)}"]
 
     def __str__(self) -> str:
         kinds = Counter(module.removesuffix(".base_layer").rsplit(".", 1)[-1] for module in self.ranks)
+        modules = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
         smallest, largest = min(self.ranks.values(), default=0), max(self.ranks.values(), default=0)
         ranks = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
         what = "experts" if self.routed else "rank"
@@ -106,8 +143,8 @@ class AdapterInfo:
             "base": self.base or "not named",
             "tasks": ", ".join(self.tasks),
             "adapters": ", ".join(f"{name} ({method})" for name, method in self.adapters.items()),
-            "modules": f"{len(self.ranks)}: " + ", ".join(f"{n} x {kind}" for kind, n in kinds.items()),
-            what: f"{ranks} a module" if self.ranks else "",
+            "modules": f"{len(self.ranks)}: {modules}" if modules else "",
+            what: f"{ranks} a module" if largest or (self.routed and self.ranks) else "",
             "also": ", ".join(self.also),
             "size": f"{self.parameters:,} numbers ({', '.join(self.dtypes)}), {self.bytes / 1e6:.1f} MB in files",
             "merges": merges[self.merges],
@@ -170,19 +207,47 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
         }
         chosen = {name: getattr(own, name, None) for name in ("routing", "default_task", "top_k", "sparsity")}
         method = ", ".join([kind, *(f"{name} {value}" for name, value in chosen.items() if value is not None)])
+    if merges and (head := _tied_head(config, ranks)):
+        lora = "no"
+        tied = f"It adapts {head!r}, whose weight is the embeddings' too, and no server of LoRA files opens that."
+        refusal = refusal or tied
     also = [f"{name} in full" for name in config.get("modules_to_save") or ()]
     also += ["embeddings of some tokens"] if config.get("trainable_token_indices") else []
     also += ["fused experts of a mixture"] if config.get("target_parameters") else []
     lora = "no" if also else lora  # which LoRA files have no place for that all readers know
     also += ["input statistics, for merging"] if (folder / "input_statistics.safetensors").is_file() else []
     also += ["a memory of protected directions (subspace)"] if (folder / "subspace").is_dir() else []
+    opens = _opens(config)
     tasks = config.get("tasks") or list(config.get("rows", {}))
     return AdapterInfo(
         str(folder), method, config.get("base_model_name_or_path"), tasks, adapters,
         {name: rows or 0 for name, rows in ranks.items()}, routed, merges, refusal,
         lora, also, sum(map(prod, shapes.values())),
-        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), dtypes, asks_task,
+        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), dtypes, asks_task, opens,
+        next((shape[0] for key, shape in shapes.items() if key.endswith(LABELS)), None) if "class" in opens else None,
     )  # fmt: skip
+
+
+def _opens(config: dict[str, Any]) -> str:
+    """By the task type or the class that was trained; as a causal language model where it says neither."""
+    task, named = config.get("task_type"), (config.get("auto_mapping") or {}).get("base_model_class")
+    if task is None and named is None:
+        return TEXT
+    found = BY_TASK.get(str(task)) if task else None
+    return found or next((opens for end, opens in BY_CLASS.items() if str(named).endswith(end)), "AutoPeftModel")
+
+
+def _tied_head(config: dict[str, Any], modules: Iterable[str]) -> str | None:
+    """An adapted output head whose weight is the embeddings' too, where the base lies here and says so."""
+    heads = [name for name in modules if name.rsplit(".", 1)[-1] in HEADS]
+    base = config.get("base_model_name_or_path")
+    if not heads or not isinstance(base, str) or not Path(base).is_dir():
+        return None
+    try:
+        found = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError):  # no config, or of a kind that is not known here
+        return None
+    return heads[0] if getattr(found, "tie_word_embeddings", False) else None
 
 
 def _printable(text: str) -> str:
@@ -198,12 +263,15 @@ def _ranks(shapes: dict[str, tuple[int, ...]], prefixes: list[str], apart: bool)
     """
     found: dict[str, dict[str, dict[str, int]]] = {}
     for key, shape in shapes.items():
+        if not key.startswith(PREFIX):  # what all modules share
+            continue
         for prefix in filter(None, prefixes):
             name, dot, own = key.removeprefix(PREFIX).rpartition(f".{prefix}")
             if dot:
                 kind, _, rest = own.partition(".")
                 sides = found.setdefault(name, {}).setdefault(rest.partition(".")[0] if apart else "", {})
-                if kind[-1:] in ("A", "B") and len(shape) == 2:
+                factor = apart or rest in ("", "weight") or rest.isdigit()
+                if kind[-1:] in ("A", "B") and len(shape) == 2 and factor:
                     sides[kind[-1]] = sides.get(kind[-1], 0) + (shape[0] if kind[-1] == "A" else shape[1])
                 break
     ranks = {name: [one.get("A", one.get("B")) for one in adapters.values()] for name, adapters in found.items()}

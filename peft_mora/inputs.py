@@ -128,6 +128,21 @@ def text_tokenizer(processor: Any) -> Any:
     return tokenizer
 
 
+def load_tokenizer(name: Any, **options: Any) -> Any:
+    """The tokenizer of a folder or a name.
+
+    Raises:
+        ValueError: it has none: from a model's config alone transformers makes one that knows no words.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
+    added = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if not set(tokenizer.get_vocab()) - added - {"▁"}:
+        raise ValueError(f"{name} has no tokenizer: save it there, or give one as `tokenizer`.")
+    return tokenizer
+
+
 def positions(mask: Tensor) -> Tensor:
     """position_ids (B, S) int64 of an attention mask (B, S): a real token's number among its sequence's."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
@@ -383,7 +398,9 @@ def visit(
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
     head = output_head(base)
     options = {"use_cache": False, "logits_to_keep": 1}
-    if any(module is part for module in modules.values() for part in (head.modules() if head is not None else ())):
+    stack = getattr(base, getattr(base, "base_model_prefix", "") or "", base)
+    cut = set(stack.modules()).difference(head.modules() if head is not None else ())  # BERT has layers behind them
+    if not cut.issuperset(modules.values()):
         del options["logits_to_keep"]
     options = {name: value for name, value in options.items() if name in accepted}
     decoder = base.get_decoder() if getattr(getattr(base, "config", None), "is_encoder_decoder", False) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,10 @@ PLAIN = set(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
     "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora modules_to_save init_lora_weights "
     "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config "
-    "eva_config corda_config lora_ga_config qalora_group_size ensure_weight_tying runtime_config".split()
+    "eva_config corda_config lora_ga_config velora_config qalora_group_size ensure_weight_tying runtime_config".split()
 )
+VELORA = ".lora_velora_embed"  # of a backward that keeps less in memory; forward, and merging, are LoRA's
+ENDS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")  # of a model's words
 # Initialisations that leave the base model's weights alone.
 BASE_KEPT = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 AS_PLAIN = (
@@ -121,8 +123,16 @@ def read_lora(folder: str | Path) -> LoraFile:
     tied = " (ensure_weight_tying, which adapts or saves a head and its embeddings together)"
     why = tied if config.get("ensure_weight_tying") else ""
     for key in rest:
-        owner = key.removeprefix(PREFIX).rpartition(".")[0]
-        if not any(owner == name or f".{name}." in f".{owner}." for name in kept):
+        owner, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        if not _saved_in_full(owner, kept):
+            end = owner.rpartition(".")[2] in ENDS and kind in ("weight", "bias")
+            if end and not why and not config.get("trainable_token_indices"):
+                raise ValueError(
+                    f"{folder} holds {key!r}, which its config does not name as trained: PEFT saves embeddings and "
+                    "head beside an adapter whose base was resized (resize_token_embeddings). Save it with "
+                    "model.save_pretrained(folder, save_embedding_layers=False), and give the resized base, saved, as "
+                    "its base; or train the adapter with them in `modules_to_save`."
+                )
             raise ValueError(
                 f"{folder} holds {key!r}, which is no factor of a linear module's update: embeddings, convolutions "
                 f"and single parameters are not read{why}. Train the adapter without them."
@@ -150,6 +160,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds a {type(config).__name__}")
         return config
+
+
+def _saved_in_full(owner: str, names: Iterable[str]) -> bool:
+    """Whether `modules_to_save` has a module, or one that it is in: PEFT takes all whose path ends with a name."""
+    parts = owner.split(".")
+    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(path.endswith(name) for path in paths for name in names)
 
 
 @contextmanager
@@ -301,7 +318,7 @@ def _lora_factors(
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if match and tensor.dim() == 2:
             pairs.setdefault(match[1], {})[match[2]] = tensor
-        else:
+        elif not key.endswith(VELORA):
             rest[key] = tensor
     scales = {}
     ranks = config.get("rank_pattern") or {}

@@ -28,14 +28,22 @@ CLASSES = {
 }
 
 
-def base_class(folder: str | Path) -> Any:
+def base_class(folder: str | Path, base: str | Path) -> Any:
     """The class of transformers that an adapter's base is to be opened with: by its task type or, where it has none,
-    the one that it was trained over; a causal language model's where it says neither."""
+    the one that it was trained over; a causal language model's where it says neither. Where that class opens no such
+    base (of a model of images and text that was trained as "CAUSAL_LM"), the one that the base names."""
     config = PeftConfig.from_pretrained(str(folder))
     task = getattr(config.task_type, "value", config.task_type)
     named = (config.auto_mapping or {}).get("base_model_class") if task is None else CLASSES.get(task)
-    found = getattr(transformers, named, None) if isinstance(named, str) else None
-    return found if hasattr(found, "from_pretrained") else transformers.AutoModelForCausalLM
+    found: Any = getattr(transformers, named, None) if isinstance(named, str) else None
+    found = found if hasattr(found, "from_pretrained") else transformers.AutoModelForCausalLM
+    if not hasattr(found, "_model_mapping"):  # no auto class
+        return found
+    config_of_base = transformers.AutoConfig.from_pretrained(base, **revision_of(folder, base))
+    if type(config_of_base) in found._model_mapping:
+        return found
+    named = next((name for name in config_of_base.architectures or () if hasattr(transformers, name)), None)
+    return getattr(transformers, named) if named else found
 
 
 def revision_of(folder: str | Path, base: str | Path) -> dict[str, str]:

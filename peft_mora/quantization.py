@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from .files import whole_folder
+from .inputs import load_tokenizer
 from .lean import Base, compute_dtype
 
 
@@ -102,7 +103,7 @@ def save_plain(
         model.save_pretrained(folder, **options)
         try:
             options = {} if own else revision
-            AutoTokenizer.from_pretrained(str(adapter if own else base), **options).save_pretrained(folder)
+            load_tokenizer(adapter if own else base, **options).save_pretrained(folder)
         except (OSError, ValueError):  # a base without a tokenizer is one without
             if own:
                 raise

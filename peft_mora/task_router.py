@@ -28,13 +28,12 @@ from peft.utils import PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from .base import BASE_ADAPTER
 from .checks import check_field, is_indices, is_int, is_number
 from .files import check_own, whole_folder
 from .fingerprint import differences, fingerprint
-from .inputs import base_of, eval_mode, text_tokenizer
+from .inputs import base_of, eval_mode, load_tokenizer, text_tokenizer
 from .lora_file import CONFIG, check_base_kept
 from .lora_file import TENSORS as WEIGHTS
 from .task_driver import Driver, Rows
@@ -216,7 +215,7 @@ class TaskRouter:
 
     def _ids(self, prompt: Any, number: int) -> list[int]:
         if self.tokenizer is None:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.base.config.name_or_path)
+            self.tokenizer = load_tokenizer(self.base.config.name_or_path)
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt).input_ids if prompt.strip() else []
         else:

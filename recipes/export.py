@@ -14,20 +14,24 @@ over, in 16 bits, for a server (docs/serving.md).
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftType
 from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
-from shared.base_model import find_base
+from shared.base_model import EMBEDDED, find_base
 from shared.tasks import find_task
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from peft_mora import METHODS
+from peft_mora import METHODS, use_exact_4bit_kernels
 from peft_mora.export import (
     check_apart,
+    check_linear_alone,
     effect_error,
     exact_lora,
     exportable_layers,
@@ -36,8 +40,18 @@ from peft_mora.export import (
     save_lora,
     save_with_base,
 )
-from peft_mora.info import vllm_options
+from peft_mora.info import adapter_info, vllm_options
 from peft_mora.lora_file import Lora
+from peft_mora.merging.distillation import writes_text
+from peft_mora.opening import base_class, with_adapter
+from peft_mora.quantization import nf4_config
+
+
+def _error(text: str) -> float:
+    found = float(text)
+    if not 0 <= found < math.inf:  # NaN is above nothing
+        raise argparse.ArgumentTypeError(f"{text} is no error: write a number >= 0, e.g. 0.1")
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -49,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
     parser.add_argument(
-        "--max-error", type=float, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
+        "--max-error", type=_error, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
     )
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16), help="4: an NF4 copy of it (%(default)s)")
     parser.add_argument(
@@ -90,21 +104,57 @@ def error_table(errors: dict[str, float]) -> Any:
 
 def main() -> None:
     args = parse()
+    try:
+        export(args)
+    except (ValueError, OSError) as error:  # what the library refuses, with what to do
+        raise SystemExit(str(error)) from None
+
+
+def opened(args: argparse.Namespace, base: str) -> tuple[Any, Any]:
+    """(model, tokenizer; None where it writes no text) with the adapter, over the class that it was trained over."""
+    name = base if base == EMBEDDED else find_base(base, args.device, 16)
+    kind = AutoModelForCausalLM if base == EMBEDDED else base_class(args.adapter, name)
+    if kind.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return scores.load(find_base(base, args.device, args.bits), args.adapter, args.device)
+    there = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    options = {"quantization_config": nf4_config()} if args.bits == 4 and there is None else {}
+    model = kind.from_pretrained(name, dtype=torch.bfloat16, device_map=args.device, **options)
+    use_exact_4bit_kernels(model)
+    tokenizer = None
+    if writes_text(model):  # of images and text
+        tokenizer = AutoTokenizer.from_pretrained(scores.tokenizer_of(name, args.adapter))
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return with_adapter(model, args.adapter).eval(), tokenizer
+
+
+def export(args: argparse.Namespace) -> None:
     task = find_task(args.task, args.data, args.passage_words, args.seed)
     config = PeftConfig.from_pretrained(args.adapter)
     kind, ours = PeftType(config.peft_type).value, [method.config.method for method in METHODS.values()]
     if kind not in ours:
         why = "a plain LoRA already: serve it as it is" if kind == "LORA" else f"and this exports {', '.join(ours)}"
         raise SystemExit(f"{args.adapter} is {kind}, {why}")
+    found = adapter_info(args.adapter)
+    if not found.merges and not found.routed:
+        raise SystemExit(f"{args.adapter}: {found.refusal}")
+    check_linear_alone(vars(config), args.adapter)
     base = args.model or config.base_model_name_or_path
     if not base:
         raise SystemExit(f"{args.adapter} does not say which base it is for: give it as --model NAME_OR_DIR")
-    model, tokenizer = scores.load(find_base(base, args.device, args.bits), args.adapter, args.device)
+    model, tokenizer = opened(args, base)
     if args.base_to and getattr(model.get_base_model(), "hf_quantizer", None) is None:
         raise SystemExit(f"{base} is not quantised: a server loads it as it is. Leave out --base-to")
-    seen, unseen = (batches(tokenizer, task[split], args.batch_size, args.device) for split in ("train", "test"))
-
     exact = all(layer.is_static("default") for layer in exportable_layers(model).values())
+    if not writes_text(model.get_base_model()):
+        kind = type(model.get_base_model()).__name__
+        if not exact:
+            raise SystemExit(
+                f"How close a LoRA comes is measured by next tokens, and {args.adapter} is over a {kind}, which gives "
+                "none: serve the adapter itself, or train one that merges"
+            )
+        print(f"exact, but for rounding in 16 bits; not measured, as a {kind} gives no next tokens")
+        return write(model, exact_lora(model), args, exact)
+    seen, unseen = (batches(tokenizer, task[split], args.batch_size, args.device) for split in ("train", "test"))
     loras = exact_lora(model) if exact else fit_lora(model, seen, rank=args.rank, ridge=args.ridge)
     how = "exact, but for rounding in 16 bits" if exact else f"fitted on {len(task['train'])} texts"
     if config.target_parameters:
@@ -114,7 +164,7 @@ def main() -> None:
     effect = effect_error(model, loras, unseen)
     print(f"{how}; error of the adapter's effect on logits, {len(task['test'])} other texts: {effect.error:.2g}")
     print(f"next token as the adapter's: LoRA {effect.same_token:.1%}, base alone {effect.same_token_base:.1%}")
-    if not exact and effect.error > args.max_error and not args.force:
+    if not exact and not effect.error <= args.max_error and not args.force:
         raise SystemExit(
             f"Nothing written: the error {effect.error:.2g} is above --max-error {args.max_error:g}. Serve the "
             "adapter itself with transformers and PEFT; or train one that exports exactly (LoriConfig, "
@@ -125,8 +175,10 @@ def main() -> None:
 
 def write(model: Any, loras: dict[str, Lora], args: argparse.Namespace, exact: bool) -> None:
     to = (model, loras, args.output)
+    text = writes_text(model.get_base_model())
     config = save_with_base(*to, args.base_to, args.adapter) if args.base_to else save_lora(*to)
-    print(f"LoRA of rank {config.r} in {args.output}; vLLM: {vllm_options(config.r, exact)}")
+    server = f"; vLLM: {vllm_options(config.r, exact)}" if text else ""
+    print(f"LoRA of rank {config.r} in {args.output}{server}")
     if args.base_to:
         print(f"its base in 16 bits in {args.base_to}; llama.cpp: convert_lora_to_gguf.py --base {args.base_to}")
 

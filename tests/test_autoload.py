@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from helpers import WORDS, adapted
 from peft import PeftModel, PeftType
 from transformers import AutoModelForCausalLM
 
+import peft_mora_autoload
 from peft_mora import TaskRouter
 from peft_mora.registry import CHECKED
 from peft_mora_command import main
@@ -390,3 +392,13 @@ def test_a_broken_peft_mora_is_one_warning_and_peft_works(quiet):
     assert "peft_mora could not load" in message and "this one is broken" in message
     assert "PEFT_MORA_AUTOLOAD=0" in message
     assert quiet["broken knows"] == [True, False]
+
+
+def test_a_warning_that_is_an_error_does_not_stop_peft_s_own_import(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft_mora", None)  # as one that does not fit this PEFT
+    with pytest.warns(UserWarning, match="peft_mora could not load.*PEFT_MORA_AUTOLOAD=0"):
+        peft_mora_autoload.install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft_mora_autoload.install()
+    assert "peft_mora could not load, so PEFT does not know its adapters here" in capsys.readouterr().err

@@ -3,18 +3,41 @@
 import json
 import re
 import shlex
+import shutil
 from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
-from helpers import LORA, METHODS, STATIC, adapted, tiny_llama
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VBLoRAConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from helpers import LORA, METHODS, STATIC, adapted, randomize, tiny_llama, tiny_t5
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    RandLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.pipelines import SUPPORTED_TASKS
 
 from peft_mora import SMoraConfig, TaskRouter, prune_experts, record_usage
-from peft_mora.export import exact_lora, save_lora
+from peft_mora.export import Effect, exact_lora, save_lora
 from peft_mora.info import adapter_info, vllm_options
 from peft_mora.merging import merge_adapters
 from peft_mora.opening import revision_of, with_adapter
@@ -107,6 +130,71 @@ def test_info_counts_experts_and_asks_for_the_task_that_an_adapter_needs(llama_f
     assert 'set_task(pipe.model, "a")' in program
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "opens"),
+    [
+        (AutoModelForSequenceClassification, {"task_type": "SEQ_CLS"}, "text-classification"),
+        (AutoModelForSequenceClassification, {"modules_to_save": ["score"]}, "text-classification"),
+        (AutoModelForTokenClassification, {"task_type": "TOKEN_CLS"}, "token-classification"),
+        (AutoModel, {"task_type": "FEATURE_EXTRACTION"}, "feature-extraction"),
+        (AutoModel, {}, "AutoPeftModel"),
+        (AutoModelForSeq2SeqLM, {"task_type": "SEQ_2_SEQ_LM"}, "AutoPeftModelForSeq2SeqLM"),
+        (AutoModelForSeq2SeqLM, {}, "AutoPeftModel"),
+        (AutoModelForCausalLM, {}, "vllm"),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "mora-dense"])
+def test_info_names_what_opens_the_model_that_was_trained(method, kind, fields, opens, llama_folder, here):
+    """A pipeline that writes text would open a classifier, with a head of noise."""
+    folder = llama_folder
+    if kind is AutoModelForSeq2SeqLM:
+        tiny_t5().save_pretrained(folder := str(here / "t5"))
+    labels = {"num_labels": 3} if "Classification" in kind.__name__ else {}
+    base = kind.from_pretrained(folder, dtype=torch.float32, **labels)
+    targets = ["q", "v"] if "t5" in folder else ["q_proj", "v_proj"]
+    model = adapted(LORA if method == "lora" else method, base, target_modules=targets, **fields)
+    model.save_pretrained(here / "one")
+    serve = adapter_info("one").serve
+    assert opens in serve[0] or (opens in serve[-1] and serve[0].startswith("peft-mora export"))
+    assert opens == "vllm" or len(serve) == 1
+    assert opens == "vllm" or opens.startswith("Auto") or opens in SUPPORTED_TASKS
+    if opens != "vllm":
+        exec(shlex.split(serve[0])[2].replace('"...")', '"the cat sat")'), names := {})
+        found = names.get("model") or names["pipe"].model
+        found = found.get_base_model() if isinstance(found, PeftModel) else found
+        assert type(found) is type(model.get_base_model())
+        given = {"input_ids": torch.arange(4, 12)[None]}
+        given |= {"decoder_input_ids": torch.arange(4, 8)[None]} if "t5" in folder else {}
+        torch.testing.assert_close(found.float().eval()(**given)[0], model(**given)[0], rtol=0.02, atol=0.02)
+
+
+def test_info_sends_no_tied_head_to_the_export_that_refuses_it(llama_folder, here, command):
+    for tied in (False, True):
+        tiny_llama(tied=tied).save_pretrained(here / "base")
+        for method in ("lora", "lori"):
+            trained(method, here / "base", here / method, target_modules=["q_proj", "lm_head"])
+            found = adapter_info(method)
+            assert (found.lora == "no") == tied == ("whose weight is the embeddings' too" in str(found))
+            assert ("pipeline" in found.serve[0]) == tied
+    assert "whose weight is the embeddings' too" in command("export", "lora", "--output", "x")
+
+
+@pytest.mark.parametrize(
+    ("config", "modules"),
+    [
+        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), 4),
+        (LoHaConfig(r=4, target_modules=["q_proj"]), 2),
+        (VeraConfig(r=4, target_modules=["q_proj"]), 2),
+        (RandLoraConfig(r=4, target_modules=["q_proj"]), 2),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), 0),
+    ],
+)
+def test_info_counts_the_modules_of_other_methods_and_gives_no_rank_to_what_has_none(config, modules, here):
+    get_peft_model(tiny_llama(), config).save_pretrained(here / "one")
+    found = adapter_info("one")
+    assert len(found.ranks) == modules and " rank " not in str(found) and ("modules" in str(found)) == bool(modules)
+
+
 @pytest.mark.parametrize("method", STATIC)
 def test_export_writes_what_the_library_writes_and_reads_no_weight_of_the_base(
     method, llama_folder, here, command, monkeypatch
@@ -129,7 +217,8 @@ def test_export_opens_the_base_as_the_adapter_was_trained_over_it(base_to, task_
     model = adapted("lori", base, task_type=task_type)
     model.save_pretrained(here / "one")
     how = ("--base-to", "base16", "--load-in-4bit", "--device", "cpu") if base_to else ()
-    assert command("export", "one", "--output", "lora", *how).startswith("exact; ")
+    said = command("export", "one", "--output", "lora", *how)
+    assert said.startswith("exact; ") and "vLLM" not in said
     save_lora(model, exact_lora(model), here / "wanted")
     same_tensors(here / "wanted", here / "lora")
     mora = adapted("mora", AutoModel.from_pretrained(llama_folder, dtype=torch.float32), task_type=task_type)
@@ -191,6 +280,20 @@ def test_export_of_a_routed_adapter_is_fitted_measured_and_refused_where_it_is_f
     assert adapter_info("lora").lora == "is"
 
 
+def test_a_bound_of_the_error_is_a_number_and_nothing_is_written_where_there_is_no_error(
+    llama_folder, here, command, monkeypatch
+):
+    trained("mora", llama_folder, here / "one")
+    how = ("export", "one", "--output", "lora", "--texts", "pets.jsonl", "--device", "cpu", "--max-error")
+    assert [command(*how, bound) for bound in ("nan", "inf", "-1")] == ["2"] * 3
+    monkeypatch.setattr("peft_mora.export.effect_error", lambda *_: Effect(float("nan"), 0.0, 0.0))
+    assert "Nothing written" in command(*how, 9) and not (here / "lora").exists()
+    weights = load_file(here / "one/adapter_model.safetensors")
+    next(tensor for key, tensor in weights.items() if "mora_B" in key)[0, 0] = float("nan")
+    save_file(weights, here / "one/adapter_model.safetensors")
+    assert re.search("^peft-mora export: Adapter 'default' has values that are not finite", command(*how, 9))
+
+
 @pytest.mark.parametrize(("exact", "what_to_do"), [(True, "merge it into its base"), (False, "at a lower --rank")])
 def test_the_ranks_that_vllm_takes_are_named(exact, what_to_do):
     assert [vllm_options(rank, exact).split()[-1] for rank in (1, 9, 512)] == ["1", "16", "512"]
@@ -209,6 +312,77 @@ def test_merge_writes_what_the_library_writes(llama_folder, here, command):
     assert looked.startswith("inputs → distill, rank 8") and set(adapter_info("both").ranks.values()) == {8}
     told = json.loads((here / "both/merge_report.json").read_text())["options"]
     assert (told["passes"], told["distill"]) == (1, 1)
+
+
+def test_merge_opens_the_base_as_the_first_adapter_was_trained_over_it(llama_folder, here, command):
+    for seed, name in enumerate(("a", "b")):
+        model = adapted(LORA, AutoModel.from_pretrained(llama_folder, dtype=torch.float32), target_modules=["q_proj"],
+                        task_type="FEATURE_EXTRACTION")  # fmt: skip
+        randomize(model, seed)
+        model.save_pretrained(here / name)
+    how = ("--model", llama_folder, "--device", "cpu", "--prompts", "pets.jsonl", "walks.txt")
+    assert command("merge", "a", "b", "--output", "both", *how).startswith("inputs, rank 8")
+    assert adapter_info("both").opens == "feature-extraction"
+    assert "nowhere/adapter_config.json is missing" in command("merge", "a", "nowhere", "--output", "x", *how)
+
+
+def test_export_opens_a_model_of_images_and_text_by_the_class_that_it_names(here, command):
+    """Trained as "CAUSAL_LM", of which transformers' auto class has no such model."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=32),
+        text_config=LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64),
+        image_token_index=60,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(here / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(here / "base")
+    model = adapted("lori", base, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM")
+    model.save_pretrained(here / "one")
+    assert command("export", "one", "--output", "lora").startswith("exact; ")
+    save_lora(model, exact_lora(model), here / "wanted")
+    same_tensors(here / "wanted", here / "lora")
+
+
+@pytest.mark.parametrize("method", ["lori", "mora"])
+def test_export_of_what_trains_more_is_refused_by_its_config_before_a_base_is_opened(
+    method, llama_folder, here, command, monkeypatch
+):
+    """A classifier of three labels would be said to be of another base."""
+    base = AutoModelForSequenceClassification.from_pretrained(llama_folder, num_labels=3)
+    adapted(method, base, task_type="SEQ_CLS").save_pretrained(here / "one")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
+    said = command("export", "one", "--output", "lora", "--texts", "pets.jsonl")
+    assert re.search(r"^peft-mora export: one has modules_to_save=\['classifier', 'score'\], .*Train without it", said)
+
+
+def test_a_damaged_base_and_a_folder_in_a_file_are_one_line_before_the_work(llama_folder, here, command):
+    for name in ("a", "b"):
+        trained("lora", llama_folder, here / name)
+    trained("mora", llama_folder, here / "mora")
+    shutil.copytree(llama_folder, here / "base")
+    weights = here / "base/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    how = ("--model", "base", "--device", "cpu")
+    prompts = ("--prompts", "pets.jsonl", "walks.txt")
+    for arguments in (
+        ("merge", "a", "b", "--output", "x", *how, *prompts),
+        ("export", "mora", "--output", "x", *how, "--texts", "pets.jsonl"),
+        ("route", "router", *how, "--add", "pets=pets.jsonl"),
+        ("protect", "base", "--output", "x", "--device", "cpu"),
+    ):
+        line = command(*arguments)
+        assert re.search(f"^peft-mora {arguments[0]}: The weights of base are damaged .*save them again.$", line), line
+    for arguments in (
+        ("merge", "a", "b", "--output", "pets.jsonl/x", "--model", "nowhere", *prompts),
+        ("export", "mora", "--output", "pets.jsonl/x", "--model", "nowhere"),
+        ("export", "mora", "--output", "x", "--base-to", "pets.jsonl/x", "--model", "nowhere"),
+        ("protect", "nowhere", "--output", "pets.jsonl/x"),
+    ):
+        line = command(*arguments)
+        assert re.search(f"^peft-mora {arguments[0]}: .*pets.jsonl is a file, so that no folder can be", line), line
+    assert "`rounds` must be an integer" in command(
+        "merge", "a", "b", "--output", "x", "--rule", "lore", "--options", '{"rounds": 2.5}'
+    )
 
 
 def test_route_makes_extends_asks_and_ships_a_router(llama_folder, here, command):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import LORA, At, adapted, losses, padded, quantized, randomize, sft, tiny_llama
+from helpers import LORA, At, adapted, losses, padded, quantized, randomize, sft, texts, tiny_llama
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from test_projection import ScheduleFree
 from transformers import (
@@ -20,12 +20,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_mora import LoriConfig, MoraConfig, start_task
+from peft_mora import LoriConfig, MoraConfig, MtlLoraConfig, set_task, start_task
 from trl_callbacks import (
     AdapterPenaltyCallback,
     DriftCallback,
     LoriCalibrationCallback,
     OrthogonalProjectionCallback,
+    TaskColumnCallback,
 )
 from trl_callbacks.drift import drift
 from trl_callbacks.general_text import read
@@ -112,6 +113,30 @@ def test_a_model_without_next_tokens_is_refused_before_the_first_step(tmp_path):
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="causal language model, and LlamaForSequenceClassification gives none"):
         Trainer(model, arguments, train_dataset=rows, callbacks=[DriftCallback(TEXT)]).train()
+
+
+def test_an_adapter_that_has_to_be_told_tasks_is_measured_by_its_default_and_refused_without(llama_folder, tmp_path):
+    """Before the first step, and not at the first measurement; rows in training go on to say theirs."""
+    data = texts().add_column("task", ["a", "b"] * 12)
+    trainer = sft(
+        tiny_llama(), llama_folder, tmp_path, MtlLoraConfig(tasks=["a", "b"], r=2, target_modules=["q_proj"]),
+        [TaskColumnCallback(), DriftCallback(TEXT, interval=2, tokens=32)], train_dataset=data, eval_dataset=None,
+        max_steps=2, save_strategy="no",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"'default' has a part for each of 'a' and 'b' and no default.*set_task"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    set_task(trainer.model, "b")
+    trainer.train()
+    assert trainer.state.log_history[1]["drift_kl"] > 0
+
+
+def test_a_second_one_is_refused_whose_numbers_would_be_lost(llama_folder, tmp_path):
+    several = [DriftCallback(TEXT), DriftCallback(["red log"], interval=2)]
+    trainer = sft(tiny_llama(), llama_folder, tmp_path, LORA(r=2, target_modules=["q_proj"]), several)
+    with pytest.raises(ValueError, match=r"several DriftCallbacks.*Give all texts to one, DriftCallback\("):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def beside_a_frozen_one():

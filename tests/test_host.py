@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import LORA, METHODS, sft, tiny_llama
+from transformers.training_args import OptimizerNames
 
 from trl_callbacks import (
     ActivationBudgetCallback,
@@ -114,12 +115,15 @@ def test_an_adapter_that_it_cannot_work_on_is_refused_before_the_first_step(
 
 
 PLAIN = {"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": [], "load_best_model_at_end": False}
+PLAIN["optim"] = OptimizerNames.ADAMW_TORCH
 RUNS = {
     "deepspeed": {"deepspeed": "zero2.json"},
     "fsdp": {"fsdp": ["full_shard"]},
     "processes": {"world_size": 2},
     "data_parallel": {"n_gpu": 2},
     "best_model": {"load_best_model_at_end": True},
+    "layerwise": {"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE},
+    "generates": {"max_completion_length": 256},
 }
 # callback, and what it says of each kind of run that it refuses
 REFUSALS = {
@@ -134,20 +138,24 @@ REFUSALS = {
         AdapterPenaltyCallback("lorasculpt"),
         {"deepspeed": "buffers of its own", "fsdp": "in pieces", "best_model": "before they were made sparse"},
     ),
-    "dropping": (AdapterPenaltyCallback("coto"), {"deepspeed": "buffers of its own", "fsdp": "in pieces"}),
+    "dropping": (
+        AdapterPenaltyCallback("coto"),
+        {"deepspeed": "buffers of its own", "fsdp": "in pieces", "generates": "writes its completions"},
+    ),
     "surgery": (
         GradientSurgeryCallback(),
-        {"deepspeed": "steps inside", "fsdp": "in pieces"} | dict.fromkeys(("processes", "data_parallel"), "averaged"),
+        {"deepspeed": "steps inside", "fsdp": "in pieces", "layerwise": "by each task in turn"}
+        | dict.fromkeys(("processes", "data_parallel"), "averaged"),
     ),
     "growth": (
         RankGrowthCallback(4),
         dict.fromkeys(("processes", "deepspeed", "fsdp"), "replaces parameters in the middle of a run")
-        | {"best_model": "with other ranks, which does not fit"},
+        | {"best_model": "with other ranks, which does not fit", "layerwise": "leaves no gradient"},
     ),
     "calibration": (
         LoriCalibrationCallback(),
         dict.fromkeys(("processes", "deepspeed", "fsdp"), "in a run of its own")
-        | {"best_model": "could bring back the dense adapter"},
+        | {"best_model": "could bring back the dense adapter", "layerwise": "nothing more would be learnt"},
     ),
 }
 
@@ -164,6 +172,13 @@ def test_a_callback_refuses_the_runs_that_it_cannot_work_in_and_no_others(row):
                 callback.refuse(run)
         else:
             callback.refuse(run)
+
+
+@pytest.mark.parametrize("name", OptimizerNames)
+def test_optimizers_that_step_within_the_backward_are_known(name):
+    within = name.value.endswith("_layerwise") or name.value in ("lomo", "adalomo")
+    for given in (name, name.value):
+        assert KINDS["layerwise"](SimpleNamespace(optim=given)) == within
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])

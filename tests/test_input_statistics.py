@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
-from helpers import METHODS, WORDS, lora_config, quantized
+from helpers import METHODS, WORDS, lora_config, quantized, sft, tiny_llama
 from shared.training import make_trainer
+from test_projection import ScheduleFree
 from transformers import AutoTokenizer
 
 from peft_mora.merging import collect_inputs, merge_adapters
@@ -78,6 +79,27 @@ def test_prompts_end_where_something_is_learnt_and_records_of_one_row_are_told_a
         "labels": torch.tensor([[-100, -100, 7, -100, 4]]),
     }
     assert [prompt.tolist() for prompt in prompts_of(flat)] == [[5, 6], [9]]
+
+
+def test_labels_of_rows_say_nothing_of_tokens():
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 7], [9, 4, 0]]), "labels": torch.tensor([0, 1, 1])}
+    batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    assert [prompt.tolist() for prompt in prompts_of(batch)] == [[5, 6, 7], [5, 6, 7], [9, 4]]
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_the_file_is_of_the_weights_that_a_schedule_free_optimizer_s_run_saves(evaluated, llama_folder, tmp_path):
+    """Whether or not it is evaluated in between, which puts the weights that were stepped aside."""
+    for name in ("one", "two"):
+        callback, output = InputStatisticsCallback(4, prompts=4), tmp_path / name
+        lora = lora_config(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+        trainer = sft(tiny_llama(), llama_folder, output, lora, [callback], max_steps=2, save_strategy="no")
+        trainer.optimizer = ScheduleFree(trainer.model, "z")
+        trainer.train()
+        if evaluated:
+            trainer.evaluate()
+        trainer.save_model()
+    assert merge_adapters([tmp_path / "one", tmp_path / "two"], rank=2).rule == "inputs"
 
 
 def test_an_adapter_that_diverged_is_kept_and_no_statistics_are_written(llama_folder, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from helpers import inputs_of, tiny_llama, tiny_t5
 from peft import LoraConfig, get_peft_model
 from shared.scores import answers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 from peft_mora import MoraConfig
 from peft_mora.export import fit_lora
@@ -60,6 +60,25 @@ def test_statistics_are_of_real_tokens_and_shared_inputs_share_them(budget_gib):
     sharing = {tuple(name.rsplit(".", 1)[-1] for name in modules) for modules in found.groups.values()}
     assert sharing == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
     assert len(found.groups) == 8
+
+
+def test_a_layer_between_the_stack_and_the_logits_sees_all_tokens():
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+        is_decoder=True,
+    )
+    model = BertLMHeadModel(config)
+    seen = {}
+    layers = {
+        name: model.get_submodule(name) for name in ("cls.predictions.transform.dense", "cls.predictions.decoder")
+    }
+    for some in ({n: layers[n]} for n in layers):
+        visit(model, some, [padded_batch()], lambda name, x, y, mask: seen.update({name: x.shape}))
+    assert {tuple(shape) for shape in seen.values()} == {(2, 5, 32)}
 
 
 def test_sets_of_inputs_are_found_together_by_as_few_passes_as_the_budget_allows():

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import adapted, tiny_gpt2, tiny_llama
-from peft import LoraConfig, PeftModel
+from helpers import LORA, adapted, tiny_gpt2, tiny_llama
+from peft import LoraConfig, PeftModel, VeloraConfig
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from peft_mora.export import exact_lora
-from peft_mora.files import check_own, whole_folder
+from peft_mora.files import check_new, check_own, whole_folder
 from peft_mora.lora_file import Lora, read_lora, write_lora
+from peft_mora.merging import merge_adapters, merge_into_base
 from trl_callbacks.subspace import Subspace
 
 
@@ -101,6 +103,18 @@ def test_a_folder_that_holds_something_else_is_not_replaced(other, tmp_path):
     with pytest.raises(FileExistsError, match="two is a file, where a folder is to be"):
         check_own(folder / "two", ("one", "two"))
     check_own(tmp_path / "nowhere", ())
+
+
+def test_a_folder_in_a_file_is_refused_before_there_is_something_to_write(tmp_path):
+    (tmp_path / "file").write_text("old")
+    inside = tmp_path / "file" / "one" / "two"
+    for refused in (check_new, lambda path: check_own(path, ()), lambda path: whole_folder(path).__enter__(),
+                    lambda path: whole_folder(path, replace=True).__enter__()):  # fmt: skip
+        with pytest.raises(FileExistsError, match="file is a file, so that no folder can be written in it"):
+            refused(inside)
+    with pytest.raises(FileExistsError, match="exists: delete it"):
+        check_new(tmp_path / "file")
+    check_new(tmp_path / "no" / "where")
 
 
 # Files
@@ -224,6 +238,7 @@ def test_damaged_files_and_foreign_tensors_are_refused(tmp_path):
         ({key: tensors[key] / 0}, "not finite, e.g. in 'model.layers.0.mlp.up_proj'"),
         ({key: tensors[key][:2].clone()}, r"lora_A \(2, 64\)"),
         ({"base_model.model.model.embed_tokens.weight": torch.ones(64, 64)}, "embed_tokens.*embeddings"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 64)}, "no factor of a linear"),
         ({key.replace("lora_A", "lora_magnitude_vector"): torch.ones(4)}, "magnitude"),
     ):
         save_file(tensors | damage, file)
@@ -242,3 +257,49 @@ def test_modules_saved_in_full_are_kept_apart_from_the_factors(tmp_path):
     file = read_lora(tmp_path)
     assert set(file.saved) == {"base_model.model.lm_head.weight"}
     assert all("q_proj" in name for name in file.loras)
+
+
+@pytest.mark.parametrize(("name", "saved"), [("norm", 5), ("model.norm", 1), ("mlp", 6), ("layers.0.mlp", 3)])
+def test_modules_saved_in_full_are_those_whose_path_ends_with_a_name_as_peft_takes_them(name, saved, inputs, tmp_path):
+    """Of "norm" the norms of every layer too; they merge, and go into the base, where adapters agree on them."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(LORA, base, target_modules=["q_proj"], modules_to_save=[name], task_type="CAUSAL_LM")
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "one")
+    assert len(read_lora(tmp_path / "one").saved) == saved
+    merge_adapters([tmp_path / "one"] * 2, "mean", output=tmp_path / "merged")
+    merge_into_base(tmp_path / "merged", tmp_path / "whole", dtype=torch.float32)
+    opened = PeftModel.from_pretrained(tiny_llama(), tmp_path / "merged").eval()
+    for found in (opened, AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()):
+        torch.testing.assert_close(found(inputs).logits, model(inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_peft_saves_of_a_resized_base_is_told_apart_from_what_was_trained(inputs, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(70)
+    base.save_pretrained(tmp_path / "resized")
+    model = adapted(LORA, base, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        model.save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"holds '.*\.weight', .*resized.*save_embedding_layers=False"):
+        merge_adapters([tmp_path / "one"])
+    model.save_pretrained(tmp_path / "two", save_embedding_layers=False)  # what the message says
+    merge_into_base(tmp_path / "two", tmp_path / "whole", base=tmp_path / "resized", dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(whole(inputs).logits, model(inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backward_that_keeps_less_in_memory_leaves_the_update_a_lora_s(inputs, tmp_path):
+    """VeLoRA: the forward, and what PEFT merges, are LoRA's; beside the factors its file has what was projected on."""
+    model = saved_lora(tmp_path, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4))
+    assert any("velora_embed" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    found = {name: B @ A for name, (A, B) in read_lora(tmp_path).loras.items()}
+    torch.testing.assert_close(found, deltas(model), rtol=1e-5, atol=1e-6)
+    write_lora(tmp_path / "lora", read_lora(tmp_path).loras)
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
+    torch.testing.assert_close(plain(inputs).logits, model(inputs).logits, rtol=1e-4, atol=1e-4)

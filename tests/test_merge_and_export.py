@@ -13,17 +13,35 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from helpers import METHODS, STATIC, adapted, csv_rows, inputs_of, jsonl, load_recipe, quantized, tiny_gpt2, tiny_llama
+from helpers import (
+    METHODS,
+    STATIC,
+    adapted,
+    csv_rows,
+    inputs_of,
+    jsonl,
+    load_recipe,
+    quantized,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from shared.tasks import find_task
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from peft_mora import export
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
-from peft_mora.lora_file import read_lora
+from peft_mora.lora_file import Lora, read_lora
 from trl_callbacks.subspace import Subspace
 
 
@@ -81,6 +99,31 @@ def test_what_a_plain_lora_cannot_hold_is_refused(tmp_path):
         exact_lora(model)
     with pytest.raises(FileExistsError, match="delete it"):
         save_lora(model, exact_lora(model), tmp_path)
+
+
+def test_what_is_not_finite_is_never_exported_as_exact_or_close():
+    """No comparison with NaN is true, also not `error > bound`."""
+    for method in ("lori", "mora"):
+        model = adapted(method)
+        loras = exact_lora(model) if method == "lori" else fit_lora(model, padded(0))
+        with torch.no_grad():
+            norm = model.get_base_model().model.norm.weight
+            norm[3] = float("nan")
+            with pytest.raises(ValueError, match="with the adapter, or the base alone, are not finite"):
+                effect_error(model, loras, padded(1))
+            norm[3] = 1.0
+            name, (A, B) = next(iter(loras.items()))
+            wrong = loras | {name: (A, B / 0)}
+            with pytest.raises(ValueError, match="logits of the model with the LoRA are not finite"):
+                effect_error(model, {n: Lora(*lora) for n, lora in wrong.items()}, padded(1))
+            with pytest.raises(ValueError, match=f"in module '{name}' is not finite"):
+                lora_errors(model, {n: Lora(*lora) for n, lora in wrong.items()}, padded(1))
+            model.get_base_model().model.embed_tokens.weight[5] = float("inf")
+            with pytest.raises(ValueError, match="What goes into module .* is not finite"):
+                fit_lora(model, padded(0))
+            next(p for n, p in model.named_parameters() if n.endswith(f"{method}_B.default.weight"))[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="'default' has values that are not finite.*e.g. in 'model.layers.0"):
+            exact_lora(model) if method == "lori" else fit_lora(model, padded(0))
 
 
 def padded(seed: int, rows: int = 24, columns: int = 12) -> list[dict[str, torch.Tensor]]:
@@ -304,6 +347,47 @@ def test_the_export_recipe_refuses_above_its_bound_and_writes_nothing(
     loras = PeftModel.from_pretrained(quantized(llama_folder), tmp_path / "out/lora").eval()
     # printed in two digits, and the two add up in bfloat16 in another order
     assert logit_error(model, loras, [dict(batch)]) == pytest.approx(printed, rel=0.1)
+
+
+def test_the_export_recipe_says_in_a_line_what_it_cannot_and_opens_every_class_of_base(
+    llama_folder, tasks, tmp_path, run_recipe
+):
+    def run(name: str) -> str:
+        how = ("--data", tasks, "--task", "sky", "--device", "cpu", "--bits", 4 if name == "embedding" else 16)
+        return run_recipe("export", tmp_path / name, "--output", tmp_path / f"{name}-lora", *how)
+
+    tiny_t5().save_pretrained(tmp_path / "t5")
+    for name, method, kind, base, fields in (
+        ("no-task", "mtllora", AutoModelForCausalLM, llama_folder, {"default_task": None}),
+        ("classifier", "lori", AutoModelForSequenceClassification, llama_folder, {"task_type": "SEQ_CLS"}),
+        ("routed", "mora", AutoModel, llama_folder, {"task_type": "FEATURE_EXTRACTION"}),
+        ("embedding", "lori", AutoModel, llama_folder, {"task_type": "FEATURE_EXTRACTION"}),
+        ("seq2seq", "lori", AutoModelForSeq2SeqLM, tmp_path / "t5", {"task_type": "SEQ_2_SEQ_LM"}),
+    ):
+        targets = ["q", "v"] if name == "seq2seq" else ["q_proj"]
+        model = adapted(method, kind.from_pretrained(base), target_modules=targets, **fields)
+        model.save_pretrained(tmp_path / name)
+        why = {
+            "no-task": "Choose one first: peft_mora.set_task",
+            "classifier": "modules_to_save=.*Train without it",
+            "routed": "is over a LlamaModel, which gives none",
+        }
+        if name in why:
+            with pytest.raises(SystemExit, match=why[name]):
+                run(name)
+            assert not (tmp_path / f"{name}-lora").exists()
+        else:
+            assert "exact, but for rounding in 16 bits; not measured" in run(name)
+            want = {name: B @ A for name, (A, B) in exact_lora(model).items()}
+            found = {name: B @ A for name, (A, B) in read_lora(tmp_path / f"{name}-lora").loras.items()}
+            torch.testing.assert_close(found, want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("bound", ["nan", "inf", "-0.1"])
+def test_the_export_recipe_takes_no_bound_that_nothing_is_above(bound, run_recipe, capsys):
+    with pytest.raises(SystemExit):
+        run_recipe("export", "adapter", "--output", "out", f"--max-error={bound}")
+    assert "is no error: write a number >= 0" in capsys.readouterr().err
 
 
 OWN = ("sky alone", "way alone", "each task its own")

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import LORA, METHODS, adapted, quantized, randomize, tiny_gpt2, tiny_llama
+from helpers import LORA, METHODS, adapted, quantized, randomize, tiny_gpt2, tiny_llama, tiny_t5
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from peft_mora.inputs import load_tokenizer
 from peft_mora.lora_file import PREFIX, Lora, read_lora, write_lora
 from peft_mora.merging import RULES, collect_inputs, merge_adapters, merge_into_base, rules, scaling, sequential
 from peft_mora.merging.core import canonical, core_space, reduced, to_lora
@@ -211,6 +212,11 @@ def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
         ({"rule": "soup"}, "`rule` must be 'inputs', 'sum'"),
         ({"rank": 0}, "`rank` must be 'sum', an integer"),
         ({"rank": 1.5}, "`rank` must be"),
+        ({"folders": iter("ab")}, "`folders` must be a list of folders"),
+        ({"weights": 0.5}, "`weights` must be a list of numbers"),
+        ({"seed": "abc"}, "`seed` must be an integer"),
+        ({"prompts": ["the cat"]}, "`prompts` must be a mapping of each folder to its texts"),
+        ({"rule": "inputs", "ridge": "much"}, "`ridge` must be a number > 0"),  # though there are no statistics
         ({"weights": [1.0]}, "3 adapters need 3 weights, got 1"),
         ({"weights": [1.0, 2.0, float("nan")]}, "finite numbers"),
         ({"before": ["pca"]}, "`before` must be a list of 'norm' or 'pico'"),
@@ -222,13 +228,18 @@ def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
         ({"rule": "ties", "density": 0}, r"`density` must be a share in \(0, 1\]"),
         ({"rule": "mean", "weights": [1, -1, 0]}, "add up to 0"),
         ({"rule": "least-squares", "weights": [1, -1, 1]}, "weighs squared errors"),
+        ({"rule": "opcm", "block": 2.0}, r"`block` must be a share in \[0, 1\]"),
+        ({"rule": "opcm", "block": "half"}, "`block` must be"),
+        ({"rule": "lore", "rounds": 2.5}, "`rounds` must be an integer >= 1"),
+        ({"rule": "lore", "rounds": 0}, "`rounds` must be an integer >= 1"),
+        ({"rule": "lore", "amount": "N"}, "`amount` must be a number, or None"),
         ({"rule": "robust"}, r"ranks \[2, 3, 5\]"),
         ({"rule": "slao"}, r"A is \(5, \d+\) after \(3, \d+\)"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments, message, three):
     with pytest.raises(ValueError, match=message):
-        merge_adapters(three, **{"rule": "sum", **arguments})
+        merge_adapters(**{"folders": three, "rule": "sum", **arguments})
 
 
 def test_a_refused_merge_writes_nothing_and_an_existing_folder_is_left_alone(three, tmp_path):
@@ -895,6 +906,49 @@ def test_the_base_is_afterwards_as_it_was_also_where_an_adapter_does_not_load(fa
     assert state_of(base) == before
 
 
+def test_a_model_with_an_adapter_in_it_is_refused_and_stays(trained):
+    base, folders = trained
+    base.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), "mine")
+    x = torch.arange(5)[None]
+    own = base.eval()(x).logits
+    before = state_of(base)
+    prompts = {path: TEXTS[path.name] for path in folders}
+    for look in (
+        lambda: collect_inputs(base, TEXTS["task1"], folders[0]),
+        lambda: merge_adapters(folders, model=base, prompts=prompts),
+    ):
+        with pytest.raises(ValueError, match="has an adapter in it already.*give the bare base model"):
+            look()
+    assert state_of(base) == before and torch.equal(base(x).logits, own)
+
+
+def test_an_encoder_decoder_is_refused_where_it_would_be_looked_at(tmp_path, llama_folder):
+    model = get_peft_model(tiny_t5(), LoraConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
+    randomize(model)
+    model.save_pretrained(tmp_path / "one")
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    with pytest.raises(ValueError, match="into the decoder of an encoder-decoder.*a rule that needs no inputs"):
+        collect_inputs(tiny_t5(), TEXTS["task1"], tmp_path / "one", tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "gemma", "t5"])
+def test_a_folder_without_a_tokenizer_has_none_though_transformers_makes_one_up(kind, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) > 0
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer: save it there, or give one as `tokenizer`"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_tokenizer_that_knows_no_word_goes_beside_a_merged_model(tmp_path):
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"))
+    randomize(model)
+    model.save_pretrained(tmp_path / "one")
+    merge_into_base(tmp_path / "one", tmp_path / "whole", base=tmp_path / "base")
+    assert not [path.name for path in (tmp_path / "whole").iterdir() if "token" in path.name]
+
+
 @pytest.mark.parametrize("method", ["furina", "mtllora"])
 def test_adapters_that_watch_the_model_leave_no_watch_behind(method, llama_folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
@@ -1121,7 +1175,7 @@ def test_an_adapted_head_as_peft_saves_it_merges_and_goes_into_the_base(method, 
         torch.testing.assert_close(logits(whole, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_the_adapters_tokenizer_stays_with_the_merged_one_and_two_are_told_of(llama_folder, tmp_path):
+def test_the_adapters_tokenizer_stays_with_the_merged_one_and_two_are_told_of(llama_folder, tmp_path, monkeypatch):
     folders = [folder(tmp_path, seed) for seed in (1, 2, 3)]
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
@@ -1135,6 +1189,10 @@ def test_the_adapters_tokenizer_stays_with_the_merged_one_and_two_are_told_of(ll
     with pytest.warns(UserWarning, match="task1 and .*task2 hold different tokenizers or chat templates"):
         report = merge_adapters(folders, "mean", output=tmp_path / "other")
     assert not (tmp_path / "other/tokenizer_config.json").exists() and "different tokenizers" in report.warnings[0]
+    (folders[1] / "tokenizer_config.json").write_text("{")
+    monkeypatch.setattr("peft_mora.merging._Merge", None)  # it is said before the work
+    with pytest.raises(ValueError, match="task2/tokenizer_config.json is damaged .*: save the tokenizer there again"):
+        merge_adapters(folders, "mean", output=tmp_path / "third")
 
 
 def test_a_prompt_has_no_end_of_text_that_its_tokenizer_adds():
@@ -1165,6 +1223,8 @@ def test_what_is_of_another_model_or_task_goes_into_no_base(over_nf4, llama_fold
     nf4, adapter = over_nf4
     resized = {"saved": {f"{PREFIX}lm_head.weight": torch.randn(1, 64)}, "modules_to_save": ["lm_head"]}
     fits = {"model.layers.0.self_attn.q_proj": Lora(torch.randn(2, 64), torch.randn(64, 2))}
+    AutoModelForSequenceClassification.from_pretrained(llama_folder).save_pretrained(tmp_path / "headless")
+    classifier = {"base_model_class": "LlamaForSequenceClassification"}
     write_lora(tmp_path / "resized", fits, base_model_name_or_path=str(nf4), **resized)
     for arguments, message in (
         ({"adapter": tmp_path / "resized"}, "'lm_head.weight' is 64 x 64 in .*nf4, and 1 x 64 in the adapter"),
@@ -1175,6 +1235,11 @@ def test_what_is_of_another_model_or_task_goes_into_no_base(over_nf4, llama_fold
         ),
         ({"adapter": folder(tmp_path, 2, base_model_name_or_path=None)}, "does not say which model it is for"),
         ({"adapter": folder(tmp_path, 3, task_type="SEQ_CLS")}, "is for SEQ_CLS"),
+        ({"adapter": folder(tmp_path, 4, auto_mapping=classifier)}, "is for LlamaForSequenceClassification"),
+        (
+            {"adapter": folder(tmp_path, 6, auto_mapping=None), "base": str(tmp_path / "headless")},
+            "headless has no 'lm_head.weight': it is no causal language model",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             merge_into_base(**{"adapter": adapter, "output": tmp_path / "whole", **arguments})

@@ -19,6 +19,7 @@ from transformers import (
     BertForTokenClassification,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForSequenceClassification,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -35,11 +36,14 @@ from peft_mora import LoriConfig, MoraConfig, MtlLoraConfig, expert_usage, recor
 from peft_mora.inputs import input_statistics, quietened
 from peft_mora.merging import merge_adapters
 from peft_mora.merging.distillation import lessons
+from peft_mora.merging.inputs import Statistics, input_spreads
 from peft_mora.merging.inputs import adapted as peft_model_of
-from peft_mora.merging.inputs import input_spreads
 from trl_callbacks import (
     ActivationBudgetCallback,
+    AdapterPenaltyCallback,
     DriftCallback,
+    GradientSurgeryCallback,
+    InputStatisticsCallback,
     LoriCalibrationCallback,
     OrthogonalProjectionCallback,
     protect,
@@ -283,6 +287,36 @@ def test_adapters_of_a_model_of_pictures_learn_answers_to_text_alone(llama_folde
         merge_adapters(folders, prompts={folder: ["the <image> cat"] for folder in folders}, **given)
 
 
+@BOTH
+def test_rows_with_pictures_are_not_taken_apart_by_task(kind):
+    """Qwen2-VL's pictures are patches of all rows. LLaVA's may be two of one row and none of another."""
+    batch = {"task": ["a", "b"], **pictures(kind)}
+    with pytest.raises(ValueError, match="whose they are nobody knows here. This batch has them in 'pixel_values'"):
+        GradientSurgeryCallback()._step_by_task(BASES[kind](), batch, 8)
+    del batch["pixel_values"], batch["task"]
+    bare = {"input_ids": batch["input_ids"], "task": ["a", "b"]}
+    with pytest.raises(ValueError, match="This batch has them in 'input_ids'"):
+        GradientSurgeryCallback()._step_by_task(BASES[kind](), bare, 8)
+
+
+def test_gradient_surgery_trains_a_model_of_pictures_on_text_and_refuses_data_with_pictures(llama_folder, tmp_path):
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    records = {"messages": [turns] * 4, "task": ["a", "b"] * 2}
+    arguments = {"max_steps": 1, "eval_dataset": None, "processing_class": processor(llama_folder)}
+
+    def trainer(records):
+        data = Dataset.from_dict(records)
+        lora = LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+        surgery = [GradientSurgeryCallback()]
+        return sft(llava(), llama_folder, tmp_path, lora, surgery, train_dataset=data, save_strategy="no", **arguments)
+
+    text = trainer(records)
+    text.train()
+    assert text.state.log_history[0]["gradient_conflicts"] == 0
+    with pytest.raises(ValueError, match=r"The data has 'images'.*dataset\.remove_columns"):
+        trainer({**records, "images": [[Image.new("RGB", (8, 8))]] * 4})
+
+
 def tiny_bert(head: type) -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig(
@@ -332,6 +366,28 @@ def test_a_classifier_is_trained_with_its_head_and_opens_again_with_it(method, t
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
     again = reopened(model.eval(), tmp_path / "adapter", base())
     assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_what_a_classifier_s_adapter_saw_are_its_rows(tmp_path):
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    model = get_peft_model(tiny_bert(HEADS["SEQ_CLS"]), config)
+    classify(model, "SEQ_CLS", tmp_path, InputStatisticsCallback(4)).save_model()
+    found = Statistics.load(tmp_path)
+    assert (found.prompts, found.tokens) == (8, sum(6 - i % 3 for i in range(8)))
+
+
+@pytest.mark.parametrize(
+    ("callback", "match"),
+    [
+        (AdapterPenaltyCallback("alignguard"), "next tokens of a causal language model, and LlamaForSequenceClass"),
+        (AdapterPenaltyCallback("alignguard", source=["the cat"]), "causal language model.*gives none"),
+        (OrthogonalProjectionCallback(protect="self"), "'self' is text.*LlamaForSequenceClassification writes none"),
+    ],
+)
+def test_a_classifier_has_no_text_of_its_own(callback, match, tmp_path):
+    model = LlamaForSequenceClassification(LlamaConfig(**TEXT, num_labels=3))
+    with pytest.raises(ValueError, match=match):
+        classify(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), "SEQ_CLS", tmp_path, callback)
 
 
 @pytest.mark.parametrize("task_type", HEADS)

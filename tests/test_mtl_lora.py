@@ -289,8 +289,8 @@ def test_sft_over_nf4_learns_tasks_that_are_mixed_in_each_batch(llama_folder, tm
             assert moved.tolist()[2] is False and ("_w." in name or moved.tolist()[:2] == [True, True]), name
 
 
-def preferences(name, folder, output):
-    """TRL's `name`Trainer on two tasks, with the callback."""
+def preferences(name, folder, output, callback=None):
+    """TRL's `name`Trainer on two tasks, with the callback, or another."""
     import trl
     from datasets import Dataset
 
@@ -307,7 +307,7 @@ def preferences(name, folder, output):
         train_dataset=Dataset.from_dict(data),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=config(target_modules=["q_proj"]),
-        callbacks=[TaskColumnCallback()],
+        callbacks=[callback or TaskColumnCallback()],
         **{"reward_funcs": lambda completions, **_: [0.0 for _ in completions]} if name == "GRPO" else {},
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 
 from peft_mora import FlyLoraConfig, LoriConfig, MoraConfig, start_task
@@ -343,6 +344,22 @@ def test_weights_that_are_saved_are_held_also_where_others_are_stepped(key, firs
     assert max(leakage) <= 1e-5 if key == "z" else leakage[-1] >= 5e-3  # of what is saved
 
 
+def test_steps_within_the_backward_are_projected_after_it(second):
+    """As layer-wise optimizers do: no gradient is left when the trainer steps."""
+    model, trainer, worst = second("task")
+
+    def step(p):
+        p.data.add_(p.grad, alpha=-0.1)
+        p.grad = None
+
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.register_post_accumulate_grad_hook(step)
+    trainer.args.optim = "galore_adamw_layerwise"
+    trainer.optimizer = LayerWiseDummyOptimizer()
+    trainer.train()
+    assert worst.moved > 1e-3 and worst.leak <= 1e-5
+
+
 def test_an_average_over_the_steps_starts_where_they_start(first_task, llama_folder, tmp_path):
     class Average(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -541,6 +558,19 @@ def test_modules_that_no_past_adapter_had_are_free(llama_folder, tmp_path):
         for A in pair.past_A:
             assert (delta @ A.detach().double().T).norm() <= 1e-5 * delta.norm() * A.norm()
     assert max(entry.get("leakage", 0) for entry in trainer.state.log_history) <= 1e-5
+
+
+def test_a_callback_that_is_used_again_sketches_the_new_run_alone(llama_folder, tmp_path):
+    callback = OrthogonalProjectionCallback(source="gradients")
+    found = []
+    for output in ("one", "two"):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), MoraConfig(r=4, target_modules=["q_proj"]))
+        sft(model, llama_folder, tmp_path / output, callback, max_steps=2).train()
+        found.append(Subspace.load(tmp_path / output / "subspace").right)
+    assert {name: V.shape for name, V in found[0].items()} == {name: V.shape for name, V in found[1].items()}
+    for name, V in found[0].items():
+        torch.testing.assert_close(found[1][name].abs(), V.abs(), atol=1e-4, rtol=1e-3)
 
 
 def test_gradients_are_sketched_and_the_sketch_survives_a_resume(llama_folder, tmp_path):

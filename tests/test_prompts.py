@@ -56,6 +56,19 @@ class Worst(TrainerCallback):
         self.moved = max(self.moved, float(self.change.norm()))
 
 
+def test_steps_below_the_rounding_of_the_prompt_are_saved(memory, llama_folder, tmp_path):
+    """At 1e-6 the first step is a hundred times what float32 keeps of rows of norm 8."""
+    callback = PromptProjectionCallback(memory)
+    trainer = run(
+        prompted(quantized(llama_folder)), llama_folder, tmp_path, callback, learning_rate=1e-6, weight_decay=0.0,
+        save_strategy="steps", save_steps=1, max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry["prompt_leakage"] for entry in trainer.state.log_history if "prompt_leakage" in entry]
+    assert max(logged) > 1e-3  # of a change of 1e-6, by rounding alone
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
 class GradientOnly(PromptProjectionCallback):
     def on_optimizer_step(self, *args, **kwargs):
         pass

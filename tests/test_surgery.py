@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import lora_config, losses, quantized, sft, tiny_llama
-from test_mtl_lora import config, mixed
+from helpers import At, lora_config, losses, quantized, sft, tiny_llama
+from test_mtl_lora import config, mixed, preferences
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -138,6 +138,50 @@ def test_it_is_refused_where_there_are_no_gradients_of_tasks(llama_folder, tmp_p
         run(llama_folder, tmp_path, [GradientSurgeryCallback(column="prompt"), GradientSurgeryCallback()])
     with pytest.raises(ValueError, match="preference trainers"):
         GradientSurgeryCallback()._step_by_task(None, {"task": ["a", "b"]}, None)
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO"])
+def test_a_trainer_whose_loss_is_no_sum_over_tokens_is_refused_at_its_construction(name, llama_folder, tmp_path):
+    match = f"a sum over tokens.*{name}Trainer's loss is another.*Train with SFTTrainer"
+    with pytest.raises(ValueError, match=match):
+        preferences(name, llama_folder, tmp_path, GradientSurgeryCallback())
+
+
+def test_a_run_after_one_that_an_error_ended_is_its_own(llama_folder, tmp_path):
+    """Without the callback it takes nothing apart, with it once."""
+
+    class Break(TrainerCallback):
+        on = True
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.on:
+                raise InterruptedError
+
+    calls, surgery, breaking = [], GradientSurgeryCallback(), Break()
+    surgery._combine, combine = lambda: calls.append(combine()), surgery._combine
+    trainer = run(llama_folder, tmp_path, [surgery, breaking], max_steps=2, per_device_train_batch_size=4)
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            trainer.train()
+    assert len(calls) == 2
+    breaking.on = False
+    trainer.train()
+    assert len(calls) == 4 and trainer.training_step.__func__ is type(trainer).training_step
+    breaking.on = True
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    breaking.on = False
+    trainer.remove_callback(surgery)
+    trainer.train()
+    assert len(calls) == 5
+
+
+def test_it_goes_on_where_a_run_begins_anew_with_a_smaller_batch(llama_folder, tmp_path):
+    out, options = At(1, "memory"), {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "max_steps": 2}
+    trainer = run(llama_folder, tmp_path, [GradientSurgeryCallback(), out], **options)
+    trainer.train()
+    assert out.done and trainer.training_step.__func__ is type(trainer).training_step
+    assert all("gradient_changed" in entry for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_a_rule_of_torchjd_s_is_for_the_mean_and_is_asked_for_where_it_is_missing(monkeypatch):

@@ -69,6 +69,8 @@ class LoriCalibrationCallback(HostCallback):
             "processes": replaces,
             "deepspeed": replaces,
             "fsdp": replaces,
+            "layerwise": "An optimizer that steps within the backward (layer-wise, LOMO) would not know the "
+            "parameters after the switch: nothing more would be learnt. Use another `optim`.",
             "best_model": "load_best_model_at_end could bring back the dense adapter from before the switch. Leave it "
             "out, or calibrate in a run of its own, call peft_mora.sparsify(model) and train again.",
         }

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from peft_mora import use_exact_4bit_kernels
-from peft_mora.checks import check_field, is_int, is_number
+from peft_mora import MtlLoraLinear, use_exact_4bit_kernels
+from peft_mora.checks import check_field, is_int, is_number, listed
 from peft_mora.inputs import base_of, eval_mode, trainable_as_before
 from peft_mora.merging.distillation import writes_text
 
 from .constraint import as_evaluated, averages
 from .general_text import Batch, read, sample
-from .host import HostCallback
+from .host import HostCallback, running_trainer
 
 
 SECOND = " (z)"  # behind a parameter's name
@@ -89,10 +89,10 @@ class DriftCallback(HostCallback):
         tokenizer: None is the trainer's.
 
     Raises:
-        ValueError: a wrong argument; at the start of training, no adapter that can be switched off, no causal language
-            model, or no text. With `max_kl` also an adapter that is beyond it before the first step, a checkpoint that
-            was trained without it, DeepSpeed or FSDP, and later an adapter that diverges or whose parameters are
-            replaced.
+        ValueError: a wrong argument; at the start of training, a second DriftCallback, no adapter that can be switched
+            off, one that has to be told tasks and has no default, no causal language model, or no text. With `max_kl`
+            also an adapter that is beyond it before the first step, a checkpoint that was trained without it,
+            DeepSpeed or FSDP, and later an adapter that diverges or whose parameters are replaced.
 
     Example:
         >>> callbacks = [OrthogonalProjectionCallback(protect="self"), DriftCallback("pages.jsonl")]
@@ -136,6 +136,12 @@ class DriftCallback(HostCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control)
+        callbacks = running_trainer().callback_handler.callbacks
+        if sum(isinstance(callback, DriftCallback) for callback in callbacks) > 1:
+            raise ValueError(
+                "The run has several DriftCallbacks, which log under the same names and keep the same file in a "
+                "checkpoint: what one says would be lost. Give all texts to one, DriftCallback([*TEXTS, *OTHERS])."
+            )
         if not hasattr(model, "disable_adapter"):
             raise ValueError(
                 "DriftCallback compares a PEFT model with its base, by switching the adapter off, and this model has "
@@ -148,6 +154,7 @@ class DriftCallback(HostCallback):
                 f"DriftCallback measures the next tokens of a causal language model, and {type(base).__name__} gives "
                 "none. Train without it."
             )
+        _check_default_task(model)
         use_exact_4bit_kernels(model)
         tokenizer = self.tokenizer if self.tokenizer is not None else kwargs.get("processing_class")
         if self.source == "self":
@@ -294,6 +301,24 @@ class DriftCallback(HostCallback):
 
 def _trainable(model: Any) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _check_default_task(model: nn.Module) -> None:
+    """Refuse an adapter that has to be told the task of each row: general text is of none.
+
+    Raises:
+        ValueError: it acts, and has no default task.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, MtlLoraLinear)):
+        for name in layer.active_adapters:
+            rule = layer.mtllora_rule.get(name)
+            if rule is not None and rule.default is None:
+                raise ValueError(
+                    f"DriftCallback measures on text that no task is about, and adapter {name!r} has a part for each "
+                    f"of {listed(map(repr, rule.tasks), 'and')} and no default task to read it by. Choose one, "
+                    "peft_mora.set_task(model, NAME) or MtlLoraConfig(default_task=NAME): batches that say their "
+                    "tasks are learnt by those all the same. Or train without DriftCallback."
+                )
 
 
 def _are_those(parameters: dict[str, nn.Parameter], before: dict[str, nn.Parameter]) -> bool:

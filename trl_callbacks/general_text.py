@@ -16,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft_mora import use_exact_4bit_kernels
@@ -29,12 +29,14 @@ from peft_mora.inputs import (
     generating_by,
     input_statistics,
     left_padded,
+    load_tokenizer,
     placeholders,
     right_padded,
     seeded,
     text_tokenizer,
     visit,
 )
+from peft_mora.merging.distillation import writes_text
 
 from .subspace import Subspace
 
@@ -109,7 +111,7 @@ def tokenizer_for(model: Any, tokenizer: Any) -> Any:
         return tokenizer
     name = getattr(getattr(model, "config", None), "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Text is to be read or written, and there is no tokenizer: none was given, and none lies with the model "
@@ -235,7 +237,16 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
 
     With a chat template, every second sequence is a conversation: the user's turn is the model's own too, sampled
     behind what the template puts before it (Magpie, arXiv 2406.08464), and then the answer.
+
+    Raises:
+        ValueError: it writes none, or there is no tokenizer, or none that begins a text.
     """
+    base = base_of(model)
+    if not writes_text(base):
+        raise ValueError(
+            f"'self' is text that a causal language model samples itself, and {type(base).__name__} writes none. Give "
+            "texts in its place."
+        )
     tokenizer = text_tokenizer(tokenizer_for(model, tokenizer))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     check_field(start is not None, "protect", "self", "text: the tokenizer has no token that begins or ends one")

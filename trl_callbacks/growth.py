@@ -136,6 +136,8 @@ class RankGrowthCallback(HostCallback):
             "processes": replaces,
             "deepspeed": replaces,
             "fsdp": replaces,
+            "layerwise": "An optimizer that steps within the backward (layer-wise, LOMO) leaves no gradient, by which "
+            "ranks grow. Use another `optim`.",
             "best_model": "load_best_model_at_end could bring back a checkpoint with other ranks, which does not fit. "
             "Leave it out, and open the best checkpoint with PeftModel.from_pretrained.",
         }

@@ -36,12 +36,18 @@ def _through(backend: str) -> Callable[[TrainingArguments], bool]:
     return lambda args: bool(getattr(args, backend, None)) or os.environ.get(variable, "") in ("true", "1")
 
 
+def optimizer_name(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
 KINDS: dict[str, Callable[[TrainingArguments], bool]] = {
     "deepspeed": _through("deepspeed"),
     "fsdp": _through("fsdp"),
     "processes": lambda args: args.world_size > 1,
     "data_parallel": lambda args: args.n_gpu > 1,
     "best_model": lambda args: bool(args.load_best_model_at_end),
+    "layerwise": lambda args: bool({"layerwise", "lomo", "adalomo"}.intersection(optimizer_name(args).split("_"))),
+    "generates": lambda args: hasattr(args, "max_completion_length"),  # within a training step: GRPO, RLOO
 }
 
 

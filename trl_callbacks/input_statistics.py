@@ -88,6 +88,9 @@ class InputStatisticsCallback(HostCallback):
         **kwargs: Any,
     ) -> None:
         super().on_train_begin(args, state, control)
+        self._name = self.adapter_name or in_training(model)
+        with saved(model, self._name) as folder:
+            modules = list(read_lora(folder).loras)
         otherwise = "Call peft_mora.merging.collect_inputs(model, prompts, folder) on the saved adapter instead."
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"An encoder-decoder's prompts do not go into its decoder. {otherwise}")
@@ -98,18 +101,23 @@ class InputStatisticsCallback(HostCallback):
             for prompt in prompts_of(batch)
         ]
         self._batches = batches_of(prompts[: self.prompts], args.per_device_train_batch_size)
-        self._name = self.adapter_name or in_training(model)
         use_exact_4bit_kernels(model)
-        with saved(model, self._name) as folder:
-            modules = list(read_lora(folder).loras)
         # Now, not when all is learnt: prompts with images, and a module that sees no input.
         check_text(model, self._batches, "train without InputStatisticsCallback, and merge by a rule without inputs.")
         shared_inputs(model, submodules(model, modules), self._batches[0])
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         batches, self._batches = self._batches, []
+        if not args.load_best_model_at_end and callable(getattr(optimizer, "eval", None)):
+            optimizer.eval()  # a schedule-free one: the weights as an evaluation leaves them, and as they are saved
         if batches and state.is_world_process_zero:
             try:
                 with saved(model, self._name) as folder:
@@ -130,15 +138,16 @@ def prompts_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
     """Token ids (n,) int64 of each record's prompt in a batch of a language model's trainer.
 
     Args:
-        batch: input_ids (B, S); attention_mask (B, S), 0 on padding; labels (B, S), -100 where nothing is learnt, or
-            completion_mask (B, S), 1 where an answer is (preference trainers, where a prompt comes with each of its
-            answers: it counts once); position_ids (B, S), which begin again at 0 where one row holds several records.
+        batch: input_ids (B, S); attention_mask (B, S), 0 on padding; labels (B, S), -100 where nothing is learnt
+            (others, as a classifier's (B,), say nothing of tokens: a row is a prompt), or completion_mask (B, S), 1
+            where an answer is (preference trainers, where a prompt comes with each of its answers: it counts once);
+            position_ids (B, S), which begin again at 0 where one row holds several records.
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     labels, answers = batch.get("labels"), batch.get("completion_mask")
     wanted: Tensor | None = None  # where something is learnt
-    if labels is not None:
+    if labels is not None and labels.shape == ids.shape:
         wanted = labels != -100
     elif answers is not None:
         wanted = answers.bool()

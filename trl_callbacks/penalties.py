@@ -25,8 +25,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.base import AdapterLinear
 from peft_mora.checks import check_field, is_int, is_number
-from peft_mora.inputs import eval_mode, real_rows, removed_after
+from peft_mora.inputs import base_of, eval_mode, real_rows, removed_after
 from peft_mora.linalg import shrink_sketch, spectrum
+from peft_mora.merging.distillation import writes_text
 from peft_mora.routing import at_least_float32
 
 from .constraint import averages
@@ -279,6 +280,12 @@ class AlignGuard(Rule):
     def begin(self, run: Run, kept: Mapping[str, Tensor] | None) -> None:
         if run.again:
             return
+        base = base_of(run.model)
+        if not writes_text(base):
+            raise ValueError(
+                "'alignguard' keeps what the likelihood of text depends on, by the next tokens of a causal language "
+                f"model, and {type(base).__name__} gives none. Train without it, or use rule='lorasculpt'."
+            )
         devices = {name: pair.A.device for name, pair in run.factors.items()}
         if kept is not None:
             self._bases = {
@@ -322,6 +329,13 @@ class CoTo(Rule):
         check_field(is_number(self.start) and 0 <= self.start < 1, "start", self.start, "a probability in [0, 1)")
         self._replaced: tuple[Any, Any, Any] | None = None  # a trainer, its training_step, ours in its place
         self._shares: list[float] = []
+
+    def refusals(self) -> dict[str, str]:
+        return {
+            "generates": "'coto' leaves modules out in a training step, in which this trainer also writes its "
+            "completions and compares with what wrote them: that would be another model. Use it with SFTTrainer or "
+            "DPOTrainer."
+        }
 
     def begin(self, run: Run, kept: Mapping[str, Tensor] | None) -> None:
         self._put_back()  # an error has ended the run before this one within a step
@@ -470,7 +484,8 @@ class AdapterPenaltyCallback(HostCallback):
     Raises:
         ValueError: an unknown rule, a wrong option; at the start of training an adapter whose update is not B·A, a run
             that ends before the rule has done its work, "lorasculpt" with `at` beside a callback that sets weights
-            itself, DeepSpeed or FSDP; at the end, a run that was stopped before.
+            itself, "alignguard" with a model that is no causal language model, DeepSpeed or FSDP; at the end, a run
+            that was stopped before.
         TypeError: an option that the rule does not have.
 
     Example:

@@ -38,7 +38,7 @@ from peft_mora.linalg import (
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
 from .factors import Factors, are_those, trainable_factors
 from .general_text import TOKENS, add_text
-from .host import HostCallback, ahead_of_reporters, calibration_batches, output_folder
+from .host import KINDS, HostCallback, ahead_of_reporters, calibration_batches, output_folder
 from .sources import SOURCES, Run
 from .subspace import SEEN_ENERGY, Subspace
 
@@ -235,6 +235,7 @@ class OrthogonalProjectionCallback(HostCallback):
             self._restore(args, state)
         elif not again:
             self._room = {}
+            self.source.restore({})
         self.source.check(run, subspace)
         self.source.at_begin(run, subspace)
         if not self.source.protects_from_start:
@@ -262,7 +263,8 @@ class OrthogonalProjectionCallback(HostCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         assert self._run is not None
-        if all(p.grad is None for pair in self._run.factors.values() for p in (pair.A, pair.B)):
+        within = KINDS["layerwise"](args)  # the backward has stepped by them, and the realised step is projected
+        if not within and all(p.grad is None for pair in self._run.factors.values() for p in (pair.A, pair.B)):
             now = list(getattr(model, "active_adapters", []))
             raise ValueError(
                 f"No weight of adapter {self._run.adapter_name!r} has a gradient in step {state.global_step + 1}: it "

@@ -40,7 +40,7 @@ class PromptProjectionCallback(HostCallback):
     At the end of training `<output_dir>/subspace` holds the directions of all tasks so far; give it to the next task's
     callback. The prompt may go on from the last task's or start afresh: what is held is its change since the task
     began, ‖(P - P0) V‖ / ‖P - P0‖ <= 1e-5 in float32, after every step and where it is saved, whatever the optimizer
-    and its weight decay.
+    and its weight decay; where P has hardly moved, what rounding leaves: 1e-7 · ‖P‖ / ‖P - P0‖.
 
     Pass it to the trainer's constructor, where it puts the prompt back to float32 before the optimizer is made: TRL
     casts it to bfloat16 on a quantised base. A run that resumes needs P0, which its checkpoints have.
@@ -262,7 +262,8 @@ class PromptProjectionCallback(HostCallback):
         if self._constraint is None or self._prompt is None or self._start is None:
             return
         moved = self._prompt.detach() - self._start
-        if not (moved - self._constraint.held(moved)).norm() <= 1e-3 * moved.norm():
+        rounding = 4 * torch.finfo(self._start.dtype).eps * self._start.norm()  # of P; more than a small first step
+        if not (moved - self._constraint.held(moved)).norm() <= 1e-3 * moved.norm() + rounding:
             raise ValueError(
                 "The prompt has moved where it must not: it was trained without this callback or with another memory, "
                 "something averages unprojected steps, or it is NaN. Resume with the callback that the run began "

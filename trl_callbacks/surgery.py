@@ -12,6 +12,7 @@ Source: "Gradient Surgery for Multi-Task Learning" (PCGrad), arXiv 2001.06782, a
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora.checks import check_field, is_int, is_number, listed
+from peft_mora.inputs import base_of, placeholders, towers
 
 from .host import HostCallback, running_trainer
-from .task_column import WithTask, carry_column, distinct, takes_tasks
+from .task_column import WithTask, carry_column, distinct, other_trainer, takes_tasks
 
 
 def pcgrad(products: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,6 +50,11 @@ NEEDS = (
     "GradientSurgeryCallback needs a trainer whose loss is a sum over tokens, divided by their number in the step, as "
     "SFTTrainer's is, and a task for each record."
 )
+TEXT_ALONE = (
+    "GradientSurgeryCallback takes batches apart by their rows, and images and sounds come as patches, or several to "
+    "a row: whose they are nobody knows here."
+)
+MEDIA = re.compile("pixel|image|video|audio|vision|input_features|input_values|patch|frames")  # in names of inputs
 Rule = Callable[[Tensor, torch.Generator], Tensor]
 TORCHJD = {"cagrad": ("CAGradWeighting", "torchjd[cagrad]"), "mgda": ("MGDAWeighting", "torchjd")}
 
@@ -92,9 +99,10 @@ class GradientSurgeryCallback(HostCallback):
         c: of "cagrad", how far the step may be from the mean gradient, in units of its norm, >= 0.
 
     Raises:
-        ValueError: on construction for a wrong argument; at the trainer's construction for data without the column or
-            with one task alone, packing, or a run of several processes; at the start of training for a trainer whose
-            loss is no sum over tokens.
+        ValueError: on construction for a wrong argument; at the trainer's construction for data without the column,
+            with one task alone or with images, packing, a trainer of TRL's other than SFTTrainer, or a run of several
+            processes; at the start of training for a trainer whose loss is no sum over tokens; in a step for a batch
+            with images or sounds.
         ImportError: on construction, a rule of torchjd's without it.
 
     Example:
@@ -113,6 +121,7 @@ class GradientSurgeryCallback(HostCallback):
         self._gradients: dict[Any, dict[Any, Tensor]] = {}  # task -> parameter -> gradient
         self._others: dict[Any, Tensor] = {}  # of no task
         self._trainer: Any = None
+        self._replaced: tuple[Any, Any, Any] | None = None  # a trainer, its training_step, ours in its place
         self._seen = torch.zeros(4, dtype=torch.float64)  # conflicts, pairs, squared change, squared norm
 
     def refusals(self) -> dict[str, str]:
@@ -125,6 +134,8 @@ class GradientSurgeryCallback(HostCallback):
             "fsdp": f"FSDP holds gradients in pieces. {alone}",
             "processes": f"{several} {alone}",
             "data_parallel": f"{several} Make one GPU visible (CUDA_VISIBLE_DEVICES=0).",
+            "layerwise": "An optimizer that steps inside backward (layer-wise, LOMO) would step by each task in turn. "
+            "Use another `optim`.",
         }
 
     def on_init_end(
@@ -132,6 +143,17 @@ class GradientSurgeryCallback(HostCallback):
     ) -> None:
         self.refuse(args)
         trainer = running_trainer()
+        if name := other_trainer(trainer, ("SFTTrainer",)):
+            raise ValueError(
+                f"{NEEDS} {name}'s loss is another, or its batches have other rows than the records: pairs of "
+                "answers, or answers of its own. Train with SFTTrainer, or leave the callback out."
+            )
+        pictures = {"image", "images"}.intersection(getattr(trainer.train_dataset, "column_names", None) or ())
+        if pictures and towers(model):
+            raise ValueError(
+                f"{TEXT_ALONE} The data has {listed(map(repr, sorted(pictures)), 'and')}. Leave the callback out; or, "
+                "to train on the text alone, the column: dataset.remove_columns(NAME)."
+            )
         carry_column(trainer, self.column)
         tasks = distinct(trainer.train_dataset, self.column)
         if len(tasks) == 1:
@@ -153,22 +175,35 @@ class GradientSurgeryCallback(HostCallback):
                 "comes too late for the data's column of tasks."
             )
         sums = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        if not sums or getattr(trainer, "aux_loss_enabled", False) or "lomo" in str(args.optim):
+        if not sums or getattr(trainer, "aux_loss_enabled", False):
             raise ValueError(
-                f"{NEEDS} The load-balancing loss of a mixture (router_aux_loss_coef) is a mean of each batch, and "
-                "LOMO steps inside backward. Leave them out, or the callback."
+                f"{NEEDS} The load-balancing loss of a mixture (router_aux_loss_coef) is a mean of each batch. Leave "
+                "it out, or the callback."
             )
-        self._gradients, self._others = {}, {}
-        if self._trainer is not trainer:  # it is where the trainer begins anew, because memory has run out
-            self._trainer, self._step = trainer, trainer.training_step
-            trainer.training_step = self._step_by_task
+        self._put_back()  # an error has ended the run before this one, or it begins anew: memory has run out
+        step = trainer.training_step
+        self._trainer, self._step = trainer, step
+        self._gradients, self._others, self._seen = {}, {}, torch.zeros_like(self._seen)
+
+        def by_task(*args: Any, **kwargs: Any) -> Tensor:
+            this_run = trainer.state is state  # an interrupt may leave it to a run without the callback
+            return (self._step_by_task if this_run else step)(*args, **kwargs)
+
+        trainer.training_step = by_task
+        self._replaced = trainer, step, by_task
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer is not None:
-            self._trainer.training_step = self._step
-            self._trainer, self._gradients, self._others = None, {}, {}
+        self._put_back()
+        self._trainer, self._gradients, self._others = None, {}, {}
+
+    def _put_back(self) -> None:
+        if self._replaced is not None:
+            trainer, step, ours = self._replaced
+            if trainer.training_step is ours:
+                trainer.training_step = step
+            self._replaced = None
 
     def _step_by_task(
         self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None, **kwargs: Any
@@ -180,6 +215,7 @@ class GradientSurgeryCallback(HostCallback):
                 f"{NEEDS} A batch has no labels to count, as those of preference trainers, or no `task`. Leave the "
                 "callback out."
             )
+        _check_text_alone(model, inputs)
         tasks = inputs["task"].tolist() if isinstance(inputs["task"], Tensor) else list(inputs["task"])
         _add(self._others, model)
         losses, found = [], sorted(set(tasks), key=str)
@@ -243,6 +279,23 @@ def _add(gradients: dict[Any, Tensor], model: Any) -> None:
 
 def wide(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
+
+
+def _check_text_alone(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Refuse a batch with images or sounds.
+
+    Raises:
+        ValueError: it has some, by the names of its inputs or by tokens that stand for them.
+    """
+    found = [name for name, value in inputs.items() if value is not None and MEDIA.search(name)]
+    ids, stand_ins = inputs.get("input_ids"), placeholders(base_of(model))
+    if not found and stand_ins and isinstance(ids, Tensor):
+        found = ["input_ids"] if bool(torch.isin(ids, torch.tensor(stand_ins, device=ids.device)).any()) else []
+    if found:
+        raise ValueError(
+            f"{TEXT_ALONE} This batch has them in {listed(map(repr, found), 'and')}. Leave the callback out, or train "
+            "on text alone."
+        )
 
 
 def _rows(value: Any, rows: list[int], count: int) -> Any:

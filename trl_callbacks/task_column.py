@@ -55,11 +55,10 @@ class TaskColumnCallback(HostCallback):
                 "peft_config=MtlLoraConfig(tasks=[...]), or leave the callback out."
             )
         trainer = running_trainer()
-        of_trl = [cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
-        if of_trl and not any(name in ONE_ROW for name in of_trl):
+        if name := other_trainer(trainer, ONE_ROW):
             raise ValueError(
                 f"TaskColumnCallback needs batches with one row for each record, as {listed(ONE_ROW, 'and')} make "
-                f"them, and {of_trl[0]} makes others: pairs of answers, or answers of its own. Train with SFTTrainer, "
+                f"them, and {name} makes others: pairs of answers, or answers of its own. Train with SFTTrainer, "
                 "or one task at a time without the callback: MtlLoraConfig(default_task=...), or "
                 "peft_mora.set_task(model, NAME) before each."
             )
@@ -69,6 +68,12 @@ class TaskColumnCallback(HostCallback):
 def takes_tasks(model: nn.Module) -> bool:
     """Whether the model's forward takes `task`."""
     return any(isinstance(module, MtlLoraLinear) for module in model.modules())
+
+
+def other_trainer(trainer: Any, known: Sequence[str]) -> str:
+    """The name of TRL's trainer that this one is, where it is none of those that are known; else ""."""
+    of_trl = [cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
+    return of_trl[0] if of_trl and not any(name in known for name in of_trl) else ""
 
 
 def carry_column(trainer: Any, column: str) -> None:

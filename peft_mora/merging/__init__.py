@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number, listed
+from ..files import check_new
 from ..inputs import batches_of, check_text, text_tokenizer
 from ..lora_file import Lora, write_lora
 from . import distillation, rules, scaling
@@ -35,6 +36,7 @@ from .inputs import (
     check_base,
     check_length,
     check_strengths,
+    check_system,
     collect_inputs,
     encoded,
     input_spreads,
@@ -164,7 +166,7 @@ def merge_adapters(
         ValueError: adapters that have no common sum, or a wrong argument; the message says what to do.
         FileExistsError: `output` exists.
     """
-    _check_arguments(rule, rank, before, after, output, options)
+    _check_arguments(folders, rule, rank, weights, before, after, seed, prompts, output, options)
     check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     strengths = check_strengths(strength)
@@ -190,6 +192,7 @@ def merge_adapters(
     tried: dict[float, list[float]] = {}
     if rule == "inputs":
         rules.check_losses(weights)
+        check_system(**{name: options[name] for name in RULES[rule].options() if name in options})
         if look is not None:
             strengths = strengths if distillation.writes_text(look.model) else strengths[:1]
             used |= {"passes": passes, **kept}
@@ -435,8 +438,23 @@ class _Merge:
 
 
 def _check_arguments(
-    rule: str, rank: Any, before: Sequence[str], after: Sequence[str], output: Any, options: Mapping[str, Any]
+    folders: Any,
+    rule: str,
+    rank: Any,
+    weights: Any,
+    before: Sequence[str],
+    after: Sequence[str],
+    seed: Any,
+    prompts: Any,
+    output: Any,
+    options: Mapping[str, Any],
 ) -> None:
+    for name, several, what in (("folders", folders, "folders"), ("weights", weights, "numbers, one an adapter")):
+        ok = isinstance(several, Sequence) and not isinstance(several, str)
+        check_field(ok or (several is None and name == "weights"), name, several, f"a list of {what}")
+    ok = prompts is None or isinstance(prompts, Mapping)
+    check_field(ok, "prompts", prompts, "a mapping of each folder to its texts")
+    check_field(is_int(seed), "seed", seed, "an integer")
     check_field(rule in RULES, "rule", rule, listed(map(repr, RULES)))
     ok = rank == "sum" or (is_int(rank) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1)
     check_field(ok, "rank", rank, "'sum', an integer >= 1, or a share of the energy in (0, 1)")
@@ -456,8 +474,8 @@ def _check_arguments(
     ):
         value = options.get(name, 0.2)
         check_field(is_number(value) and above < value <= most, name, value, wanted)
-    if output is not None and Path(output).exists():
-        raise FileExistsError(f"{output} exists: delete it or write to another folder.")
+    if output is not None:
+        check_new(output)
 
 
 def _cut_by_energy(merged: dict[str, Lora], share: float) -> dict[str, Lora]:

@@ -30,7 +30,7 @@ class Adapters:
         folders: as `read_lora` takes them.
 
     Raises:
-        ValueError: none, or as `read_lora` and `check_together`.
+        ValueError: none, or as `read_lora` and `check_together`, or a damaged tokenizer beside one.
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
@@ -43,6 +43,7 @@ class Adapters:
         self.files = [read_lora(folder) for folder in folders]
         self.fields, self.saved = check_together(self.files)
         self.digests = [digest(file.folder) for file in self.files]
+        self._tokenizer = self._read_tokenizer()  # what is wrong with it is said before the work
         # module -> (O, I), in the order of the first file that has it
         self.sizes = {name: (len(B), A.shape[1]) for file in self.files for name, (A, B) in file.loras.items()}
 
@@ -65,6 +66,9 @@ class Adapters:
     def tokenizer(self) -> tuple[list[Path], str]:
         """The files of the tokenizer that was saved with the adapters, of those that have one; [] where none has, or
         they have different ones, with what to say of that."""
+        return self._tokenizer
+
+    def _read_tokenizer(self) -> tuple[list[Path], str]:
         own = [folder for folder in self.folders if (folder / TOKENIZER[0]).is_file()]
         files = [{name: folder / name for name in TOKENIZER if (folder / name).is_file()} for folder in own]
         contents = [{name: _content(path) for name, path in found.items()} for found in files]
@@ -98,7 +102,13 @@ def _content(path: Path) -> Any:
     """What a tokenizer's file says, but for how it was used last."""
     if path.suffix != ".json":
         return path.read_bytes()
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and Unicode's
+        raise ValueError(
+            f"{path} is damaged ({error}): save the tokenizer there again (tokenizer.save_pretrained), or delete its "
+            "files."
+        ) from error
     return {key: value for key, value in found.items() if key not in PASSING} if isinstance(found, dict) else found
 
 

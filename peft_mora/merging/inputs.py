@@ -30,8 +30,10 @@ from transformers.pytorch_utils import Conv1D
 from ..checks import check_field, is_int, is_number
 from ..files import whole_file
 from ..inputs import (
+    base_of,
     batches_of,
     check_text,
+    load_tokenizer,
     parts,
     real_rows,
     seeded,
@@ -215,6 +217,11 @@ def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> It
     if isinstance(model, PeftModel):
         yield model
         return
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model has an adapter in it already (model.add_adapter), which would take part in all that is looked "
+            "at: give the bare base model."
+        )
     before = dict(model.named_modules())
     modes = [(module, module.training) for module in before.values()]
     described, with_adapter = "peft_config" in vars(model), None
@@ -337,6 +344,12 @@ def check_looking(directions: int, last: float, strength: float) -> None:
     check_share("strength", strength)
 
 
+def check_system(ridge: float = 0.01, floor: float = 0.1) -> None:
+    """Refuse arguments of `inputs`."""
+    check_field(is_number(ridge) and ridge > 0, "ridge", ridge, "a number > 0")
+    check_field(is_number(floor) and floor >= 0, "floor", floor, "a number >= 0")
+
+
 def check_share(name: str, value: Any) -> None:
     check_field(is_number(value) and 0 <= value <= 1, name, value, "a share in [0, 1]")
 
@@ -368,12 +381,17 @@ def input_spreads(
         strength: share of their scale that the model's adapters have meanwhile, 0..1.
 
     Raises:
-        ValueError: a module saw no input, or one that is not finite; tokens stand for images.
+        ValueError: a module saw no input, or one that is not finite; tokens stand for images; an encoder-decoder.
     """
     check_looking(directions, last, strength)
     tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
     prompts = sum(len(batch["input_ids"]) for batch in batches)
     found = submodules(model, modules)
+    if getattr(model.get_base_model().config, "is_encoder_decoder", False):
+        raise ValueError(
+            "A prompt does not go into the decoder of an encoder-decoder: merge its adapters by a rule that needs no "
+            "inputs."
+        )
     check_text(model, batches, "give prompts without images, or merge by a rule that needs no inputs.")
     groups, sizes = shared_inputs(model, found, batches[0])
     sums: dict[str, Tensor] = {}
@@ -414,7 +432,7 @@ class Inputs:
     """
 
     def __init__(self, ridge: float = 0.01) -> None:
-        check_field(is_number(ridge) and ridge > 0, "ridge", ridge, "a number > 0")
+        check_system(ridge)
         self.ridge = ridge
         self.B: list[Tensor] = []
         self.A: list[Tensor] = []  # rows weight · A_t
@@ -483,7 +501,7 @@ def inputs(
         floor: the least output energy that an adapter counts with, as a share of the adapters' mean: one that hardly
             responds to its own inputs would be weighted without bound (w_t = 1 / E‖ΔW_t x‖²). 0 is no floor.
     """
-    check_field(is_number(floor) and floor >= 0, "floor", floor, "a number >= 0")
+    check_system(ridge, floor)
     energies = [output_energy(lora, C) for lora, C in zip(loras, spreads, strict=True)]
     known = [energy for energy in energies if energy > 0]
     least = floor * sum(known) / max(1, len(known))
@@ -538,8 +556,5 @@ def texts_of(prompts: Mapping[Any, Sequence[str]], folders: Sequence[Path]) -> l
 
 def saved_tokenizer(model: Any, folder: str | Path) -> Any:
     """The one beside the adapter, else the model's."""
-    from transformers import AutoTokenizer
-
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     own = (Path(folder) / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(str(folder) if own else base.config._name_or_path)
+    return load_tokenizer(folder if own else base_of(model).config._name_or_path)

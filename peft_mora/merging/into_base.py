@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..checks import check_field
+from ..files import check_new
 from ..lora_file import PREFIX, Lora, read_lora
 from ..quantization import dequantized, save_plain
 from .report import bar
@@ -84,15 +85,20 @@ def merge_into_base(
         dtype in (torch.float32, torch.bfloat16, torch.float16), "dtype", dtype, "a torch dtype of 16 or 32 bits"
     )
     file = read_lora(adapter)
-    if file.config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{adapter} is for {file.config['task_type']}: this writes causal language models.")
+    kind = file.config.get("task_type") or (file.config.get("auto_mapping") or {}).get("base_model_class")
+    if kind not in (None, "CAUSAL_LM") and not str(kind).endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(f"{adapter} is for {kind}: this writes causal language models.")
     name = base or file.config.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{adapter} does not say which model it is for: give it as `base`.")
-    if Path(output).exists():  # before the model is loaded
-        raise FileExistsError(f"{output} exists: delete it or write to another folder.")
+    check_new(output)  # before the model is loaded
     revision = {"revision": file.config["revision"]} if not base and file.config.get("revision") else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, device_map=device, **revision)
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        str(name), dtype=dtype, device_map=device, output_loading_info=True, **revision
+    )
+    model, missing = found[0], sorted(found[1]["missing_keys"])
+    if missing:
+        raise ValueError(f"{name} has no {missing[0]!r}: it is no causal language model, which this writes.")
     settings = _four_bit_settings(model)
     quantized = getattr(model, "hf_quantizer", None) is not None
     model = dequantized(model, dtype)

@@ -13,7 +13,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from ..checks import check_field, is_number
+from ..checks import check_field, is_int, is_number
 from ..inputs import seeded
 from .core import svd
 
@@ -171,6 +171,8 @@ def lore(
         rounds: of the two steps.
     """
     check_field(is_number(threshold) and threshold >= 0, "threshold", threshold, "a number >= 0")
+    check_field(amount is None or is_number(amount), "amount", amount, "a number, or None")
+    check_field(is_int(rounds) and rounds >= 1, "rounds", rounds, "an integer >= 1")
     updates = torch.stack(scaled(cores, weights))
     mu = threshold * torch.linalg.matrix_norm(updates, ord=2).max()
     rests = torch.zeros_like(updates)
