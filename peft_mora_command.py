@@ -203,7 +203,10 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
     )
     parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument(
-        "--max-error", type=_error, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
+        "--max-error",
+        type=bound,
+        default=0.1,
+        help="share of the effect on logits that may be lost (%(default)s)",
     )
     parser.add_argument(
         "--base-to", metavar="DIR", help="the quantised base in 16 bits, for servers; must not exist yet"
@@ -225,7 +228,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         from peft_mora.inputs import batches_of
         from peft_mora.lora_file import read_config
         from peft_mora.merging.distillation import writes_text
-        from peft_mora.merging.inputs import encoded
+        from peft_mora.merging.inputs import encoded, saved_tokenizer
         from peft_mora.opening import with_adapter
 
         def load() -> Any:
@@ -287,7 +290,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
                 f"How close a LoRA comes is measured by next tokens, and {args.folder} is over a "
                 f"{type(base).__name__}, which gives none: serve the adapter itself, or train one that merges."
             )
-        tokenizer = tokenizer_of(args.folder, base)
+        tokenizer = saved_tokenizer(base, args.folder)
         model = with_adapter(base, args.folder).eval()
         seen, unseen = (
             [
@@ -350,12 +353,11 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
         if adapters:
             check_routed(args.output)
         model: Any = load_model(args) if args.model else None
-        tokenizer = tokenizer_of(args.model, model) if args.model else None
         if Path(args.router).exists() or not new:
-            router = TaskRouter.load(args.router, model, tokenizer)
+            router = TaskRouter.load(args.router, model)
         else:
             options = {} if args.false_alarms is None else {"false_alarms": args.false_alarms}
-            router = TaskRouter(model, tokenizer, **options)
+            router = TaskRouter(model, **options)
         for name in args.remove:
             router.remove_task(name)
         for name, file in new.items():
@@ -405,7 +407,7 @@ In the training script: OrthogonalProjectionCallback("out/general")."""
         Subspace.check_folder(args.output)
         given = {name: getattr(args, name) for name in ("energy", "tokens") if getattr(args, name) is not None}
         model = load_model(args)
-        found = protect(model, args.source, args.output, tokenizer=tokenizer_of(args.model, model), **given)
+        found = protect(model, args.source, args.output, **given)
         ranks = [len(basis.T) for basis in found.right.values()]
         print(
             f"{args.output}: {found.tasks[-1]['tokens']} tokens, {len(ranks)} inputs, "
@@ -451,15 +453,6 @@ def load_model(args: Any, folder: str | None = None) -> Any:
         raise ValueError(f"The weights of {args.model} are damaged ({error}): download or save them again.") from error
     use_exact_4bit_kernels(model)
     return model.eval()
-
-
-def tokenizer_of(where: str, model: Any) -> Any:
-    """The tokenizer that lies there, or else the model's."""
-    from transformers.utils import has_file
-
-    from peft_mora.inputs import load_tokenizer
-
-    return load_tokenizer(where if has_file(where, "tokenizer_config.json") else model.config.name_or_path)
 
 
 def _without_weights(base: str, folder: str) -> Any:
@@ -548,7 +541,8 @@ def _options(text: str) -> dict[str, Any]:
     return found
 
 
-def _error(text: str) -> float:
+def bound(text: str) -> float:
+    """What --max-error takes."""
     found = float(text)
     if not 0 <= found < math.inf:  # NaN is above nothing
         raise argparse.ArgumentTypeError(f"{text} is no error: write a number >= 0, e.g. 0.1")

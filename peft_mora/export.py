@@ -25,7 +25,7 @@ from .checks import check_field, is_int, listed
 from .experts import ExpertWeights
 from .inputs import eval_mode, parts, real_rows, removed_after, visit
 from .linalg import reduced_rank_regression
-from .lora_file import Lora, write_lora
+from .lora_file import Lora, check_finite, write_lora
 from .quantization import dequantized, save_plain
 
 
@@ -334,11 +334,8 @@ def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[s
 
 def _check_finite(loras: Iterable[tuple[str, tuple[Tensor, Tensor]]], adapter_name: str) -> None:
     for name, factors in loras:
-        if not all(factor.isfinite().all() for factor in factors):
-            raise ValueError(
-                f"Adapter {adapter_name!r} has values that are not finite (NaN, inf), e.g. in {name!r}: take a "
-                "checkpoint from before, or train it again."
-            )
+        whose, instead = f"Adapter {adapter_name!r}", "take a checkpoint from before, or train it again"
+        check_finite(name, factors, whose, instead)
 
 
 def _visit(

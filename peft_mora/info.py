@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from . import registry
 from .base import matching_key
-from .lora_file import PREFIX, TENSORS, check_plain, damage_named, empty_layer, read_config
+from .lora_file import HEADS, PREFIX, TENSORS, check_plain, damage_named, empty_layer, read_config
 
 
 ROUTED_FOLDER = "TASK_ROUTER"  # adapters and their router, as task_router.py writes them
@@ -44,7 +44,6 @@ BY_CLASS = {
     "ForQuestionAnswering": "AutoPeftModelForQuestionAnswering",
 }
 LABELS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # a row each
-HEADS = ("lm_head", "embed_out")  # names of output heads, which may be tied to the embeddings
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that its --max-lora-rank takes
 
 

@@ -41,7 +41,8 @@ PLAIN = set(
     "eva_config corda_config lora_ga_config velora_config qalora_group_size ensure_weight_tying runtime_config".split()
 )
 VELORA = ".lora_velora_embed"  # of a backward that keeps less in memory; forward, and merging, are LoRA's
-ENDS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")  # of a model's words
+HEADS = ("lm_head", "embed_out")  # names of output heads, which may be tied to the embeddings
+ENDS = (*HEADS, "embed_tokens", "wte", "word_embeddings", "embed_in", "shared")  # of a model's words
 # Initialisations that leave the base model's weights alone.
 BASE_KEPT = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 AS_PLAIN = (
@@ -302,6 +303,16 @@ def write_lora(
     return config
 
 
+def check_finite(module: str, factors: Iterable[Tensor], whose: Any, instead: str) -> None:
+    """Refuse an update of NaN or infinity.
+
+    Raises:
+        ValueError: naming whose it is, the module and what to do.
+    """
+    if not all(factor.isfinite().all() for factor in factors):
+        raise ValueError(f"{whose} has values that are not finite, e.g. in {module!r} (NaN, inf): {instead}.")
+
+
 def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """s of one module, as PEFT takes it: the first pattern that matches, in the file's order."""
     patterns = config.get("alpha_pattern") or {}
@@ -330,8 +341,7 @@ def _lora_factors(
                 f"{folder}: module {name!r} has {shapes} and rank {rank} by {CONFIG}. The file is damaged or not of "
                 "this config: save the adapter again."
             )
-        if not (pair["A"].isfinite().all() and pair["B"].isfinite().all()):
-            raise ValueError(f"{folder} has values that are not finite, e.g. in {name!r}: save the adapter again.")
+        check_finite(name, pair.values(), folder, "save the adapter again")
         scales[name] = lora_scale(config, name, rank)
     return _Stored(folder / TENSORS, scales), rest
 
@@ -377,8 +387,7 @@ def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple
             )
         layer.load_state_dict(state, strict=False)
         A, B = layer.factors("default")
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise ValueError(f"{folder} has values that are not finite, e.g. in {name!r}: save the adapter again.")
+        check_finite(name, (A, B), folder, "save the adapter again")
         loras[name] = Lora(_wide(A), layer.scaling["default"] * _wide(B))
     return loras, rest
 

@@ -14,7 +14,6 @@ over, in 16 bits, for a server (docs/serving.md).
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,7 @@ from peft_mora.lora_file import Lora
 from peft_mora.merging.distillation import writes_text
 from peft_mora.opening import base_class, with_adapter
 from peft_mora.quantization import nf4_config
-
-
-def _error(text: str) -> float:
-    found = float(text)
-    if not 0 <= found < math.inf:  # NaN is above nothing
-        raise argparse.ArgumentTypeError(f"{text} is no error: write a number >= 0, e.g. 0.1")
-    return found
+from peft_mora_command import bound
 
 
 def parse() -> argparse.Namespace:
@@ -63,7 +56,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
     parser.add_argument(
-        "--max-error", type=_error, default=0.1, help="share of the effect on logits that may be lost (%(default)s)"
+        "--max-error",
+        type=bound,
+        default=0.1,
+        help="share of the effect on logits that may be lost (%(default)s)",
     )
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16), help="4: an NF4 copy of it (%(default)s)")
     parser.add_argument(

@@ -63,15 +63,8 @@ def test_statistics_are_of_real_tokens_and_shared_inputs_share_them(budget_gib):
 
 
 def test_a_layer_between_the_stack_and_the_logits_sees_all_tokens():
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=64,
-        is_decoder=True,
-    )
-    model = BertLMHeadModel(config)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertLMHeadModel(BertConfig(**sizes, vocab_size=64, is_decoder=True))
     seen = {}
     layers = {
         name: model.get_submodule(name) for name in ("cls.predictions.transform.dense", "cls.predictions.decoder")

@@ -36,8 +36,10 @@ def _through(backend: str) -> Callable[[TrainingArguments], bool]:
     return lambda args: bool(getattr(args, backend, None)) or os.environ.get(variable, "") in ("true", "1")
 
 
-def optimizer_name(args: TrainingArguments) -> str:
-    return str(getattr(args.optim, "value", args.optim))
+def _within_backward(args: TrainingArguments) -> bool:
+    """Whether the optimizer steps there, each parameter by itself."""
+    name = str(getattr(args.optim, "value", args.optim))
+    return bool({"layerwise", "lomo", "adalomo"}.intersection(name.split("_")))
 
 
 KINDS: dict[str, Callable[[TrainingArguments], bool]] = {
@@ -46,7 +48,7 @@ KINDS: dict[str, Callable[[TrainingArguments], bool]] = {
     "processes": lambda args: args.world_size > 1,
     "data_parallel": lambda args: args.n_gpu > 1,
     "best_model": lambda args: bool(args.load_best_model_at_end),
-    "layerwise": lambda args: bool({"layerwise", "lomo", "adalomo"}.intersection(optimizer_name(args).split("_"))),
+    "layerwise": _within_backward,
     "generates": lambda args: hasattr(args, "max_completion_length"),  # within a training step: GRPO, RLOO
 }
 
@@ -176,6 +178,37 @@ def running_trainer() -> Any:
         if isinstance(found := frame.f_locals.get("self"), Trainer):
             return found
     raise ValueError("No trainer has called this callback: pass it to the trainer's constructor, callbacks=[...].")
+
+
+class StepInPlace:
+    """Another `training_step` in the place of a trainer's, for one run of it."""
+
+    def __init__(self) -> None:
+        self._replaced: tuple[Any, Any, Any] | None = None  # a trainer, its training_step, ours in its place
+
+    def put(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Let the running trainer call step(whole, *args, **kwargs) from now on, `whole` being its own training_step,
+        which is given back. One that is there is put back first: an error has ended its run within a step, or the run
+        begins anew."""
+        self.put_back()
+        trainer = running_trainer()
+        whole: Callable[..., Tensor] = trainer.training_step
+        state = trainer.state
+
+        def ours(*args: Any, **kwargs: Any) -> Tensor:
+            this_run = trainer.state is state  # an interrupt may leave it to a run without the callback
+            return step(whole, *args, **kwargs) if this_run else whole(*args, **kwargs)
+
+        trainer.training_step = ours
+        self._replaced = trainer, whole, ours
+        return whole
+
+    def put_back(self) -> None:
+        if self._replaced is not None:
+            trainer, whole, ours = self._replaced
+            if trainer.training_step is ours:
+                trainer.training_step = whole
+            self._replaced = None
 
 
 def callbacks_that(what: str) -> list[str]:

@@ -11,7 +11,7 @@ A loss that a model adds to its own does not reach SFTTrainer's. So the penalty'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from peft_mora.routing import at_least_float32
 from .constraint import averages
 from .factors import Factors, are_those, base_weight, static_factors
 from .general_text import Batch, read, sample
-from .host import HostCallback, callbacks_that, keep_stopped, running_trainer
+from .host import HostCallback, StepInPlace, callbacks_that, keep_stopped
 
 
 # Tensors in, tensors out
@@ -327,7 +327,7 @@ class CoTo(Rule):
     def __post_init__(self) -> None:
         check_field(is_number(self.until) and 0 < self.until <= 1, "until", self.until, "a share of the run in (0, 1]")
         check_field(is_number(self.start) and 0 <= self.start < 1, "start", self.start, "a probability in [0, 1)")
-        self._replaced: tuple[Any, Any, Any] | None = None  # a trainer, its training_step, ours in its place
+        self._step = StepInPlace()
         self._shares: list[float] = []
 
     def refusals(self) -> dict[str, str]:
@@ -338,7 +338,7 @@ class CoTo(Rule):
         }
 
     def begin(self, run: Run, kept: Mapping[str, Tensor] | None) -> None:
-        self._put_back()  # an error has ended the run before this one within a step
+        self._step.put_back()  # an error has ended the run before this one within a step
         for name, pair in run.factors.items():
             if isinstance(pair.layer, AdapterLinear) and pair.past_A:
                 raise ValueError(
@@ -350,35 +350,24 @@ class CoTo(Rule):
         share = active_share(step, run.steps, self.until, self.start)
         active = draw_active(len(run.factors), share, 2**20 * run.seed + step)
         left_out = [pair.layer.scaling for pair, acts in zip(run.factors.values(), active, strict=True) if not acts]
-        trainer = running_trainer()
-        whole, state = trainer.training_step, trainer.state
 
-        def partial_step(*args: Any, **kwargs: Any) -> Tensor:
-            this_run = trainer.state is state  # an interrupt may leave it to a run without the callback
-            with switched_off(left_out if this_run else [], run.adapter_name):
+        def partial_step(whole: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            with switched_off(left_out, run.adapter_name):
                 return whole(*args, **kwargs)
 
-        trainer.training_step = partial_step
-        self._replaced = trainer, whole, partial_step
+        self._step.put(partial_step)
         self._shares.append(sum(active) / len(active))
 
     def stepped(self, run: Run, optimizer: Any) -> None:
-        self._put_back()
+        self._step.put_back()
 
     def end(self, run: Run, step: int) -> str:
-        self._put_back()
+        self._step.put_back()
         return ""
 
     def metrics(self) -> dict[str, float]:
         shares, self._shares = self._shares, []
         return {"active_adapters": sum(shares) / len(shares)} if shares else {}
-
-    def _put_back(self) -> None:
-        if self._replaced is not None:
-            trainer, whole, ours = self._replaced
-            if trainer.training_step is ours:
-                trainer.training_step = whole
-            self._replaced = None
 
 
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (LoRASculpt, AlignGuard, CoTo)}

@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from peft_mora.checks import check_field, is_int, is_number, listed
 from peft_mora.inputs import base_of, placeholders, towers
 
-from .host import HostCallback, running_trainer
+from .host import HostCallback, StepInPlace, running_trainer
 from .task_column import WithTask, carry_column, distinct, other_trainer, takes_tasks
 
 
@@ -121,7 +121,7 @@ class GradientSurgeryCallback(HostCallback):
         self._gradients: dict[Any, dict[Any, Tensor]] = {}  # task -> parameter -> gradient
         self._others: dict[Any, Tensor] = {}  # of no task
         self._trainer: Any = None
-        self._replaced: tuple[Any, Any, Any] | None = None  # a trainer, its training_step, ours in its place
+        self._in_place = StepInPlace()
         self._seen = torch.zeros(4, dtype=torch.float64)  # conflicts, pairs, squared change, squared norm
 
     def refusals(self) -> dict[str, str]:
@@ -180,30 +180,15 @@ class GradientSurgeryCallback(HostCallback):
                 f"{NEEDS} The load-balancing loss of a mixture (router_aux_loss_coef) is a mean of each batch. Leave "
                 "it out, or the callback."
             )
-        self._put_back()  # an error has ended the run before this one, or it begins anew: memory has run out
-        step = trainer.training_step
-        self._trainer, self._step = trainer, step
         self._gradients, self._others, self._seen = {}, {}, torch.zeros_like(self._seen)
-
-        def by_task(*args: Any, **kwargs: Any) -> Tensor:
-            this_run = trainer.state is state  # an interrupt may leave it to a run without the callback
-            return (self._step_by_task if this_run else step)(*args, **kwargs)
-
-        trainer.training_step = by_task
-        self._replaced = trainer, step, by_task
+        self._trainer = trainer
+        self._step = self._in_place.put(lambda whole, *args, **kwargs: self._step_by_task(*args, **kwargs))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._put_back()
+        self._in_place.put_back()
         self._trainer, self._gradients, self._others = None, {}, {}
-
-    def _put_back(self) -> None:
-        if self._replaced is not None:
-            trainer, step, ours = self._replaced
-            if trainer.training_step is ours:
-                trainer.training_step = step
-            self._replaced = None
 
     def _step_by_task(
         self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None, **kwargs: Any

@@ -166,7 +166,7 @@ def merge_adapters(
         ValueError: adapters that have no common sum, or a wrong argument; the message says what to do.
         FileExistsError: `output` exists.
     """
-    _check_arguments(folders, rule, rank, weights, before, after, seed, prompts, output, options)
+    _check_arguments(rule, rank, before, after, seed, prompts, output, options)
     check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     strengths = check_strengths(strength)
@@ -274,7 +274,7 @@ def merge_adapters(
             "The plain sum of three and more adapters is rarely any of them (of eight tasks: greedy accuracy .01, "
             "where the mean had .51): compare with rule='iso-c', or 'inputs'."
         )
-    tokenizer_files, differ = adapters.tokenizer()
+    tokenizer_files, differ = adapters.tokenizer
     said += [differ] if differ else []
     for text in said:
         warnings.warn(text, stacklevel=2)
@@ -438,10 +438,8 @@ class _Merge:
 
 
 def _check_arguments(
-    folders: Any,
     rule: str,
     rank: Any,
-    weights: Any,
     before: Sequence[str],
     after: Sequence[str],
     seed: Any,
@@ -449,9 +447,6 @@ def _check_arguments(
     output: Any,
     options: Mapping[str, Any],
 ) -> None:
-    for name, several, what in (("folders", folders, "folders"), ("weights", weights, "numbers, one an adapter")):
-        ok = isinstance(several, Sequence) and not isinstance(several, str)
-        check_field(ok or (several is None and name == "weights"), name, several, f"a list of {what}")
     ok = prompts is None or isinstance(prompts, Mapping)
     check_field(ok, "prompts", prompts, "a mapping of each folder to its texts")
     check_field(is_int(seed), "seed", seed, "an integer")

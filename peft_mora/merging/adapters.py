@@ -35,15 +35,15 @@ class Adapters:
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         check_field(
-            not isinstance(folders, (str, Path)) and len(folders) > 0,
+            isinstance(folders, Sequence) and not isinstance(folders, str) and len(folders) > 0,
             "folders",
             folders,
-            "a list of at least one folder",
+            "a list of folders, at least one",
         )
         self.files = [read_lora(folder) for folder in folders]
         self.fields, self.saved = check_together(self.files)
         self.digests = [digest(file.folder) for file in self.files]
-        self._tokenizer = self._read_tokenizer()  # what is wrong with it is said before the work
+        self.tokenizer = self._read_tokenizer()  # what is wrong with it is said before the work
         # module -> (O, I), in the order of the first file that has it
         self.sizes = {name: (len(B), A.shape[1]) for file in self.files for name, (A, B) in file.loras.items()}
 
@@ -63,12 +63,9 @@ class Adapters:
             found.append(canonical(lora) if gauge else lora)
         return found
 
-    def tokenizer(self) -> tuple[list[Path], str]:
+    def _read_tokenizer(self) -> tuple[list[Path], str]:
         """The files of the tokenizer that was saved with the adapters, of those that have one; [] where none has, or
         they have different ones, with what to say of that."""
-        return self._tokenizer
-
-    def _read_tokenizer(self) -> tuple[list[Path], str]:
         own = [folder for folder in self.folders if (folder / TOKENIZER[0]).is_file()]
         files = [{name: folder / name for name in TOKENIZER if (folder / name).is_file()} for folder in own]
         contents = [{name: _content(path) for name, path in found.items()} for found in files]
@@ -91,6 +88,8 @@ class Adapters:
         """
         if weights is None:
             return [1.0] * len(self)
+        several = isinstance(weights, Sequence) and not isinstance(weights, str)
+        check_field(several, "weights", weights, "a list of numbers, one an adapter")
         for weight in weights:
             check_field(is_number(weight), "weights", weights, "finite numbers")
         if len(weights) != len(self):
