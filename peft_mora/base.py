@@ -15,7 +15,7 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
@@ -36,6 +36,7 @@ from peft.utils import (
 )
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from . import registry
@@ -398,15 +399,60 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         weights = [getattr(self, name) for name in self.adapter_layer_names]
         return any(p.is_meta for w in weights if adapter_name in w for p in w[adapter_name].parameters())
 
+    def is_offloaded(self, adapter_names: Iterable[str]) -> bool:
+        """Whether weights of these adapters are on the meta device; one of each is looked at, at every forward."""
+        weights = getattr(self, self.adapter_layer_names[0])
+        return any(weights[name].weight.is_meta for name in adapter_names)
+
+    @contextmanager
+    def onloaded(self, adapter_names: Iterable[str]) -> Iterator[None]:
+        """The adapters' weights are there for the length of the block, though accelerate offloads them.
+
+        Its hooks bring a module's weights where the module is called, and an adapter's are read without that.
+
+        Raises:
+            ValueError: they are nowhere, or are to be trained.
+        """
+        names = list(adapter_names)
+        hooked = [
+            (module, module._hf_hook)
+            for part, module in self.named_modules()
+            if not part.startswith("base_layer") and getattr(getattr(module, "_hf_hook", None), "offload", False)
+        ]
+        for module, hook in hooked:
+            hook.pre_forward(module)
+        try:
+            if self.is_offloaded(names):
+                raise ValueError(
+                    f"Weights of {listed(map(repr, names), 'and')} on {self.module_names[names[0]]} are on the meta "
+                    "device and have no values: their base is offloaded to disk, or weights were never loaded. Put "
+                    "the whole base into memory (device_map=None), or open the saved adapter over it: "
+                    "PeftModel.from_pretrained(base, FOLDER)."
+                )
+            if self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    f"Weights of {self.module_names[names[0]]} are offloaded by accelerate, which drops what they "
+                    "learn. Train with the whole model on the device (a 4-bit base needs the least memory), or call "
+                    "model.eval()."
+                )
+            yield
+        finally:
+            for module, hook in hooked:
+                hook.post_forward(module, None)
+
     # Computing
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        mixed = adapter_names is not None and not self.disable_adapters
+        names = [name for name in (self.r if mixed else self.active_adapters) if name in self.r]
+        if self.is_offloaded(names) and not (x.is_meta or self.disable_adapters or self.merged):
+            with self.onloaded(names):
+                return self.forward(x, *args, adapter_names=adapter_names, **kwargs)
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         base_layer = self.base_layer
-        names = [name for name in self.active_adapters if name in self.r]
         if self.disable_adapters or self.merged or not names:
             return base_layer(x, *args, **kwargs)
         if not (self.lean and can_run(x)):
@@ -670,6 +716,11 @@ class AdapterModel(BaseTuner):
                 f"Target module {module_name} ({type(base_layer).__name__}) is not supported: {config.method} adapts "
                 "torch.nn.Linear, transformers' Conv1D and the quantised linear layers that PEFT knows. Leave it out "
                 "of `target_modules`, or train it in full with `modules_to_save`."
+            )
+        if type(base_layer) is NonDynamicallyQuantizableLinear:
+            raise ValueError(
+                f"Target module {module_name} belongs to an nn.MultiheadAttention, which takes its weight and never "
+                f"calls it: an adapter on it would do nothing. Leave it out: exclude_modules=[{module_name!r}]."
             )
         # In the mode of what it replaces: transformers' load_adapter does not call eval() again in all releases.
         return self.tuner_layer_cls(target, **kwargs).train(target.training)

@@ -115,6 +115,12 @@ class ExpertWeights(AdapterLinear):
         names = [name for name in self.active_adapters if name in self.r]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
+        if self.base_parameter().is_meta and not any(x.is_meta for x in args):
+            raise ValueError(
+                f"{self.module_names[names[0]]} is offloaded by accelerate, which brings it where its module is "
+                "called, after the update was added. Keep adapted experts on the device (`device_map`, a 4-bit base), "
+                "or leave them out of `target_parameters`."
+            )
         with self._added(_Added(self.update(names))):
             return self.base_layer(*args, **kwargs)
 
@@ -250,6 +256,12 @@ class ExpertModel(AdapterModel):
                     "adapters of one model need the same ones, since files name a parameter by its place among them. "
                     "Give the same list, or put the adapter on a model of its own."
                 )
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        """Parameters alone where no modules are named, as PEFT's LoRA adapts a mixture."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

@@ -70,7 +70,11 @@ class Driver:
     """
 
     def __init__(self, base: Any, states: HiddenStates, choose: Callable[[Tensor], Rows]) -> None:
-        if any(isinstance(getattr(hook, "__self__", None), Driver) for hook in base._forward_pre_hooks.values()):
+        there = [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]
+        for driver in (driver for driver in there if isinstance(driver, Driver)):
+            if driver.is_over():
+                driver.end()
+                continue
             raise ValueError(
                 "Another router drives this model, and the rows would go its way: call its detach() first "
                 "(TaskRouter.of(model).detach() where it came with the model's folder)."
@@ -98,8 +102,20 @@ class Driver:
         """Take the hooks away."""
         for handle in self.handles:
             handle.remove()
-        if self.generate is not None:
+        if vars(self.base).get("generate") == self._generate:
             del self.base.generate
+
+    def end(self) -> None:
+        """Leave a base whose adapters are gone as it was before them: also without what a folder brought along."""
+        self.remove()
+        for name, child in list(self.base.named_children()):
+            if getattr(child, "driver", None) is self:
+                delattr(self.base, name)
+
+    def is_over(self) -> bool:
+        """Whether the adapters were unloaded from the base, or merged into it; others may have come since."""
+        hooked = set(self.hooked.values())  # a copy of the model has other ids than the keys
+        return bool(hooked) and hooked.isdisjoint(self.base.modules())
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse, as a mixed batch does, the names of one task's rows beside modules that are trained in full.
@@ -148,6 +164,9 @@ class Driver:
         if self.states.looking:
             return
         self.rows = None
+        if self.is_over():
+            self.end()
+            return
         if base.training:
             raise ValueError(
                 "A TaskRouter is attached and the model is in training mode, where a batch cannot mix rows of several "

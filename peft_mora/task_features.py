@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
 from .checks import check_field, is_int
-from .inputs import positions, removed_after, with_field
+from .inputs import positions, removed_after, towers, with_field
 
 
 class _Enough(Exception):
@@ -101,8 +101,9 @@ def decoder_layers(base: Any) -> nn.ModuleList:
     """
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     depth = getattr(config, "num_hidden_layers", None)
+    beside = towers(base)  # of images, which may have as many
     for module in base.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module not in beside:
             return module
     raise ValueError(
         f"{type(base).__name__} has no list of {depth} layers, which its config speaks of. Give a TaskRouter features "

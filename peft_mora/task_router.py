@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -443,7 +444,8 @@ class TaskRouter:
         longest = sorted(self.base.peft_config, key=len, reverse=True)  # a task's name may have a "/", as an adapter's
         used = {row: next(name for name in longest if f"{row}/".startswith(f"{name}/")) for row in names}
         # "default" is what whoever opens the folder calls the whole of it.
-        saved = {name: "adapter" if name == "default" else name for name in set(used.values())}
+        free = (name for name in chain(["adapter"], map("adapter{}".format, count(2))) if name not in used.values())
+        saved = {name: next(free) if name == "default" else name for name in set(used.values())}
         tensors: dict[str, Tensor] = {}
         configs: dict[str, Any] = {}
         for name, new in sorted(saved.items()):
@@ -561,6 +563,11 @@ class RouterInModel(nn.Module):
         self.register_buffer("features", features)
         self.driver: Driver | None = None
         self._router: TaskRouter | None = None
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing of a base whose adapters were unloaded."""
+        if self.driver is None or not self.driver.is_over():
+            super()._save_to_state_dict(*args, **kwargs)
 
     @property
     def router(self) -> TaskRouter:

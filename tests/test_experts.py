@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from helpers import METHODS, adapted, gradients, randomize, sft
-from peft import PeftModel
+from accelerate import dispatch_model
+from helpers import LORA, METHODS, adapted, gradients, randomize, sft
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
@@ -122,6 +123,24 @@ def test_gradients_are_autograd_s_of_the_plain_sum_in_float64(method, name, inpu
         want |= {"A": A.grad.flatten(0, 1)} if method == "mora-dense" else {}
         for x, grad in want.items():
             torch.testing.assert_close(found[f"{path}.{layers[path].prefix}{x}.default.weight"], grad)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_parameters_alone_are_adapted_as_peft_s_lora_adapts_them(name):
+    want = get_peft_model(mixture(name), LORA(target_parameters=BOTH))
+    model = get_peft_model(mixture(name), METHODS["lori"](target_parameters=BOTH))
+    assert model.targeted_module_names == want.targeted_module_names
+    assert model.targeted_parameter_names == want.targeted_parameter_names
+    assert not model.targeted_module_names and len(model.targeted_parameter_names) == 4
+
+
+def test_experts_that_are_offloaded_are_refused(inputs, tmp_path):
+    model = on_experts("lori").eval()
+    places = {f"base_model.model.{name}": "cpu" for name in ("model.embed_tokens", "model.norm", "lm_head")}
+    places |= {"base_model.model.model.rotary_emb": "cpu", "base_model.model.model.layers": "disk"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    with pytest.raises(ValueError, match="model.layers.0.mlp.experts.down_proj is offloaded"):
+        model(inputs)
 
 
 def test_a_second_adapter_joins_the_first_and_both_add_up(inputs):

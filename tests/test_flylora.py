@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import adapted, tiny_llama, tiny_t5
-from peft import PeftModel
+from helpers import METHODS, adapted, tiny_llama, tiny_t5
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_mora import FlyLoraConfig, FlyLoraLinear, record_usage
@@ -232,6 +232,16 @@ def test_the_offset_does_not_move_at_rate_0_nor_while_the_adapter_is_frozen(rate
         layer.flylora_B["default"].requires_grad_(trainable)
     model(input_ids=inputs, labels=inputs).loss.backward()
     assert all((offset == 0).all() for offset in offsets(model))
+
+
+def test_the_offset_is_in_float32_whatever_is_made_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        config = METHODS["flylora"](target_modules="all-linear")
+        model = get_peft_model(tiny_llama(), config, autocast_adapter_dtype=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for name, t in model.named_buffers() if "offset" in name} == {torch.float32}
 
 
 def test_casting_the_model_leaves_the_offset_in_float32(inputs):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import LORA, METHODS, sft, tiny_llama
+from peft import get_peft_model
 from transformers.training_args import OptimizerNames
 
 from trl_callbacks import (
@@ -84,7 +85,8 @@ def test_wrong_arguments_are_refused_by_name(make, arguments, message):
 
 
 Budget, CONFIGS = ActivationBudgetCallback, {"dora": partial(LORA, use_dora=True), **METHODS}
-# A config (None: no adapter), a callback, and what it says as the run begins.
+BOUND, SWITCH = DriftCallback(["the cat"], max_kl=1.0), LoriCalibrationCallback(calibration_steps=3)
+# A config (None: no adapter), a callback or several, and what one of them says as the run begins.
 ADAPTERS = [
     ("mora", Budget(7), "`target` is 7 active experts.*can have 1 to 6"),
     ("mora", Budget(2, start=6.5), "`start` is 6.5"),
@@ -100,6 +102,10 @@ ADAPTERS = [
     ),
     ("dora", InputStatisticsCallback(), "adapter 'default' is a DoRA"),
     (None, DriftCallback(["the cat"]), "by switching the adapter off, and this model has none"),
+    ("mora", [BOUND, Budget(2, prune_below=0.1)], "ActivationBudgetCallback puts other parameters in the place"),
+    ("mora", [Budget(2, prune_below=0.1), BOUND], "ActivationBudgetCallback puts other parameters in the place"),
+    ("lori", [BOUND, SWITCH], "LoriCalibrationCallback puts other parameters in the place"),
+    ("lori", [InputStatisticsCallback(), SWITCH], r"LORI of less than rank 8 \(LoriCalibrationCallback\).*r >= 8"),
 ]
 
 
@@ -108,10 +114,29 @@ def test_an_adapter_that_it_cannot_work_on_is_refused_before_the_first_step(
     name, callback, message, llama_folder, tmp_path
 ):
     config = name and CONFIGS[name](target_modules=["q_proj"], r=6)
-    trainer = sft(tiny_llama(), llama_folder, tmp_path, config, [callback])
+    trainer = sft(tiny_llama(), llama_folder, tmp_path, config, callback if isinstance(callback, list) else [callback])
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first", ["default", "one"])
+@pytest.mark.parametrize("callback", [InputStatisticsCallback(), OrthogonalProjectionCallback()])
+def test_the_best_weights_of_another_adapter_are_not_put_into_the_one_in_training(
+    callback, first, llama_folder, tmp_path
+):
+    """Without "default" there is nothing where the trainer looks, and it says so."""
+    model = get_peft_model(tiny_llama(), LORA(target_modules=["q_proj"]), first)
+    model.add_adapter("two", LORA(target_modules=["q_proj"]))
+    model.set_adapter("two")
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2}
+    trainer = sft(model, llama_folder, tmp_path, None, [callback], load_best_model_at_end=True, **every)
+    if first == "default":
+        with pytest.raises(ValueError, match="weights of adapter 'default' of the best checkpoint into 'two'"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert trainer.state.global_step == (0 if first == "default" else 2)
 
 
 PLAIN = {"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": [], "load_best_model_at_end": False}

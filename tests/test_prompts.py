@@ -69,6 +69,14 @@ def test_steps_below_the_rounding_of_the_prompt_are_saved(memory, llama_folder, 
     assert (tmp_path / "checkpoint-2").is_dir()
 
 
+def test_the_first_task_s_prompt_is_in_float32_as_the_next_one_s(llama_folder, tmp_path):
+    model = prompted(quantized(llama_folder))
+    prompt = model.prompt_encoder["default"].embedding.weight
+    prompt.data = prompt.data.bfloat16()  # as TRL leaves it
+    run(model, llama_folder, tmp_path, PromptProjectionCallback())
+    assert prompt.dtype == torch.float32
+
+
 class GradientOnly(PromptProjectionCallback):
     def on_optimizer_step(self, *args, **kwargs):
         pass

@@ -9,7 +9,15 @@ from helpers import LORA, METHODS, adapted, load_recipe, randomize, tiny_gpt2, t
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OPTConfig,
+)
 
 from peft_mora import TaskRouter, start_task
 from peft_mora.task_features import HiddenStates, real_tokens
@@ -461,6 +469,53 @@ def test_a_router_whose_tasks_have_changed_is_attached_again_before_it_is_saved(
     router.save_pretrained(tmp_path / "routed")
     opened = PeftModel.from_pretrained(tiny_llama(), tmp_path / "routed").eval()
     assert TaskRouter.of(opened).tasks == router.tasks and opened(TEST).logits.isfinite().all()
+
+
+def test_an_adapter_named_as_the_default_one_would_be_in_the_folder_stays_another(tmp_path):
+    model = adapted(LORA, task_type="CAUSAL_LM")
+    model.add_adapter("adapter", LORA(target_modules="all-linear", task_type="CAUSAL_LM"))
+    randomize(model.eval(), 1)
+    router = fitted(model, "first", "second")
+    router.attach(adapters={"first": "default", "second": "adapter"})
+    router.save_pretrained(tmp_path)
+    rows = json.loads((tmp_path / "adapter_config.json").read_text())["rows"]
+    assert rows == {"first": "adapter2", "second": "adapter"}
+    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()(TEST).logits, model(TEST).logits)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_base_whose_adapters_are_unloaded_or_merged_is_a_plain_one_again(opened, tmp_path):
+    plain, model = tiny_llama().eval(), two_adapters()
+    router = fitted(model)
+    router.attach()
+    if opened:
+        router.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+        assert "task_router.features" in model.base_model.model.state_dict()
+    base = model.unload() if opened else model.merge_and_unload().train()
+    assert base.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(base(TEST).logits, plain(TEST).logits) is opened
+    assert not base._forward_pre_hooks and "generate" not in vars(base) and not hasattr(base, "task_router")
+    router.detach()  # of what has ended
+
+
+def test_another_router_may_follow_on_a_base_whose_adapters_are_gone():
+    model = two_adapters()
+    first = fitted(model)
+    first.attach()
+    again = get_peft_model(model.unload(), LORA(target_modules="all-linear")).eval()
+    fitted(again).attach(adapters={"default": "default", "b": "default"})
+    assert again(TEST).logits.isfinite().all() and len(again.base_model.model._forward_pre_hooks) == 1
+
+
+def test_a_model_of_images_and_text_is_read_in_its_text():
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=8, patch_size=4)  # fmt: skip
+    base = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=tiny_llama().config, image_token_index=3)
+    )
+    router = fitted(adapted(LORA, base, target_modules=r".*language_model.*q_proj").eval(), "default", "default2")
+    assert router.route(texts(tokens(*A))).names == ["default"] * 20
 
 
 def test_a_folder_names_the_base_s_revision_and_is_of_an_adapter_at_least(tmp_path):

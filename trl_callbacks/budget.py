@@ -136,6 +136,7 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         check_field(is_number(until) and 0 < until <= 1, "until", until, "a number in (0, 1]")
         self.target, self.start, self.schedule, self.interval = target, start, schedule, interval
         self.rebalance, self.prune_below, self.until = rebalance, prune_below, until
+        self.replaces_weights = prune_below is not None
         self.adapter_name = adapter_name
         self.sidecar = f"activation_budget-{adapter_name.replace('/', '_')}.safetensors"
         self._meter: UsageMeter | None = None

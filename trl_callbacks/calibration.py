@@ -38,6 +38,8 @@ class LoriCalibrationCallback(HostCallback):
         >>> SFTTrainer(..., peft_config=LoriConfig(r=32, target_modules="all-linear"), callbacks=[callback])
     """
 
+    replaces_weights = True
+
     def __init__(
         self,
         sparsity: float = 0.9,

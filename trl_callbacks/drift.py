@@ -20,7 +20,7 @@ from peft_mora.merging.distillation import writes_text
 
 from .constraint import as_evaluated, averages
 from .general_text import Batch, read, sample
-from .host import HostCallback, running_trainer
+from .host import HostCallback, callbacks_that, running_trainer
 
 
 SECOND = " (z)"  # behind a parameter's name
@@ -153,6 +153,12 @@ class DriftCallback(HostCallback):
             raise ValueError(
                 f"DriftCallback measures the next tokens of a causal language model, and {type(base).__name__} gives "
                 "none. Train without it."
+            )
+        if self.max_kl is not None and (replacing := callbacks_that("replaces_weights")):
+            raise ValueError(
+                f"{replacing[0]} puts other parameters in the place of the adapter's, and DriftCallback(max_kl=...) "
+                "keeps earlier weights of those to go back to. Train with one of the two (experts can be deleted "
+                "afterwards: peft_mora.prune_experts), or without max_kl, which only measures."
             )
         _check_default_task(model)
         use_exact_4bit_kernels(model)

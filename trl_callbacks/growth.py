@@ -101,6 +101,7 @@ class RankGrowthCallback(HostCallback):
     """
 
     sidecar = "rank_growth.safetensors"
+    replaces_weights = True
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
@@ -59,6 +60,7 @@ class HostCallback(TrainerCallback):
     sidecar: str  # the name of the file in a checkpoint's folder that has `kept`
     holds_weights: bool = False  # whether it goes wrong where another callback replaces the adapter's parameters
     sets_weights: bool = False  # whether it moves the adapter's weights itself, to where it holds them
+    replaces_weights: bool = False  # whether it puts other parameters in the place of the adapter's
 
     def refusals(self) -> dict[str, str]:
         """Kind of run (of `KINDS`) -> why it cannot be and what to do instead."""
@@ -112,6 +114,8 @@ class HostCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.refuse(args)
+        if args.load_best_model_at_end:
+            check_best(running_trainer().model)
         if type(self).metrics is not HostCallback.metrics:
             ahead_of_reporters(self)
 
@@ -134,6 +138,22 @@ class HostCallback(TrainerCallback):
         folder = checkpoint_folder(args, state)
         if args.should_save and folder.is_dir() and (kept := self.kept()):
             save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, folder / self.sidecar)
+
+
+def check_best(model: Any) -> None:
+    """Refuse a run whose adapter the trainer would replace by another one at its end: it loads what lies in the best
+    checkpoint itself, which is the adapter "default", into the first active one, whatever that is called.
+
+    Raises:
+        ValueError: there is a "default" beside it.
+    """
+    active = model.active_adapters if isinstance(model, PeftModel) else []
+    if active and active[0] != "default" and "default" in model.peft_config:
+        raise ValueError(
+            f"load_best_model_at_end loads the weights of adapter 'default' of the best checkpoint into "
+            f"{active[0]!r}, which is in training: all that it has learnt would be lost. Leave it out, and open the "
+            f"best checkpoint yourself, CHECKPOINT/{active[0]}; or train an adapter that is named 'default'."
+        )
 
 
 def keep_stopped(model: Any, args: TrainingArguments, state: TrainerState) -> Path:
@@ -212,7 +232,8 @@ class StepInPlace:
 
 
 def callbacks_that(what: str) -> list[str]:
-    """Classes of the trainer's callbacks of ours that say so of themselves: "holds_weights" or "sets_weights"."""
+    """Classes of the trainer's callbacks of ours that say so of themselves: "holds_weights", "sets_weights" or
+    "replaces_weights"."""
     callbacks = running_trainer().callback_handler.callbacks
     return [type(c).__name__ for c in callbacks if isinstance(c, HostCallback) and getattr(c, what)]
 

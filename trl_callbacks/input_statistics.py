@@ -24,7 +24,7 @@ from peft_mora.inputs import batches_of, check_text, shared_inputs
 from peft_mora.lora_file import TENSORS, digest, read_lora
 from peft_mora.merging.inputs import check_looking, input_spreads, submodules
 
-from .host import HostCallback, calibration_batches, keep_stopped, output_folder
+from .host import HostCallback, calibration_batches, callbacks_that, keep_stopped, output_folder
 
 
 LENGTH = 1024  # tokens of one prompt, the last ones
@@ -90,7 +90,16 @@ class InputStatisticsCallback(HostCallback):
         super().on_train_begin(args, state, control)
         self._name = self.adapter_name or in_training(model)
         with saved(model, self._name) as folder:
-            modules = list(read_lora(folder).loras)
+            loras = read_lora(folder).loras
+        if "LoriCalibrationCallback" in callbacks_that("replaces_weights") and any(
+            len(lora.A) < 8 for lora in loras.values()
+        ):
+            raise ValueError(
+                "The run packs B of a LORI of less than rank 8 (LoriCalibrationCallback), whose rows a merge cannot "
+                "tell without the base model. Train it at r >= 8, or without InputStatisticsCallback, and export it "
+                "(peft-mora export) before peft_mora.merging.collect_inputs."
+            )
+        modules = list(loras)
         otherwise = "Call peft_mora.merging.collect_inputs(model, prompts, folder) on the saved adapter instead."
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"An encoder-decoder's prompts do not go into its decoder. {otherwise}")

@@ -110,8 +110,7 @@ class PromptProjectionCallback(HostCallback):
         self.refuse(args)
         ahead_of_reporters(self)
         prompt = the_prompt(model, self.adapter_name)[1]
-        if self.memory is not None or self.pretrained is not None:
-            prompt.data = prompt.data.float()
+        prompt.data = prompt.data.float()
 
     def on_train_begin(
         self,
