@@ -13,7 +13,7 @@ import os
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -346,6 +346,8 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
         texts = [*args.prompts, *(read_texts(args.file) if args.file else [])]
         if bool(adapters) != bool(args.output):
             raise ValueError("--adapters and --output go together: TASK=DIR of each task, and the folder to write.")
+        if args.false_alarms is not None and (not new or Path(args.router).exists()):
+            raise ValueError("--false-alarms is of a new router, which --add makes where none is there: leave it out.")
         if (new or texts or adapters) and args.model is None:
             raise ValueError("A router reads prompts with the base model: give it as --model NAME_OR_DIR.")
         if new or args.remove:
@@ -364,6 +366,7 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
             router.add_task(name, read_texts(file))
         if new or args.remove:
             router.save(args.router)
+        if new or args.remove or not (texts or adapters):
             print(f"{args.router} knows {', '.join(router.tasks) or 'no task'}")
         if texts:
             routes = router.route(texts)
@@ -375,9 +378,10 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
                     f"The router has no task {', '.join(map(repr, sorted(unknown)))}, but {', '.join(router.tasks)}: "
                     "--add TASK=FILE teaches it one, or leave its adapter out."
                 )
+            own = module_names(adapters, router.tasks)
             for name, folder in adapters.items():
-                model = with_adapter(model, folder, name)
-            router.attach(model.eval())
+                model = with_adapter(model, folder, own[name])
+            router.attach(model.eval(), adapters=own)
             router.save_pretrained(args.output)
             print(f"{len(adapters)} adapters and the router are in {args.output}")
 
@@ -438,9 +442,10 @@ def load_model(args: Any, folder: str | None = None) -> Any:
     from peft_mora.opening import base_class, revision_of
     from peft_mora.quantization import nf4_config
 
+    check_base(args.model)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:  # no such device, or a torch that is built without it
         raise ValueError(f"--device {device}: torch cannot use it here ({error}).") from error
     options: dict[str, Any] = {"quantization_config": nf4_config()} if args.load_in_4bit else {}
@@ -455,6 +460,22 @@ def load_model(args: Any, folder: str | None = None) -> Any:
     return model.eval()
 
 
+def check_base(name_or_dir: str) -> None:
+    """Refuse what is neither a folder nor can be a name on the Hub.
+
+    Raises:
+        ValueError: with what to give.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not Path(name_or_dir).exists():
+        try:
+            validate_repo_id(name_or_dir)
+        except HFValidationError as error:
+            raise ValueError(f"{name_or_dir} is no folder here, and no name on the Hub: give the base's.") from error
+
+
 def _without_weights(base: str, folder: str) -> Any:
     """The base model of its config alone, for what needs names and shapes."""
     import torch
@@ -464,6 +485,7 @@ def _without_weights(base: str, folder: str) -> Any:
     from peft_mora.lora_file import PREFIX, TENSORS
     from peft_mora.opening import base_class, revision_of
 
+    check_base(base)
     kind, config = base_class(folder, base), AutoConfig.from_pretrained(base, **revision_of(folder, base))
     with torch.device("meta"):
         make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
@@ -525,7 +547,24 @@ def _pairs(given: list[str], flag: str) -> dict[str, str]:
         (text for text, (name, _, value) in zip(given, pairs, strict=True) if not (name and value)), None
     ):
         raise ValueError(f"{flag} {wrong}: write TASK=PATH.")
+    names = [name for name, _, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{flag} has {twice} twice, of which one would be left out: name each once.")
     return {name: value for name, _, value in pairs}
+
+
+def module_names(tasks: Iterable[str], known: Sequence[str]) -> dict[str, str]:
+    """Names for the tasks' adapters, which are entries of a ModuleDict: without a dot, none of its own ("keys"), and
+    no other known task's, which would find an adapter by its name."""
+    from torch.nn import ModuleDict
+
+    found: dict[str, str] = {}
+    for task in tasks:
+        name = task.replace(".", "_")
+        while hasattr(ModuleDict, name) or name in found.values() or (name != task and name in known):
+            name += "_"
+        found[task] = name
+    return found
 
 
 # Arguments of `merge_adapters` that are flags here, or cannot be written in JSON.
@@ -550,7 +589,7 @@ def bound(text: str) -> float:
 
 
 def _rank(text: str) -> str | int | float:
-    return text if text == "sum" else float(text) if "." in text else int(text)
+    return text if text == "sum" else int(text) if text.isdecimal() else float(text)
 
 
 if __name__ == "__main__":

@@ -56,19 +56,19 @@ def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, data=None, r=8, steps=45, batch_size=8, lr=1e-3, limit=None, output="out/continual")
     add = parser.add_argument
     add("--ways", nargs="+", default=["dense+protection"], choices=[*WAYS, "all"], help="to learn (%(default)s)")
-    add("--seeds", nargs="+", type=int, default=[0], help="of the adapter and the order; a run each (%(default)s)")
+    add("--seeds", nargs="+", type=runs.number, default=[0], help="of adapter and order; a run each (%(default)s)")
     add("--tasks", type=runs.names, default="warehouse,helpdesk,mood", help="in this order (%(default)s)")
-    add("--words", type=int, default=48, help="cut passages of --data to so many words; 0: not at all (%(default)s)")
+    add("--words", type=runs.number, default=48, help="cut passages of --data to so many; 0: not at all (%(default)s)")
     add("--scorer", default="lm-eval", choices=("lm-eval", "answers"), help="(%(default)s)")
     add("--metrics", nargs="+", default=["greedy"], choices=scores.METRICS, help="write or rank it (%(default)s)")
-    add("--general", type=runs.names, default="", metavar="A,B", help="further lm-eval tasks, groups or tags to watch")
+    add("--general", type=runs.names, default=[], metavar="A,B", help="further lm-eval tasks, groups or tags to watch")
     add("--perplexity", metavar="FILE", help="JSON lines of passages to watch the perplexity of")
-    add("--save-steps", type=int, default=15, help="steps between checkpoints (%(default)s)")
-    add("--adapter", type=json.loads, default={}, metavar="JSON", help="fields of the adapter's config")
+    add("--save-steps", type=runs.count, default=15, help="steps between checkpoints (%(default)s)")
+    add("--adapter", type=runs.fields, default={}, metavar="JSON", help="fields of the adapter's config")
     add(
         "--protect", default="self", metavar="TEXT", help="what +protection keeps: self (sampled by the base) or JSONL"
     )
-    add("--callback", type=json.loads, default={}, metavar="JSON", help="arguments of the projection's callback")
+    add("--callback", type=runs.fields, default={}, metavar="JSON", help="arguments of the projection's callback")
     args = parser.parse_args()
     args.ways = list(WAYS) if "all" in args.ways else args.ways
     return args

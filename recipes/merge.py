@@ -71,7 +71,7 @@ LOOKING = {"inputs": LOOK, TWO_PASSES: LOOK | {"passes", "distill", "learning_ra
 def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, data=None, r=8, steps=40, batch_size=8, lr=1e-3, limit=None, output="out/merge")
     add = parser.add_argument
-    add("--seeds", nargs="+", type=int, default=[0], help="task i's adapter and order are of S + i (%(default)s)")
+    add("--seeds", nargs="+", type=runs.number, default=[0], help="task i's adapter and order: S + i (%(default)s)")
     add("--same-a", action="store_true", help="all adapters of a run from one seed, S")
     add("--tasks", type=runs.names, default="helpdesk,warehouse,museum", metavar="A,B,C", help="(%(default)s)")
     add("--ranks", type=numbers, metavar="R,R,R", help="of each task's adapter (--r for all)")
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
         "--merged-ranks", "--rank", nargs="+", default=["sum"], type=rank, metavar="RANK",
         help="of the merged, also in the ways with svd: sum, numbers, or energies; a row each (%(default)s)",
     )  # fmt: skip
-    add("--prompts", nargs="+", type=int, default=[64], help="training prompts a task to look at (%(default)s)")
+    add("--prompts", nargs="+", type=runs.count, default=[64], help="training prompts a task to look at (%(default)s)")
     add(
         "--settings", nargs="+", action="extend", type=json.loads, metavar="JSON",
         help="arguments of merge_adapters, a row each for every rule that takes them all ({})",
@@ -118,11 +118,11 @@ def parse() -> argparse.Namespace:
 
 
 def rank(text: str) -> str | int | float:
-    return text if text == "sum" else float(text) if "." in text else int(text)
+    return text if text == "sum" else int(text) if text.isdecimal() else float(text)
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [runs.count(part) for part in text.split(",")]
 
 
 def names_of(rule: str) -> set[str]:

@@ -67,23 +67,31 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tasks", type=runs.names, default="warehouse,helpdesk,mood,museum", help="folders in --data, or embedded")
-    add("--words", type=int, default=48, help="cut passages of --data to so many words; 0: not at all (%(default)s)")
+    add("--words", type=runs.number, default=48, help="cut passages of --data to so many; 0: not at all (%(default)s)")
     add("--adapters", metavar="DIR", help="LoRAs, DIR/TASK or DIR/lora-TASK, learnt at --seed (none: trained now)")
     add("--ways", nargs="*", default=WAYS, choices=WAYS, help="(all; none where --bank alone is asked for)")
     add("--bank", metavar="DIR", help="a MORA adapter that has learnt the tasks, one after the other")
     add("--others", nargs="*", default=[], type=pair, metavar="NAME=DIR", help="further adapters, one model for all")
-    add("--prompts", nargs="+", type=int, default=[64], help="training prompts a task to fit with (%(default)s)")
-    add("--layers", nargs="+", type=int, help="hidden states to route by; with --look each alone (8/30 of the depth)")
+    add("--prompts", nargs="+", type=runs.count, default=[64], help="of training a task to fit with (%(default)s)")
+    add(
+        "--layers",
+        nargs="+",
+        type=runs.count,
+        help="hidden states to route by; --look: each alone (8/30 of the depth)",
+    )
     add("--false-alarms", type=float, default=0.05, help="known prompts that may go to the base (%(default)s)")
     add("--general", metavar="FILE", help="JSON lines of general text, as the router's class none (none)")
     add("--unknown", nargs="*", default=[], metavar="FILE", help="JSON lines (text, page, question) no task is about")
     add("--perplexity", metavar="FILE", help="JSON lines of passages: is the general language kept?")
     add("--bare", action="store_true", help='tasks without their instructions: passages and "Answer:"')
     add("--look", action="store_true", help="routing alone, on training prompts: no adapter is needed")
-    add("--seeds", nargs="+", type=int, default=[0, 1], help="of --look's draws (%(default)s)")
+    add("--seeds", nargs="+", type=runs.number, default=[0, 1], help="of --look's draws (%(default)s)")
     args = parser.parse_args()
     if not (args.ways or args.bank or args.others or args.look):
         parser.error("--ways without a way: name some, or give --bank or --others")
+    rows = [*args.ways, *(name for name, _ in args.others)]
+    if twice := next((name for name in rows if rows.count(name) > 1), None):
+        parser.error(f"{twice} would be two rows of one name: give it another in --others")
     return args
 
 
@@ -352,6 +360,11 @@ def main() -> None:
     if args.look:
         look(tasks, base, args, output)
         return
+    # Rows of other ways stay, so they have to be of the same records, and found in the same way.
+    content = {"base": base, "records": runs.digest(tasks), **runs.files(args, "general", "perplexity")}
+    content |= {f"{file} content": runs.digest(Path(file)) for file in args.unknown}
+    begun = (output / "run.json").exists()
+    runs.claim(output, args, "device", "output", "ways", "bank", "others", "look", "seeds", **content)
     folders = adapters(tasks, base, args, output) if args.ways else []
     count = args.prompts[0]
     records = [{**record, "task": task["name"]} for task in tasks for record in task["test"][: args.limit]]
@@ -359,7 +372,8 @@ def main() -> None:
     truth = [record["task"] for record in records]
     unknown = unknown_texts(args)
     passages = read_texts(args.perplexity, 400) if args.perplexity else []
-    rows: list[dict[str, Any]] = []
+    path = output / "route.csv"
+    rows: list[dict[str, Any]] = [*runs.read_csv(path)] if begun else []
 
     def add(way: str, greedy: dict[str, float], model: Any = None, **more: float) -> None:
         """A row, kept at once: a way takes minutes. Without a model where nothing tells which task a passage is of."""
@@ -368,8 +382,8 @@ def main() -> None:
         row |= {f"none: {name}": "" for name in unknown} | {"perplexity": ""} | more
         if passages and model is not None:
             row["perplexity"] = perplexity(model, tokenizer, passages)
-        rows.append(row)
-        runs.write_csv(output / "route.csv", rows)
+        rows[:] = [*(other for other in rows if other["way"] != way), row]
+        runs.write_csv(path, rows)
         print(f"{way}: {row['mean']:.3f}", flush=True)
 
     def share(found: list[str], wanted: list[str]) -> float:
@@ -458,8 +472,8 @@ def of_bank(
 
 def show(rows: list[dict[str, Any]], output: Path) -> None:
     table = Table(*rows[0], title=TITLE)
-    for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    for way, *values in (row.values() for row in rows):
+        table.add_row(way, *(f"{float(value):.3f}" if value != "" else "" for value in values))
     Console(width=200).print(table)
     print(f"Adapters, the router and route.csv are in {output}")
 

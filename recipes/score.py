@@ -56,9 +56,12 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     runs.add_records(parser)
     parser.add_argument("--apply_chat_template", action="store_true", help="ask as in a chat (trained on messages)")
-    parser.add_argument("--batch_size", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--batch_size", type=runs.count, default=8, help="(%(default)s)")
     args = parser.parse_args()
-    args.task, args.general = (runs.names(",".join(names)) for names in (args.task, args.general))
+    try:
+        args.task, args.general = (runs.names(",".join(names)) if names else [] for names in (args.task, args.general))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--task, --general: {error}")
     if not args.task and not args.general and not args.perplexity:
         args.task = ["helpdesk"]
     args.report = args.report or args.max_drift is not None

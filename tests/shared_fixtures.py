@@ -19,6 +19,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package at every import
 
 import accelerate.utils.imports
+import datasets.arrow_dataset
 import datasets.fingerprint
 import jinja2
 import pytest
@@ -37,7 +38,8 @@ jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 # is there a peft, at every step:
 accelerate.utils.imports._is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
 # a hash of each function that is mapped over a data set, to find what an earlier process has computed:
-datasets.fingerprint.update_fingerprint = lambda *arguments: datasets.fingerprint.generate_random_fingerprint()
+for module in (datasets.fingerprint, datasets.arrow_dataset):
+    module.update_fingerprint = lambda *arguments: datasets.fingerprint.generate_random_fingerprint()
 # and a traceback for each kind of device that is not there, in `torch.manual_seed`.
 for device in (torch.cuda, torch.xpu, torch.mtia):
     if not device.is_available():

@@ -406,9 +406,26 @@ def test_route_makes_extends_asks_and_ships_a_router(llama_folder, here, command
     assert found.tasks == ["pets", "walks"] and found.adapters == {"pets": "LORA", "walks": "LORA"}
     assert "pipeline" in found.serve[0] and "router" in command("info", "routed")
     assert set(found.ranks.values()) == set(adapter_info("pets").ranks.values())  # a row goes through one of them
+    assert command("route", "router") == "router knows pets, walks\n"
     adapters = ("--adapters", "pets=pets", "walks=walks", "dogs=pets", "--output", "more")
     assert "no task 'dogs', but pets, walks: --add TASK=FILE" in command("route", "router", *model, *adapters)
     assert command("route", "router", "--remove", "walks") == "router knows pets\n"
+
+
+def test_a_task_may_be_named_as_no_module_may(llama_folder, here, command):
+    model = ("--model", llama_folder, "--device", "cpu")
+    command("route", "router", *model, "--add", "keys=pets.jsonl", "v1.5=walks.txt", "v1_5=walks.txt")
+    for name in ("pets", "walks"):
+        trained("lora", llama_folder, here / name)
+    adapters = ["--adapters", "keys=pets", "v1.5=walks", "--output", "routed"]
+    assert "Task 'v1_5' has no adapter 'v1_5'" in command("route", "router", *model, *adapters)
+    adapters.insert(1, "v1_5=pets")
+    assert "3 adapters and the router" in command("route", "router", *model, *adapters)
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama_folder), "routed").eval()
+    assert TaskRouter.of(opened).tasks == adapter_info("routed").tasks == ["keys", "v1.5", "v1_5"]
+    rows = json.loads((here / "routed/adapter_config.json").read_text())["rows"]
+    assert rows == {"keys": "keys_", "v1.5": "v1_5_", "v1_5": "v1_5"}
+    assert opened(torch.tensor([[4, 5, 6]])).logits.isfinite().all()
 
 
 def test_a_folder_with_something_else_is_refused_before_the_model_is_loaded(llama_folder, here, command):
@@ -463,11 +480,17 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
         (("merge", "lora", "--output", "both", "--prompts", "pets.jsonl"), "--model and --prompts go together"),
         (("export", "lora", "--output", "x"), "a plain LoRA already"),
         ((*routed, "--device", "cuda:99", "a prompt"), "--device cuda:99: torch cannot use it here"),
+        (("protect", llama_folder, "--output", "m", "--device", "meta"), "--device meta: torch cannot use it here"),
+        (("export", "fly", "--output", "x", "--texts", "pets.jsonl", "--model", here / "no"), "no is no folder here"),
+        (("protect", here / "no", "--output", "m"), f"{here}/no is no folder here, and no name on the Hub"),
+        (("merge", "lora", "--output", "x", "--model", here / "no", "--prompts", "pets.jsonl"), "no is no folder h"),
         (("export", "fly", "--output", "lora"), "lora exists: delete it or choose"),
         (("export", "fly", "--output", "x", "--texts", "chat.jsonl"), "chat.jsonl:2 has a list as 'completion'"),
         (("route", "nowhere", "a prompt"), "with the base model: give it as --model"),
         ((*routed, "a prompt"), "router/router.safetensors is missing"),
         ((*routed, "--add", "pets"), "--add pets: write TASK=PATH"),
+        ((*routed, "--add", "pets=pets.jsonl", "pets=walks.txt"), "--add has pets twice, of which one would be left"),
+        ((*routed, "--false-alarms", 0.5, "a prompt"), "--false-alarms is of a new router"),
         ((*routed, "--add", "pets=bad.jsonl"), "bad.jsonl:2 has no text: write"),
         (("protect", llama_folder, "--output", "m", "--energy", 2), r"`energy` must be a number in \(0, 1\]"),
     ):

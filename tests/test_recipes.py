@@ -426,17 +426,22 @@ def test_route_compares_ways_to_use_adapters_trained_apart(run_recipe, llama_fol
     common += ["--adapters", tmp_path / "adapters"]
     shown = run_recipe("route", *common, "--limit", 4)
     rows = {row["way"]: row for row in csv_rows(tmp_path / "route.csv")}
+    run_recipe("route", *common, "--limit", 4, "--ways", "told")  # the others' rows stay
+    assert {row["way"]: row for row in csv_rows(tmp_path / "route.csv")} == rows
+    with pytest.raises(SystemExit, match=r"other arguments \(there, here\): \{'limit': \(4, 2\)\}"):
+        run_recipe("route", *common, "--limit", 2, "--ways", "told")
     assert list(rows) == ["base", "told", "router", "top2", "always", "similar", "arrow", "merged"]
     assert float(rows["always"]["routed"]) == 1 and rows["always"]["mean"] == rows["told"]["mean"]
     assert rows["router"]["unseen"] == "1.0" and not rows["told"]["unseen"]
     assert rows["router"]["perplexity"] and not rows["told"]["perplexity"] and "route.csv" in shown
     assert TaskRouter.load(tmp_path / "router").tasks == ["pets", "walks"]
-    run_recipe("route", *common, "--bare", "--ways", "told", "router", "--limit", 2)
-    told, router = csv_rows(tmp_path / "route.csv")
+    bare = ["--bare", "--ways", "told", "router", "--limit", 2, "--output", tmp_path / "bare"]
+    run_recipe("route", *common, *bare)
+    told, router = csv_rows(tmp_path / "bare" / "route.csv")
     assert told["mean"] == router["mean"] and float(router["routed"]) == 1
-    others = [f"pets={tmp_path / 'adapters' / 'lora-pets'}"]
-    run_recipe("route", *common[:-2], "--ways", "--others", *others, "--limit", 2)  # no adapter a task is needed
-    assert [row["way"] for row in csv_rows(tmp_path / "route.csv")] == ["pets"]
+    others = ["--ways", "--others", f"pets={tmp_path / 'adapters' / 'lora-pets'}", "--limit", 2]
+    run_recipe("route", *common[:-2], *others, "--output", tmp_path / "others")  # no adapter a task is needed
+    assert [row["way"] for row in csv_rows(tmp_path / "others" / "route.csv")] == ["pets"]
     with pytest.raises(SystemExit):
         run_recipe("route", *common, "--ways")
     assert "of it)" in run_recipe("route", *common, "--look", "--seeds", 0, "--layers", 2, 1)
@@ -468,14 +473,20 @@ def test_route_reuses_adapters_that_were_trained_as_asked_alone(run_recipe, llam
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rope_scaling": None, "initializer_range": 0.5}))
     monkeypatch.setattr(recipe, "train", None)  # what is there is not trained again
-    run_recipe(recipe, *common, "--model", llama_folder, "--limit", 2)
+    run_recipe(recipe, *common, "--model", llama_folder, "--ways", "base")
     for wrong, said in (
         (["--r", 4, "--steps", 3], r"'r': \(2, 4\), 'steps': \(1, 3\)"),
         (["--bare"], r"'bare': \(False, True\), 'records': "),
-        (["--model", other], r"'base': "),
+        (["--model", other], r"'model': .*'base': "),
     ):
-        with pytest.raises(SystemExit, match=rf"{trained} is a run with other arguments \(there, here\): \{{{said}"):
+        with pytest.raises(
+            SystemExit, match=rf"{tmp_path}/out is a run with other arguments \(there, here\): \{{{said}"
+        ):
             run_recipe(recipe, *common, "--model", llama_folder, *wrong)
+    (tmp_path / "out/run.json").unlink()
+    with pytest.raises(SystemExit, match=rf"{trained} is a run with other arguments .*'r': \(2, 4\)"):
+        run_recipe(recipe, *common, "--model", llama_folder, "--r", 4)
+    (tmp_path / "out/run.json").unlink()
     (trained / "run.json").unlink()
     with pytest.raises(SystemExit, match="colours does not say how it was trained: give .* as --adapters"):
         run_recipe(recipe, *common, "--model", llama_folder)
@@ -493,6 +504,35 @@ def test_route_refuses_at_once_what_would_fail_after_minutes(run_recipe, llama_f
     with pytest.raises(SystemExit, match="--look --prompts 12 leaves none of colours's 12 to look at: give fewer"):
         run_recipe("route", *common, "--look", "--prompts", 4, 12)
     assert not list((tmp_path / "out").glob("*"))
+
+
+ONE, NONE = "not an integer >= 1", "not an integer >= 0"
+WRONG = {  # a program: arguments, and what is said of them
+    "merge": {"--limit -5": ONE, "--tasks ,": "names nothing", "--merged-ranks a": "invalid rank value"},
+    "score": {"--limit 0": ONE, "--batch_size 0": ONE, "--task a a": "--task, --general: 'a' is there twice"},
+    "route": {"--prompts 0": ONE, "--others told=x": "told would be two rows of one name"},
+    "continual": {
+        **dict.fromkeys(("--steps 0", "--batch-size 0", "--r x"), ONE), "--seeds -1": NONE,
+        **dict.fromkeys(("--adapter [1]", "--callback {"), "not a JSON object"),
+    },
+    "measure/methods": {"--steps 0": ONE},
+}  # fmt: skip
+REFUSED = [(recipe, *wrong) for recipe, every in WRONG.items() for wrong in every.items()]
+
+
+@pytest.mark.parametrize(("recipe", "arguments", "said"), REFUSED)
+def test_arguments_that_give_no_run_are_refused_as_they_are_read(recipe, arguments, said, run_recipe, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_recipe(recipe, *arguments.split())
+    assert said in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_not_there_is_no_name_on_the_hub(run_recipe, llama_folder, task, tmp_path):
+    common = ["--device", "cpu", "--bits", 16, "--data", task, "--task", "colours", "--output", tmp_path / "out"]
+    with pytest.raises(
+        ValueError, match="nowhere' is no folder here, and no name on the Hub: give the folder of a sa"
+    ):
+        run_recipe("score", *common, "--model", llama_folder, "--adapter", tmp_path / "nowhere")
 
 
 def test_route_knows_a_prompt_without_its_instruction():

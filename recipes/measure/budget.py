@@ -36,7 +36,7 @@ OWN = {"flylora": {"density": 0.25}}
 
 def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, r=8, steps=40, batch_size=8, lr=1e-3, output="out/budget")
-    parser.add_argument("--seed", type=int, default=0, help="of the adapter and the order (%(default)s)")
+    parser.add_argument("--seed", type=runs.number, default=0, help="of the adapter and the order (%(default)s)")
     parser.add_argument("--method", default="mora", choices=ROUTED, help="(%(default)s)")
     parser.add_argument("--budgets", type=float, nargs="+", default=[8, 4, 2, 1], help="mean active experts (8 4 2 1)")
     parser.add_argument("--rebalance", action="store_true", help="divide the total between layers by measured need")

@@ -78,9 +78,9 @@ def parse() -> argparse.Namespace:
     add("--ways", nargs="+", default=every, choices=every, help="of each scene (all)")
     add("--rates", nargs="+", type=float, default=[1e-3, 2e-3], help="peak learning rates (%(default)s)")
     add("--prompt-rates", nargs="+", type=float, default=[0.01, 0.03], help="of prompts (%(default)s)")
-    add("--prompt-steps", type=int, default=200, help="of each task (%(default)s)")
-    add("--virtual-tokens", type=int, default=20, help="of the prompt (%(default)s)")
-    add("--seeds", nargs="+", type=int, default=[0], help="of the adapter and the order (%(default)s)")
+    add("--prompt-steps", type=runs.count, default=200, help="of each task (%(default)s)")
+    add("--virtual-tokens", type=runs.count, default=20, help="of the prompt (%(default)s)")
+    add("--seeds", nargs="+", type=runs.number, default=[0], help="of the adapter and the order (%(default)s)")
     args = parser.parse_args()
     if len(args.tasks) < 2:
         parser.error("--tasks: give two or more")

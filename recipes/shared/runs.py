@@ -15,16 +15,41 @@ import torch
 from .base_model import EMBEDDED
 
 
+def count(text: str) -> int:
+    """An integer >= 1; as the type of an argument."""
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return int(text)
+
+
+def number(text: str) -> int:
+    """An integer >= 0; as the type of an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
+    return int(text)
+
+
+def fields(text: str) -> dict[str, Any]:
+    """Of a JSON object; as the type of an argument."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object: write {{"NAME": VALUE}}')
+    return found
+
+
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "NAME_OR_DIR", "help": "base (%(default)s: SmolLM2-135M from PyPI)"},
     "device": {"help": "cpu, cuda, cuda:1, … (%(default)s)"},
     "data": {"metavar": "DIR", "help": "a task is DIR/TASK/{train,test}.jsonl where that is, else an embedded one"},
-    "r": {"type": int, "help": "rank; MORA: experts a task; LORI and FLYLORA: see shared/training.py (%(default)s)"},
-    "steps": {"type": int, "help": "optimizer steps of each training (%(default)s)"},
-    "batch_size": {"type": int, "help": "samples a step (%(default)s)"},
+    "r": {"type": count, "help": "rank; MORA: experts a task; LORI and FLYLORA: see shared/training.py (%(default)s)"},
+    "steps": {"type": count, "help": "optimizer steps of each training (%(default)s)"},
+    "batch_size": {"type": count, "help": "samples a step (%(default)s)"},
     "lr": {"type": float, "help": "peak learning rate (%(default)s)"},
-    "limit": {"type": int, "help": "test samples to score (all)"},
-    "seed": {"type": int, "help": "of the adapter, the order, an embedded task's records (%(default)s)"},
+    "limit": {"type": count, "help": "test samples to score (all)"},
+    "seed": {"type": number, "help": "of the adapter, the order, an embedded task's records (%(default)s)"},
     "output": {"metavar": "DIR", "help": "where it all goes (%(default)s)"},
 }
 
@@ -45,17 +70,22 @@ def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
 def add_records(parser: argparse.ArgumentParser) -> None:
     """What has to be as it was in training, where an adapter of any run is asked a task's records."""
     parser.add_argument(
-        "--passage_words", type=int, default=0, metavar="N",
+        "--passage_words", type=number, default=0, metavar="N",
         help="cut passages of --data tasks to N words, as demo.py trains (48); 0: not at all, as sft.py (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the run that an embedded task was learnt in: its records (%(default)s)"
+        "--seed",
+        type=number,
+        default=0,
+        help="of the run that an embedded task was learnt in: its records (%(default)s)",
     )
 
 
 def names(text: str) -> list[str]:
     """Of "a, b": ["a", "b"]; as the type of an argument."""
     found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing: write A, or A,B")
     for name in found:
         if found.count(name) > 1:
             raise argparse.ArgumentTypeError(f"{name!r} is there twice")
@@ -109,6 +139,14 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     part.replace(path)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that `write_csv` wrote; none where it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
@@ -128,13 +166,10 @@ class Rows:
     def __init__(
         self, path: Path, key: Sequence[str], shown: Sequence[str], others: Sequence[str] = (), reuse: bool = True
     ) -> None:
-        self.path, self.key, self.shown, self.rows = path, key, shown, []
-        self.columns = [*key, *shown, *others]
-        if reuse and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                self.rows = list(csv.DictReader(file))
-            if self.rows and list(self.rows[0]) != self.columns:
-                raise SystemExit(f"{path} has other columns than a run with these tasks: give another --output")
+        self.path, self.key, self.shown = path, key, shown
+        self.columns, self.rows = [*key, *shown, *others], read_csv(path) if reuse else []
+        if self.rows and list(self.rows[0]) != self.columns:
+            raise SystemExit(f"{path} has other columns than a run with these tasks: give another --output")
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         return next((row for row in self.rows if all(row[n] == str(key.get(n, "")) for n in self.key)), None)
