@@ -443,13 +443,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
     # Computing
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        mixed = adapter_names is not None and not self.disable_adapters
-        names = [name for name in (self.r if mixed else self.active_adapters) if name in self.r]
+        mixed = None if self.disable_adapters else adapter_names
+        names = [name for name in (self.active_adapters if mixed is None else self.r) if name in self.r]
         if self.is_offloaded(names) and not (x.is_meta or self.disable_adapters or self.merged):
             with self.onloaded(names):
                 return self.forward(x, *args, adapter_names=adapter_names, **kwargs)
-        if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if mixed is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=mixed, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         base_layer = self.base_layer

@@ -70,15 +70,14 @@ class Driver:
     """
 
     def __init__(self, base: Any, states: HiddenStates, choose: Callable[[Tensor], Rows]) -> None:
-        there = [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]
-        for driver in (driver for driver in there if isinstance(driver, Driver)):
-            if driver.is_over():
+        for driver in [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]:
+            if isinstance(driver, Driver) and driver.is_over():
                 driver.end()
-                continue
-            raise ValueError(
-                "Another router drives this model, and the rows would go its way: call its detach() first "
-                "(TaskRouter.of(model).detach() where it came with the model's folder)."
-            )
+            elif isinstance(driver, Driver):
+                raise ValueError(
+                    "Another router drives this model, and the rows would go its way: call its detach() first "
+                    "(TaskRouter.of(model).detach() where it came with the model's folder)."
+                )
         self.base, self.states, self.choose = base, states, choose
         self.rows: Rows | None = None  # of the forward that runs
         self.answer: dict[str, Any] | None = None  # what a running `generate` knows

@@ -64,6 +64,12 @@ def make_config(method):
     return METHODS[method]
 
 
+@pytest.fixture(params=[pytest.param(m, marks=() if m in peft_mora.METHODS else pytest.mark.slow) for m in METHODS])
+def form(request) -> str:
+    """As `method`, for what takes long: a method's other forms than its first are slow cases."""
+    return request.param
+
+
 @pytest.fixture(params=peft_mora.METHODS)
 def family(request) -> str:
     """Each method in its first form alone: for what its other forms cannot change."""

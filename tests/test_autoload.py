@@ -201,16 +201,19 @@ def off(folders) -> dict:
     return answers("-c", program(OFF, **folders), PEFT_MORA_AUTOLOAD="0")
 
 
+@pytest.mark.slow
 def test_switched_off_it_is_off(off):
     assert off["opening"] == "KeyError('MORA')"
 
 
+@pytest.mark.slow
 def test_a_peft_without_what_we_build_on_is_named_in_one_line(off):
     message = off["importing"]
     assert "\n" not in message and f"checked with peft {CHECKED} and does not fit peft {peft.__version__} " in message
     assert "BufferDict" in message
 
 
+@pytest.mark.slow
 def test_importing_the_package_brings_no_host_along(off):
     assert off["new hosts"] == []
 
@@ -382,11 +385,13 @@ CLAIMS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_in_a_process_that_imports_torch_and_then_peft(claim, quiet):
     assert {key: quiet[key] for key in CLAIMS[claim]} == CLAIMS[claim]
 
 
+@pytest.mark.slow
 def test_a_broken_peft_mora_is_one_warning_and_peft_works(quiet):
     (message,) = quiet["broken"]
     assert "peft_mora could not load" in message and "this one is broken" in message

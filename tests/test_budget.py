@@ -108,7 +108,7 @@ def test_metrics_are_what_their_names_say():
     assert metrics["dead_experts"] == pytest.approx(2 / 8)
 
 
-@pytest.mark.parametrize("kind", ["task", "bank", "flylora"])
+@pytest.mark.parametrize("kind", ["task", pytest.param("bank", marks=pytest.mark.slow), "flylora"])
 @pytest.mark.parametrize("rebalance", [False, True])
 def test_a_run_anneals_from_dense_to_a_fractional_target_with_the_total_held(kind, rebalance, llama_folder, tmp_path):
     watch = Watch()

@@ -298,11 +298,11 @@ def test_layer_and_model_status(family, capsys):
 
 
 @pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_torch_compile_finds_no_graph_break_in_a_layer_which_takes_the_plain_path(make_config, training, monkeypatch):
+def test_torch_compile_finds_no_graph_break_in_a_layer_which_takes_the_plain_path(form, training, monkeypatch):
     torch._dynamo.reset()
     apply, calls = _AddUpdate.apply, []
     monkeypatch.setattr(_AddUpdate, "apply", lambda *args: calls.append(1) or apply(*args))
-    models = [adapted(make_config).train(training) for _ in "ab"]  # a load-balance offset moves in between
+    models = [adapted(form).train(training) for _ in "ab"]  # a load-balance offset moves in between
     layer, twin = map(first_layer, models)
     x = torch.randn(2, 5, 64, requires_grad=True)
     with warnings.catch_warnings():

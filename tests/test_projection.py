@@ -113,7 +113,7 @@ class GradientOnly(OrthogonalProjectionCallback):
         pass
 
 
-@pytest.mark.parametrize("kind", [*ROUTINGS, "lora"])
+@pytest.mark.parametrize("kind", ["task", pytest.param("bank", marks=pytest.mark.slow), "dense", "lora"])
 def test_adamw_steps_stay_out_of_the_protected_span(kind, second):
     leaks = {}
     for callback in (OrthogonalProjectionCallback, GradientOnly):

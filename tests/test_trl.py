@@ -22,10 +22,10 @@ def trained(method, folder, output, resume=None, **arguments):
 
 
 def test_sft_over_nf4_trains_saves_and_resumes_to_the_same_losses_also_with_evaluations(
-    method, llama_folder, tmp_path, inputs
+    form, llama_folder, tmp_path, inputs
 ):
-    whole = trained(method, llama_folder, tmp_path / "whole", eval_strategy="steps", eval_steps=1)
-    resumed = trained(method, llama_folder, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2")
+    whole = trained(form, llama_folder, tmp_path / "whole", eval_strategy="steps", eval_steps=1)
+    resumed = trained(form, llama_folder, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2")
     assert losses(resumed)[-2:] == losses(whole)[-2:]
     whole.save_model(str(tmp_path / "adapter"))
     again = PeftModel.from_pretrained(quantized(llama_folder), str(tmp_path / "adapter")).eval()
