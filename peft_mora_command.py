@@ -559,9 +559,10 @@ def module_names(tasks: Iterable[str], known: Sequence[str]) -> dict[str, str]:
     from torch.nn import ModuleDict
 
     found: dict[str, str] = {}
+    own = ModuleDict()
     for task in tasks:
         name = task.replace(".", "_")
-        while hasattr(ModuleDict, name) or name in found.values() or (name != task and name in known):
+        while hasattr(own, name) or name in found.values() or (name != task and name in known):
             name += "_"
         found[task] = name
     return found

@@ -429,7 +429,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
                     "the whole base into memory (device_map=None), or open the saved adapter over it: "
                     "PeftModel.from_pretrained(base, FOLDER)."
                 )
-            if self.training and torch.is_grad_enabled():
+            trained = any(weight.requires_grad for name in names for weight in self.weights(name))
+            if trained and self.training and torch.is_grad_enabled():
                 raise ValueError(
                     f"Weights of {self.module_names[names[0]]} are offloaded by accelerate, which drops what they "
                     "learn. Train with the whole model on the device (a 4-bit base needs the least memory), or call "
@@ -444,7 +445,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         mixed = None if self.disable_adapters else adapter_names
-        names = [name for name in (self.active_adapters if mixed is None else self.r) if name in self.r]
+        wanted = self.active_adapters if mixed is None else {name.partition("/")[0] for name in mixed} | {*mixed}
+        names = [name for name in wanted if name in self.r]
         if self.is_offloaded(names) and not (x.is_meta or self.disable_adapters or self.merged):
             with self.onloaded(names):
                 return self.forward(x, *args, adapter_names=adapter_names, **kwargs)

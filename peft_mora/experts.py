@@ -115,8 +115,9 @@ class ExpertWeights(AdapterLinear):
         names = [name for name in self.active_adapters if name in self.r]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
-        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        if self.base_parameter().is_meta and not any(x.is_meta for x in given):
+        chain, given = self._chain(), (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        stored = self.base_parameter() if chain is None else chain.original
+        if stored.is_meta and not any(x.is_meta for x in given):
             raise ValueError(
                 f"{self.module_names[names[0]]} is offloaded by accelerate, which brings it where its module is "
                 "called, after the update was added. Keep adapted experts on the device (`device_map`, a 4-bit base), "

@@ -89,7 +89,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.ways or args.bank or args.others or args.look):
         parser.error("--ways without a way: name some, or give --bank or --others")
-    rows = [*args.ways, *(name for name, _ in args.others)]
+    args.ways = list(dict.fromkeys(args.ways))
+    rows = [*WAYS, *(name for name, _ in args.others)]
     if twice := next((name for name in rows if rows.count(name) > 1), None):
         parser.error(f"{twice} would be two rows of one name: give it another in --others")
     return args
@@ -360,12 +361,14 @@ def main() -> None:
     if args.look:
         look(tasks, base, args, output)
         return
-    # Rows of other ways stay, so they have to be of the same records, and found in the same way.
+    folders = adapters(tasks, base, args, output) if args.ways else []
+    # Rows of other ways stay, so they have to be of the same records and adapters, and found in the same way.
     content = {"base": base, "records": runs.digest(tasks), **runs.files(args, "general", "perplexity")}
     content |= {f"{file} content": runs.digest(Path(file)) for file in args.unknown}
+    content |= {f"adapter {f.name}": runs.digest(f / "adapter_model.safetensors") for f in folders}
     begun = (output / "run.json").exists()
-    runs.claim(output, args, "device", "output", "ways", "bank", "others", "look", "seeds", **content)
-    folders = adapters(tasks, base, args, output) if args.ways else []
+    free = ("device", "output", "ways", "adapters", "bank", "others", "look", "seeds")
+    runs.claim(output, args, *free, **content)
     count = args.prompts[0]
     records = [{**record, "task": task["name"]} for task in tasks for record in task["test"][: args.limit]]
     prompts = [record["prompt"] for record in records]

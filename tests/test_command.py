@@ -414,17 +414,17 @@ def test_route_makes_extends_asks_and_ships_a_router(llama_folder, here, command
 
 def test_a_task_may_be_named_as_no_module_may(llama_folder, here, command):
     model = ("--model", llama_folder, "--device", "cpu")
-    command("route", "router", *model, "--add", "keys=pets.jsonl", "v1.5=walks.txt", "v1_5=walks.txt")
+    command("route", "router", *model, "--add", "training=pets.jsonl", "v1.5=walks.txt", "v1_5=walks.txt")
     for name in ("pets", "walks"):
         trained("lora", llama_folder, here / name)
-    adapters = ["--adapters", "keys=pets", "v1.5=walks", "--output", "routed"]
+    adapters = ["--adapters", "training=pets", "v1.5=walks", "--output", "routed"]
     assert "Task 'v1_5' has no adapter 'v1_5'" in command("route", "router", *model, *adapters)
     adapters.insert(1, "v1_5=pets")
     assert "3 adapters and the router" in command("route", "router", *model, *adapters)
     opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama_folder), "routed").eval()
-    assert TaskRouter.of(opened).tasks == adapter_info("routed").tasks == ["keys", "v1.5", "v1_5"]
+    assert TaskRouter.of(opened).tasks == adapter_info("routed").tasks == ["training", "v1.5", "v1_5"]
     rows = json.loads((here / "routed/adapter_config.json").read_text())["rows"]
-    assert rows == {"keys": "keys_", "v1.5": "v1_5_", "v1_5": "v1_5"}
+    assert rows == {"training": "training_", "v1.5": "v1_5_", "v1_5": "v1_5"}
     assert opened(torch.tensor([[4, 5, 6]])).logits.isfinite().all()
 
 

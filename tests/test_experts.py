@@ -134,6 +134,15 @@ def test_parameters_alone_are_adapted_as_peft_s_lora_adapts_them(name):
     assert not model.targeted_module_names and len(model.targeted_parameter_names) == 4
 
 
+def test_a_forward_dequantises_each_parameter_once(inputs, monkeypatch):
+    from bitsandbytes.nn.parametrize import Bnb4bitParametrization
+
+    model, calls, own = on_experts("lori", mixture(four_bit=True)), [], Bnb4bitParametrization.forward
+    monkeypatch.setattr(Bnb4bitParametrization, "forward", lambda self, x: calls.append(1) or own(self, x))
+    model(inputs)
+    assert len(calls) == 4  # two of each of two layers
+
+
 def test_experts_that_are_offloaded_are_refused(inputs, tmp_path):
     model = on_experts("lori").eval()
     places = {f"base_model.model.{name}": "cpu" for name in ("model.embed_tokens", "model.norm", "lm_head")}

@@ -156,9 +156,10 @@ class DriftCallback(HostCallback):
             )
         if self.max_kl is not None and (replacing := callbacks_that("replaces_weights")):
             raise ValueError(
-                f"{replacing[0]} puts other parameters in the place of the adapter's, and DriftCallback(max_kl=...) "
-                "keeps earlier weights of those to go back to. Train with one of the two (experts can be deleted "
-                "afterwards: peft_mora.prune_experts), or without max_kl, which only measures."
+                f"{replacing[0]} puts other parameters in the place of the adapter's: DriftCallback(max_kl=...) could "
+                "not go back to earlier ones, or not say that those which are saved are within the bound. Train with "
+                "one of the two (experts can be deleted afterwards: peft_mora.prune_experts), or without max_kl, "
+                "which only measures."
             )
         _check_default_task(model)
         use_exact_4bit_kernels(model)
