@@ -212,8 +212,8 @@ class BalancedLinear(RoutedLinear):
     def create_offset(self, adapter_name: str, original: str | None, inference_mode: bool) -> None:
         """0 for a new adapter, or what a reference's original has; opened for inference, it waits for the weight."""
         copied = adapter_name == REFERENCE and original in self.offset
-        zeros = torch.zeros(self.expert_count(adapter_name), dtype=torch.float32)
-        offset = self.offset[original].clone() if copied else zeros
+        count = self.expert_count(adapter_name)
+        offset = self.offset[original].clone() if copied else torch.zeros(count, dtype=torch.float32)
         self.offset[adapter_name] = offset.to(self._weight_placement()[0])
         self.balance[adapter_name] = Balance(doubts=inference_mode)
 

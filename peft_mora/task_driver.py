@@ -163,7 +163,8 @@ class Driver:
         if self.states.looking:
             return
         self.rows = None
-        if self.is_over():
+        known = None if self.answer is None else self.answer.get("rows")
+        if known is None and self.is_over():
             self.end()
             return
         if base.training:
@@ -177,7 +178,6 @@ class Driver:
         embeds: Any = kwargs.get("inputs_embeds")
         batch, length = (ids if ids is not None else embeds).shape[:2]
         cache = kwargs.get("past_key_values")
-        known = None if self.answer is None else self.answer.get("rows")
         if known is None and cache is not None and cache.get_seq_length() > 0:
             known = getattr(cache, MARK, None)
             if known is None:

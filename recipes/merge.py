@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     add("--prompts", nargs="+", type=runs.count, default=[64], help="training prompts a task to look at (%(default)s)")
     add(
-        "--settings", nargs="+", action="extend", type=json.loads, metavar="JSON",
+        "--settings", nargs="+", action="extend", type=runs.fields, metavar="JSON",
         help="arguments of merge_adapters, a row each for every rule that takes them all ({})",
     )  # fmt: skip
     add("--perplexity", metavar="FILE", help="JSON lines of passages (text or page): is the language kept?")
@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
     if args.ranks and len(args.ranks) != len(args.tasks):
         parser.error(f"--ranks has {len(args.ranks)} ranks for {len(args.tasks)} tasks")
     for settings in args.settings:
-        if not isinstance(settings, dict) or (settings and not any(takes(rule, settings) for rule in args.rules)):
+        if settings and not any(takes(rule, settings) for rule in args.rules):
             known = {rule: sorted(names_of(rule)) for rule in args.rules}
             parser.error(f"--settings {json.dumps(settings)}: no rule of --rules takes that, but {known}")
     return args

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,13 @@ import torch
 from .base_model import EMBEDDED
 
 
-def count(text: str) -> int:
-    """An integer >= 1; as the type of an argument."""
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+def _at_least(least: int, text: str) -> int:
+    if not (text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {least}")
     return int(text)
 
 
-def number(text: str) -> int:
-    """An integer >= 0; as the type of an argument."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
-    return int(text)
+count, number = partial(_at_least, 1), partial(_at_least, 0)  # as types of arguments
 
 
 def fields(text: str) -> dict[str, Any]:
