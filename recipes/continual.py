@@ -71,7 +71,23 @@ def parse() -> argparse.Namespace:
     add("--callback", type=runs.fields, default={}, metavar="JSON", help="arguments of the projection's callback")
     args = parser.parse_args()
     args.ways = list(WAYS) if "all" in args.ways else args.ways
+    for name, make in (
+        ("adapter", lambda: [first_config(way, args.tasks[0], args) for way in args.ways]),
+        ("callback", lambda: OrthogonalProjectionCallback(**args.callback)),
+    ):
+        try:
+            make()
+        except (TypeError, ValueError) as error:  # else after minutes of scoring
+            parser.error(f"--{name} {json.dumps(getattr(args, name))}: {error}")
     return args
+
+
+def first_config(way: str, task: str, args: argparse.Namespace) -> Any:
+    """Of the adapter that a way begins with."""
+    adapter, scale, *_ = WAYS[way]
+    own = {} if adapter == "lora" else {"routing": adapter, "tasks": [task]}
+    given = {"r": args.r, "alpha": scale * args.r, **own, **args.adapter}
+    return adapter_config("lora" if adapter == "lora" else "mora", **given)
 
 
 def train(
@@ -83,7 +99,7 @@ def train(
         def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:  # the last of all that is written
             (folder / f"checkpoint-{state.global_step}" / "complete").touch()
 
-    adapter, scale, grows, projects, protects = WAYS[way]
+    _, _, grows, projects, protects = WAYS[way]
     set_seed(seed)
     model, tokenizer = load_base(base, args.device)
     if before is not None:
@@ -91,10 +107,7 @@ def train(
         if grows:
             start_task(model, task["name"])
     else:
-        own = {} if adapter == "lora" else {"routing": adapter, "tasks": [task["name"]]}
-        method = "lora" if adapter == "lora" else "mora"
-        given = {"r": args.r, "alpha": scale * args.r, **own, **args.adapter}
-        model = get_peft_model(model, adapter_config(method, **given))
+        model = get_peft_model(model, first_config(way, task["name"], args))
     callbacks: list[Any] = [Complete()]
     if projects:
         memory = before / "subspace" if before is not None else None

@@ -33,6 +33,7 @@ from shared.lm_eval_tasks import names_in_lm_eval, read_passages, write_lm_eval_
 from shared.tasks import find_task
 
 from peft_mora.files import whole_file
+from peft_mora.lora_file import check_base_kept
 from trl_callbacks.drift import drift
 from trl_callbacks.general_text import read
 
@@ -156,8 +157,11 @@ def main() -> None:
     names = list(dict.fromkeys(chain.from_iterable(meant.get(name, [name]) for name in names)))
     general = set(chain.from_iterable(meant.get(name, [name]) for name in general))
     base = args.model or EMBEDDED
-    if args.adapter and not args.model:
-        base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    if args.adapter:
+        config = PeftConfig.from_pretrained(args.adapter)
+        if args.baseline:
+            check_base_kept({args.adapter: config})
+        base = args.model or config.base_model_name_or_path
         if not base:
             raise SystemExit(f"{args.adapter} does not say which base it is for: give it as --model NAME_OR_DIR")
     base = find_base(base, args.device, args.bits)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import LORA, At, adapted, losses, padded, quantized, randomize, sft, texts, tiny_llama
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_projection import ScheduleFree
 from transformers import (
     AutoModelForCausalLM,
@@ -129,6 +129,19 @@ def test_an_adapter_that_has_to_be_told_tasks_is_measured_by_its_default_and_ref
     set_task(trainer.model, "b")
     trainer.train()
     assert trainer.state.log_history[1]["drift_kl"] > 0
+
+
+def test_an_adapter_that_has_changed_the_base_is_refused_which_would_be_compared_with_what_that_left(
+    llama_folder, tmp_path
+):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    trainer = sft(tiny_llama(), llama_folder, tmp_path, config, [DriftCallback(TEXT)], save_strategy="no")
+    for run in (trainer.train, lambda: drift(trainer.model, [padded()])):
+        with pytest.raises(
+            ValueError, match="'default' was initialised by 'pissa', which changes the base model's we"
+        ):
+            run()
+    assert trainer.state.global_step == 0
 
 
 def test_a_second_one_is_refused_whose_numbers_would_be_lost(llama_folder, tmp_path):

@@ -4,14 +4,15 @@ import warnings
 
 import pytest
 import torch
-from helpers import METHODS, WORDS, lora_config, quantized, sft, tiny_llama
+from helpers import METHODS, WORDS, At, lora_config, quantized, sft, tiny_llama
 from shared.training import make_trainer
 from test_projection import ScheduleFree
 from transformers import AutoTokenizer
 
 from peft_mora.merging import collect_inputs, merge_adapters
 from peft_mora.merging.inputs import FILE, Statistics
-from trl_callbacks import InputStatisticsCallback
+from trl_callbacks import DriftCallback, InputStatisticsCallback
+from trl_callbacks.host import HostCallback
 from trl_callbacks.input_statistics import prompts_of
 
 
@@ -100,6 +101,16 @@ def test_the_file_is_of_the_weights_that_a_schedule_free_optimizer_s_run_saves(e
             trainer.evaluate()
         trainer.save_model()
     assert merge_adapters([tmp_path / "one", tmp_path / "two"], rank=2).rule == "inputs"
+
+
+def test_the_file_is_of_the_weights_that_a_callback_behind_it_has_brought_back(llama_folder, tmp_path):
+    text = ["the cat sat on the mat", "a dog ran under the log"]
+    drift, heard = DriftCallback(text, interval=50, tokens=32, max_kl=1e-6), At(1, "stop")
+    trainer = run(llama_folder, tmp_path, lora_config, InputStatisticsCallback(4, prompts=4), heard, drift)
+    assert heard.done and drift._found["kept"] < 1
+    assert Statistics.load(tmp_path).prompts == 4
+    own = [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, HostCallback | At)]
+    assert own == [DriftCallback, At, InputStatisticsCallback]
 
 
 def test_an_adapter_that_diverged_is_kept_and_no_statistics_are_written(llama_folder, tmp_path):

@@ -242,6 +242,22 @@ def test_wrong_arguments_are_refused_by_name(arguments, message, three):
         merge_adapters(**{"folders": three, "rule": "sum", **arguments})
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rule": "sum", "weights": [1e200] * 3},
+        {"rule": "mean", "weights": [1e308] * 3},  # no SVD of it
+        {"rule": "iso-c", "factor": 1e308},
+        {"rule": "mean", "after": ["lines"], "beta": 1e300},
+        {"rule": "lego", "weights": [1e300] * 3, "rank": 4},
+    ],
+)
+def test_a_merge_that_would_not_be_finite_is_refused(arguments, three, tmp_path):
+    with pytest.raises(ValueError, match=r"merged update .* lead out of float32: give smaller numbers"):
+        merge_adapters(three, output=tmp_path / "merged", **arguments)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_refused_merge_writes_nothing_and_an_existing_folder_is_left_alone(three, tmp_path):
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(FileExistsError, match="delete it"):

@@ -15,7 +15,7 @@ import torch
 import trl
 from datasets import Dataset
 from helpers import LORA, METHODS, RECIPES, adapted, csv_rows, jsonl, load_recipe, quantized, randomize, write_task
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from shared import base_model, scores
 from shared.embedded_tasks import make_task
 from shared.lm_eval_tasks import write_lm_eval_tasks
@@ -510,6 +510,7 @@ WRONG = {  # a program: arguments, and what is said of them
     "continual": {
         **dict.fromkeys(("--steps 0", "--batch-size 0", "--r x"), ONE), "--seeds -1": NONE,
         **dict.fromkeys(("--adapter [1]", "--callback {"), "not a JSON object"),
+        '--adapter {"rank":8}': "unexpected keyword argument 'rank'", '--callback {"energy":7}': "`energy` must be",
     },
     "measure/methods": {"--steps 0": ONE},
 }  # fmt: skip
@@ -523,12 +524,25 @@ def test_arguments_that_give_no_run_are_refused_as_they_are_read(recipe, argumen
     assert said in capsys.readouterr().err
 
 
-def test_an_adapter_that_is_not_there_is_no_name_on_the_hub(run_recipe, llama_folder, task, tmp_path):
-    common = ["--device", "cpu", "--bits", 16, "--data", task, "--task", "colours", "--output", tmp_path / "out"]
-    with pytest.raises(
-        ValueError, match="nowhere' is no folder here, and no name on the Hub: give the folder of a sa"
-    ):
-        run_recipe("score", *common, "--model", llama_folder, "--adapter", tmp_path / "nowhere")
+@pytest.fixture
+def no_base(monkeypatch):
+    """A program that opens a base has gone too far."""
+
+    def opened(*_, **__):
+        raise AssertionError("a base was looked for")
+
+    monkeypatch.setattr(base_model, "_once", opened)
+    monkeypatch.setattr(base_model, "load_base", opened)
+
+
+def test_score_looks_at_the_adapter_before_the_base(run_recipe, llama_folder, task, tmp_path, no_base):
+    common = ["--device", "cpu", "--data", task, "--task", "colours", "--output", tmp_path / "out"]
+    common += ["--model", llama_folder, "--adapter"]
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at '.*nowhere'"):
+        run_recipe("score", *common, tmp_path / "nowhere")
+    LoraConfig(init_lora_weights="pissa").save_pretrained(tmp_path / "pissa")
+    with pytest.raises(ValueError, match="pissa' was initialised by 'pissa', which changes the base model's weights"):
+        run_recipe("score", *common, tmp_path / "pissa", "--baseline")
 
 
 def test_route_knows_a_prompt_without_its_instruction():

@@ -16,6 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from peft_mora import MtlLoraLinear, use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number, listed
 from peft_mora.inputs import base_of, eval_mode, trainable_as_before
+from peft_mora.lora_file import check_base_kept
 from peft_mora.merging.distillation import writes_text
 
 from .constraint import as_evaluated, averages
@@ -39,7 +40,11 @@ def drift(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
 
     Returns:
         "perplexity", "base_perplexity" and "kl", the mean over tokens in nats, from logits in float32.
+
+    Raises:
+        ValueError: an adapter has changed the base (PiSSA), which is not there to compare with.
     """
+    check_base_kept(model.peft_config)
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
     rows = (
@@ -90,9 +95,10 @@ class DriftCallback(HostCallback):
 
     Raises:
         ValueError: a wrong argument; at the start of training, a second DriftCallback, no adapter that can be switched
-            off, one that has to be told tasks and has no default, no causal language model, or no text. With `max_kl`
-            also an adapter that is beyond it before the first step, a checkpoint that was trained without it,
-            DeepSpeed or FSDP, and later an adapter that diverges or whose parameters are replaced.
+            off, one that has changed the base (PiSSA), one that has to be told tasks and has no default, no causal
+            language model, or no text. With `max_kl` also an adapter that is beyond it before the first step, a
+            checkpoint that was trained without it, DeepSpeed or FSDP, and later an adapter that diverges or whose
+            parameters are replaced.
 
     Example:
         >>> callbacks = [OrthogonalProjectionCallback(protect="self"), DriftCallback("pages.jsonl")]
@@ -161,6 +167,7 @@ class DriftCallback(HostCallback):
                 "one of the two (experts can be deleted afterwards: peft_mora.prune_experts), or without max_kl, "
                 "which only measures."
             )
+        check_base_kept(model.peft_config)
         _check_default_task(model)
         use_exact_4bit_kernels(model)
         tokenizer = self.tokenizer if self.tokenizer is not None else kwargs.get("processing_class")

@@ -178,14 +178,28 @@ def ahead_of_reporters(callback: TrainerCallback) -> None:
     """Move `callback` to the front of the trainer's callbacks; call it from one of its own events.
 
     The reporters (TensorBoard, W&B, …) stand before every callback of the user, so what a user's `on_log` writes into
-    `logs` comes too late for them. No event gets the handler that holds the list: it is the caller.
+    `logs` comes too late for them.
     """
+    if (handler := _handler_of(callback)) is not None:
+        # The handler is iterating over this very list: what stands behind `callback` keeps its place.
+        handler.callbacks[:] = [callback, *(other for other in handler.callbacks if other is not callback)]
+
+
+def behind_all(callback: TrainerCallback) -> None:
+    """Move `callback` to the end of the trainer's callbacks, so that it sees what all others have left; call it from
+    one of its own events."""
+    if (handler := _handler_of(callback)) is not None:
+        # Another list: the handler is iterating over the one that is there, and none may be left out.
+        handler.callbacks = [*(other for other in handler.callbacks if other is not callback), callback]
+
+
+def _handler_of(callback: TrainerCallback) -> CallbackHandler | None:
+    """What holds the list in which `callback` is, which is passed to no event: it is the caller."""
     for frame in _callers():
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler) and any(other is callback for other in handler.callbacks):
-            # The handler is iterating over this very list: what stands behind `callback` keeps its place.
-            handler.callbacks[:] = [callback, *(other for other in handler.callbacks if other is not callback)]
-            return
+            return handler
+    return None
 
 
 def running_trainer() -> Any:

@@ -24,7 +24,7 @@ from peft_mora.inputs import batches_of, check_text, shared_inputs
 from peft_mora.lora_file import TENSORS, digest, read_lora
 from peft_mora.merging.inputs import check_looking, input_spreads, submodules
 
-from .host import HostCallback, calibration_batches, callbacks_that, keep_stopped, output_folder
+from .host import HostCallback, behind_all, calibration_batches, callbacks_that, keep_stopped, output_folder
 
 
 LENGTH = 1024  # tokens of one prompt, the last ones
@@ -88,6 +88,7 @@ class InputStatisticsCallback(HostCallback):
         **kwargs: Any,
     ) -> None:
         super().on_train_begin(args, state, control)
+        behind_all(self)  # others may move the weights at the run's end, and the file is of those that are saved
         self._name = self.adapter_name or in_training(model)
         with saved(model, self._name) as folder:
             loras = read_lora(folder).loras

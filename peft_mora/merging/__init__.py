@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..checks import check_field, is_int, is_number, listed
 from ..files import check_new
 from ..inputs import batches_of, check_text, text_tokenizer
-from ..lora_file import Lora, write_lora
+from ..lora_file import Lora, check_finite, write_lora
 from . import distillation, rules, scaling
 from .adapters import Adapters
 from .core import core_space, reduced, single, to_lora
@@ -214,6 +214,8 @@ def merge_adapters(
     own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
     merge = _Merge(chosen, rank, weights, own, seed, statistics)
 
+    too_large = f"weights={weights} and options={options} of rule={rule!r} lead out of float32: give smaller numbers"
+
     def updates(module: str) -> list[Lora]:
         found = adapters.updates(module, gauge)
         for step in before:
@@ -229,10 +231,13 @@ def merge_adapters(
     def run() -> dict[str, Lora]:
         merge.prepare(adapters, updates)
         merged: dict[str, Lora] = {}
-        for module in bar(adapters.sizes, rule, progress):
-            merged[module] = single(finished(merge(module, updates(module)), module))
+        with _solvable(too_large):
+            for module in bar(adapters.sizes, rule, progress):
+                merged[module] = single(finished(merge(module, updates(module)), module))
         if "lines" in after:
             merged = _lines(adapters, merged, **later["lines"])
+        for module, factors in merged.items():
+            check_finite(module, factors, "The merged update", too_large)
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
 
     def looked(look: _Look) -> dict[str, Lora]:
@@ -471,6 +476,15 @@ def _check_arguments(
         check_field(is_number(value) and above < value <= most, name, value, wanted)
     if output is not None:
         check_new(output)
+
+
+@contextmanager
+def _solvable(instead: str) -> Iterator[None]:
+    """A decomposition in this block that meets a number that is not finite is refused as the result would be."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"The merged update cannot be solved for ({error}): {instead}.") from error
 
 
 def _cut_by_energy(merged: dict[str, Lora], share: float) -> dict[str, Lora]:

@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from torch.utils import collect_env
 from transformers.utils import has_file
 
@@ -36,14 +35,8 @@ def load(base: str, adapter: str | Path | None, device: str, name: str = "defaul
 
 def tokenizer_of(base: str, adapter: str | Path | None) -> str:
     """Folder or name: of the adapter where it brings a tokenizer, else of the base."""
-    if adapter is None:
-        return str(base)
-    try:
-        return str(adapter) if has_file(str(adapter), "tokenizer_config.json") else str(base)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{str(adapter)!r} is no folder here, and no name on the Hub: give the folder of a saved adapter"
-        ) from error
+    own = adapter is not None and has_file(str(adapter), "tokenizer_config.json")
+    return str(adapter) if own else str(base)
 
 
 def plain_lm_eval(base: str, adapter: str | Path | None, names: list[str], folder: Any, device: str) -> str:
