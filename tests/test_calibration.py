@@ -1,5 +1,8 @@
 """LoriCalibrationCallback inside one SFTTrainer run over NF4."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 from helpers import At, losses, quantized, randomize, sft, tiny_llama
@@ -53,6 +56,16 @@ def plain(folder, output, *others, **kwargs):
     model = get_peft_model(tiny_llama(), LoriConfig(r=4, target_modules="all-linear"))
     callbacks = [LoriCalibrationCallback(0.75, calibration_steps=3), *others]
     return sft(model, folder, output, callbacks=callbacks, save_strategy="no", **kwargs)
+
+
+def test_it_keeps_no_weights_of_a_model_that_is_gone(llama_folder, tmp_path):
+    run = plain(llama_folder, tmp_path)
+    callback = next(c for c in run.callback_handler.callbacks if isinstance(c, LoriCalibrationCallback))
+    run.train()
+    held = ref(next(p for n, p in run.model.named_parameters() if "lori_B" in n))
+    del run
+    gc.collect()
+    assert callback._weights and held() is None
 
 
 def test_a_trained_adapter_is_refused_for_it_would_start_from_nothing(llama_folder, tmp_path, inputs):

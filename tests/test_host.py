@@ -148,7 +148,7 @@ RUNS = {
     "data_parallel": {"n_gpu": 2},
     "best_model": {"load_best_model_at_end": True},
     "layerwise": {"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE},
-    "generates": {"max_completion_length": 256},
+    "generates": {"temperature": 1.0},
 }
 # callback, and what it says of each kind of run that it refuses
 REFUSALS = {
@@ -197,6 +197,23 @@ def test_a_callback_refuses_the_runs_that_it_cannot_work_in_and_no_others(row):
                 callback.refuse(run)
         else:
             callback.refuse(run)
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "generates"),
+    [
+        ("trl", ("GRPOConfig", "RLOOConfig"), True),
+        ("trl.experimental.gkd", ("GKDConfig",), True),
+        ("trl.experimental.online_dpo", ("OnlineDPOConfig",), True),
+        ("trl", ("SFTConfig", "DPOConfig", "KTOConfig", "RewardConfig"), False),
+        ("trl.experimental.orpo", ("ORPOConfig",), False),
+        ("trl.experimental.cpo", ("CPOConfig",), False),
+    ],
+)
+def test_trainers_that_write_completions_within_a_step_are_known(module, names, generates, tmp_path):
+    for name in names:
+        config = getattr(pytest.importorskip(module), name)(str(tmp_path), use_cpu=True, bf16=False)
+        assert KINDS["generates"](config) == generates, name
 
 
 @pytest.mark.parametrize("name", OptimizerNames)

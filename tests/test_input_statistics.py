@@ -7,7 +7,7 @@ import torch
 from helpers import METHODS, WORDS, At, lora_config, quantized, sft, tiny_llama
 from shared.training import make_trainer
 from test_projection import ScheduleFree
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from peft_mora.merging import collect_inputs, merge_adapters
 from peft_mora.merging.inputs import FILE, Statistics
@@ -111,6 +111,17 @@ def test_the_file_is_of_the_weights_that_a_callback_behind_it_has_brought_back(l
     assert Statistics.load(tmp_path).prompts == 4
     own = [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, HostCallback | At)]
     assert own == [DriftCallback, At, InputStatisticsCallback]
+
+
+def test_an_adapter_that_transformers_has_put_inside_is_refused_before_the_first_step(llama_folder, tmp_path):
+    model = tiny_llama()
+    model.add_adapter(lora_config(target_modules=["q_proj"], r=2))
+    rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[InputStatisticsCallback()])
+    with pytest.raises(ValueError, match="PEFT model, and this one has its adapter inside.*collect_inputs"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_an_adapter_that_diverged_is_kept_and_no_statistics_are_written(llama_folder, tmp_path):

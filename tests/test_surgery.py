@@ -109,6 +109,15 @@ def test_where_nothing_is_changed_the_run_is_the_trainer_s_own(llama_folder, tmp
     assert "training_step" not in vars(taken) or taken.training_step.__func__ is type(taken).training_step
 
 
+def test_several_trainers_of_one_model_leave_what_one_leaves(llama_folder, tmp_path):
+    base = tiny_llama().double()
+    model = run(llama_folder, tmp_path, [GradientSurgeryCallback()], base).model
+    before = len(model._forward_pre_hooks)
+    args = {"max_steps": 1, "save_strategy": "no", "train_dataset": contradicting()}
+    sft(model, llama_folder, tmp_path, callbacks=[GradientSurgeryCallback()], **args)
+    assert len(model._forward_pre_hooks) == before == 1
+
+
 def test_over_nf4_with_tasks_of_their_own_it_resumes_to_the_same_losses(llama_folder, tmp_path):
     def trained(output, resume=None):
         trainer = run(

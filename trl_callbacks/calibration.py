@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -59,7 +60,7 @@ class LoriCalibrationCallback(HostCallback):
         self.calibration_steps = calibration_steps
         self.adapter_name = adapter_name
         self.onto = onto
-        self._weights: list[nn.Parameter] = []  # the B's that this callback has seen last
+        self._weights: list[ref[nn.Parameter]] = []  # the B's that this callback has seen last
         self._running = False
 
     def refusals(self) -> dict[str, str]:
@@ -83,10 +84,10 @@ class LoriCalibrationCallback(HostCallback):
         super().on_train_begin(args, state, control)
         weights = self._all_B(model)
         packed = self._is_packed(model)
-        own = len(weights) == len(self._weights) and all(a is b for a, b in zip(weights, self._weights, strict=True))
+        own = len(weights) == len(self._weights) and all(a is b() for a, b in zip(weights, self._weights, strict=True))
         # The trainer begins anew, with a smaller batch, where memory has run out: B is as this very run left it.
         again = own and self._running
-        self._weights, self._running = weights, True
+        self._weights, self._running = list(map(ref, weights)), True
         if not packed and state.global_step >= self.calibration_steps:
             raise ValueError(
                 f"The run resumes at step {state.global_step}, after the switch at {self.calibration_steps}, with an "
@@ -128,7 +129,8 @@ class LoriCalibrationCallback(HostCallback):
             return
         before = self._all_B(model)
         summary = sparsify(model, self.sparsity, self.adapter_name, self.onto)
-        after = self._weights = self._all_B(model)
+        after = self._all_B(model)
+        self._weights = list(map(ref, after))
         successor = {id(old): new for old, new in zip(before, after, strict=True)}
         for group in optimizer.param_groups:
             group["params"] = [successor.get(id(parameter), parameter) for parameter in group["params"]]

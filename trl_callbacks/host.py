@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from peft_mora.checks import listed
 from peft_mora.inputs import unmoved
 
 
@@ -50,7 +51,8 @@ KINDS: dict[str, Callable[[TrainingArguments], bool]] = {
     "data_parallel": lambda args: args.n_gpu > 1,
     "best_model": lambda args: bool(args.load_best_model_at_end),
     "layerwise": _within_backward,
-    "generates": lambda args: hasattr(args, "max_completion_length"),  # within a training step: GRPO, RLOO
+    # Within a training step: who samples there has a temperature (GRPO, GKD, Online DPO), as ORPO and CPO have not.
+    "generates": lambda args: hasattr(args, "temperature"),
 }
 
 
@@ -309,9 +311,10 @@ def calibration_batches(
             options["sampler"] = RandomSampler(loader.dataset, generator=generator)
         for batch in islice(DataLoader(loader.dataset, **options), skipped, skipped + count):
             if not isinstance(batch, Mapping) or needs not in batch:
+                has = f"but {listed(sorted(batch), 'and')}" if isinstance(batch, Mapping) else "but records"
                 raise ValueError(
-                    f"The trainer's batches have no {needs} (GRPO and the like make them from prompts), so the "
-                    f"inputs of this task cannot be seen in advance. {otherwise}"
+                    f"The trainer's batches have no {needs}, {has}, of which it makes what the model gets within a "
+                    f"step: the inputs of this task cannot be seen in advance. {otherwise}"
                 )
             drawn.append(dict(batch))
         if not drawn:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -88,6 +89,12 @@ class InputStatisticsCallback(HostCallback):
         **kwargs: Any,
     ) -> None:
         super().on_train_begin(args, state, control)
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                "InputStatisticsCallback looks at a PEFT model, and this one has its adapter inside (transformers' "
+                "add_adapter). Give the trainer a peft_config, or a model from get_peft_model; or call "
+                "peft_mora.merging.collect_inputs(model, prompts, folder) on the saved adapter."
+            )
         behind_all(self)  # others may move the weights at the run's end, and the file is of those that are saved
         self._name = self.adapter_name or in_training(model)
         with saved(model, self._name) as folder:

@@ -543,13 +543,14 @@ def _check_memory(subspace: Subspace, source: str, factors: Mapping[str, Factors
 def _check_protectable(
     model: nn.Module, factors: Mapping[str, Factors], subspace: Subspace, resumed: bool, init: bool | str
 ) -> None:
-    groups = {group for group, _ in sharing(subspace, factors)}
-    bases = [subspace.right[group] for group in groups] + [subspace.left[n] for n in factors if n in subspace.left]
-    full = next((V for V in bases if V.shape[1] >= V.shape[0]), None)
+    bases = {("input", names[0]): subspace.right[group] for (group, _), names in sharing(subspace, factors).items()}
+    bases |= {("output", name): subspace.left[name] for name in factors if name in subspace.left}
+    full = next(((*at, len(V)) for at, V in bases.items() if V.shape[1] >= V.shape[0]), None)
     if full is not None:
+        side, name, size = full
         raise ValueError(
-            f"The protected directions fill all {full.shape[0]} dimensions of a module's input: nothing could "
-            "be learned there. Learn the earlier tasks with a lower energy or with max_rank."
+            f"The protected directions fill all {size} dimensions of the {side} of module {name!r}: nothing could be "
+            "learned there. Protect with a lower energy or with max_rank, or leave the module out (exclude_modules)."
         )
     own = {id(p) for pair in factors.values() for p in (pair.A, pair.B, *pair.through)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]

@@ -88,7 +88,8 @@ class GradientSurgeryCallback(HostCallback):
     Cost: N gradients of all that trains, in float32 (64-bit weights: in 64 bits), beside the usual one. Every token is
     computed once, as ever; parts of few rows use a GPU less well.
 
-    The step of a batch in which all tasks agree is the one that it would have been, but for the randomness of dropout.
+    The step of a batch in which all tasks agree is the one that it would have been, but for the randomness of dropout,
+    and for FLYLORA's and SMORA's load-balance offset, which moves once for each part.
     Every logging step the logs get, over the steps since the last one, `gradient_conflicts` (share of pairs of tasks
     with g_i·g_j < 0) and `gradient_changed` (norm of what surgery changed, over that of Σ g_i).
 
@@ -161,7 +162,8 @@ class GradientSurgeryCallback(HostCallback):
                 f"All records are of one task, {tasks[0]!r}: there is nothing between tasks to resolve. Leave "
                 "GradientSurgeryCallback out, or name the tasks apart."
             )
-        if not takes_tasks(model):  # an evaluation's batches have the column, too
+        there = model._forward_pre_hooks.values()  # of an earlier trainer of this model
+        if not takes_tasks(model) and _without_task not in there:  # an evaluation's batches have the column, too
             model.register_forward_pre_hook(_without_task, with_kwargs=True)
 
     def on_train_begin(
