@@ -225,9 +225,8 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         )
         from peft_mora.files import check_new
         from peft_mora.info import TEXT, adapter_info, vllm_options
-        from peft_mora.inputs import batches_of
+        from peft_mora.inputs import batches_of, writes_text
         from peft_mora.lora_file import read_config
-        from peft_mora.merging.distillation import writes_text
         from peft_mora.merging.inputs import encoded, saved_tokenizer
         from peft_mora.opening import with_adapter
 

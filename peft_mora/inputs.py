@@ -64,6 +64,11 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def writes_text(model: Any) -> bool:
+    """Whether it is a causal language model, one token after the other."""
+    return bool(getattr(model, "can_generate", bool)()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def towers(model: Any) -> set[nn.Module]:
     """What a model has beside the stack that reads its tokens, with all that is in it: vision and audio towers, and
     what carries their outputs over. Empty for a model of text, and for an encoder-decoder.

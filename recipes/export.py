@@ -40,8 +40,8 @@ from peft_mora.export import (
     save_with_base,
 )
 from peft_mora.info import adapter_info, vllm_options
+from peft_mora.inputs import writes_text
 from peft_mora.lora_file import Lora
-from peft_mora.merging.distillation import writes_text
 from peft_mora.opening import base_class, with_adapter
 from peft_mora.quantization import nf4_config
 from peft_mora_command import bound

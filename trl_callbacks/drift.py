@@ -15,9 +15,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import MtlLoraLinear, use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number, listed
-from peft_mora.inputs import base_of, eval_mode, trainable_as_before
+from peft_mora.inputs import base_of, eval_mode, trainable_as_before, writes_text
 from peft_mora.lora_file import check_base_kept
-from peft_mora.merging.distillation import writes_text
 
 from .constraint import as_evaluated, averages
 from .general_text import Batch, read, sample

@@ -35,8 +35,8 @@ from peft_mora.inputs import (
     seeded,
     text_tokenizer,
     visit,
+    writes_text,
 )
-from peft_mora.merging.distillation import writes_text
 
 from .subspace import Subspace
 

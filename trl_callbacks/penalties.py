@@ -25,9 +25,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.base import AdapterLinear
 from peft_mora.checks import check_field, is_int, is_number
-from peft_mora.inputs import base_of, eval_mode, real_rows, removed_after
+from peft_mora.inputs import base_of, eval_mode, real_rows, removed_after, writes_text
 from peft_mora.linalg import shrink_sketch, spectrum
-from peft_mora.merging.distillation import writes_text
 from peft_mora.routing import at_least_float32
 
 from .constraint import averages

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number, listed
 from ..files import check_new
-from ..inputs import batches_of, check_text, text_tokenizer
+from ..inputs import batches_of, check_text, text_tokenizer, writes_text
 from ..lora_file import Lora, check_finite, write_lora
 from . import distillation, rules, scaling
 from .adapters import Adapters
@@ -194,7 +194,7 @@ def merge_adapters(
         rules.check_losses(weights)
         check_system(**{name: options[name] for name in RULES[rule].options() if name in options})
         if look is not None:
-            strengths = strengths if distillation.writes_text(look.model) else strengths[:1]
+            strengths = strengths if writes_text(look.model) else strengths[:1]
             used |= {"passes": passes, **kept}
         else:
             found = [Statistics.load(folder) for folder in adapters.folders]
@@ -320,7 +320,7 @@ class _Look:
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
         for file in adapters.files:
             check_base(model, file)
-        open_end = distillation.writes_text(model)
+        open_end = writes_text(model)
         self.prompts = [encoded(each, self.tokenizer, open_end=open_end) for each in texts]
         check_length(model, list(chain(*self.prompts)))
         self.batches = [batches_of(prompts, batch_size) for prompts in self.prompts]

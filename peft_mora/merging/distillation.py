@@ -22,7 +22,7 @@ from torch.nn.functional import kl_div
 from transformers import GenerationConfig
 
 from ..checks import check_field, is_int, is_number
-from ..inputs import contiguous_head, eval_mode, generating_by, left_padded, placeholders
+from ..inputs import contiguous_head, eval_mode, generating_by, left_padded, placeholders, writes_text
 from ..lora_file import Lora
 from .report import bar
 
@@ -60,11 +60,6 @@ def check_lessons(model: Any, steps: int, learning_rate: float, answer_tokens: i
             f"distill is for causal language models, whose answers can be compared; {type(model).__name__} is none: "
             "leave `distill` out."
         )
-
-
-def writes_text(model: Any) -> bool:
-    """Whether it is a causal language model, one token after the other."""
-    return bool(getattr(model, "can_generate", bool)()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 @torch.no_grad()

@@ -43,10 +43,10 @@ from ..inputs import (
     trainable_as_before,
     unmoved,
     visit,
+    writes_text,
 )
 from ..lora_file import Lora, LoraFile, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
-from .distillation import writes_text
 
 
 FILE = "input_statistics.safetensors"
