@@ -44,7 +44,7 @@ from .checks import check_field, is_indices, is_int, is_names, is_number, listed
 from .inputs import removed_after, towers
 from .lean import Parts, add_update, can_run, plain_add_update
 from .model_card import complete_card
-from .quantization import frozen_base, is_bare, use_exact_4bit_kernels
+from .quantization import check_codes, frozen_base, is_bare, use_exact_4bit_kernels
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -548,6 +548,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
                 f"Cannot merge into a base quantised with {backend.backend_name}: its weight cannot be written back. "
                 "Keep the adapter unmerged, or reload the base in 16 bits and merge there."
             )
+        check_codes(self.get_base_layer())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given (default: the active) adapters to the base's weight.

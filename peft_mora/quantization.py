@@ -76,14 +76,35 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
 
     Args:
         model: of transformers. dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: as `check_codes`.
     """
     if getattr(model, "hf_quantizer", None) is None:
         return model
+    check_codes(model)
     model = model.dequantize(dtype)
     for parameter in model.parameters():  # what was not quantised has its file's dtype, whatever was asked for
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def check_codes(model: nn.Module) -> None:
+    """Refuse 8-bit layers of bitsandbytes that keep their weight itself and quantise it at each forward: PEFT and
+    transformers take it for codes.
+
+    Raises:
+        ValueError: naming the argument that makes such layers.
+    """
+    for layer in model.modules():
+        weight: Any = getattr(layer, "weight", None)
+        if type(weight).__name__ == "Int8Params" and weight.is_floating_point():
+            raise ValueError(
+                f"An 8-bit layer keeps its weight in {str(weight.dtype).removeprefix('torch.')} and quantises it at "
+                "each forward (llm_int8_has_fp16_weight=True), where it cannot be read or written to: what comes out "
+                "would be another model. Load the base without that, or in 16 bits."
+            )
 
 
 def save_plain(

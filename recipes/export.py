@@ -53,7 +53,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the LoRA; must not exist yet")
     parser.add_argument("--task", default="helpdesk", help="whose texts: embedded, or in --data (%(default)s)")
     runs.add_records(parser)
-    parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
+    parser.add_argument(
+        "--rank", type=runs.count, help="of a fitted LoRA (as many as there are experts; more cannot help)"
+    )
     parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
     parser.add_argument(
         "--max-error",

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from measure import bench_layers
 from peft import get_peft_model
-from shared.training import BENCH, bench_config
+from shared import runs
+from shared.training import BENCH, bench_config, bench_rank
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -54,10 +55,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["0.6b", "7b"], choices=SHAPES, help="(%(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(BENCH), choices=BENCH, help="beside LoRA (all)")
-    parser.add_argument("--r", type=int, default=16, help="rank of all methods (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples a step (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="of each sample (%(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="timed, after three others (%(default)s)")
+    parser.add_argument("--r", type=bench_rank, default=16, help="rank of all methods (%(default)s)")
+    parser.add_argument("--batch-size", type=runs.count, default=8, help="samples a step (%(default)s)")
+    parser.add_argument("--tokens", type=runs.count, default=512, help="of each sample (%(default)s)")
+    parser.add_argument("--steps", type=runs.count, default=10, help="timed, after three others (%(default)s)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu only to try it (%(default)s)")
     parser.add_argument("--output", default="out/gpu_report", metavar="DIR", help="(%(default)s)")
     return parser.parse_args()
@@ -75,6 +76,8 @@ def make_base(shape: str, device: str) -> tuple[Any, str]:
 
     try:
         return four_bit(plain(), device), "NF4"
+    except torch.OutOfMemoryError:
+        raise
     except (ImportError, RuntimeError, NotImplementedError) as error:
         print(f"bitsandbytes has no NF4 on {device} ({' '.join(str(error).split())[:100]}): the base is in bfloat16")
         return plain(), "bfloat16"
@@ -94,19 +97,14 @@ def four_bit(model: Any, device: str) -> Any:
     return model
 
 
-def wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
 def timed(step: Callable[[], Any], steps: int, device: str) -> list[float]:
     """Seconds of each step; three before them are not counted."""
     seconds = []
     for _ in range(steps + 3):
-        wait(device)
+        runs.wait(device)
         begin = time.perf_counter()
         step()
-        wait(device)
+        runs.wait(device)
         seconds.append(time.perf_counter() - begin)
     return seconds[3:]
 
@@ -132,7 +130,7 @@ def measure(base: Any, method: str, ids: torch.Tensor, args: argparse.Namespace)
         step()
         peak = torch.cuda.max_memory_allocated(args.device) / 2**20
     else:
-        peak = bench_layers.used(step, ids, set())[0]
+        peak = bench_layers.peak_mib(step)
     row = {
         "arm": method, "step_ms": 1e3 * seconds, "tokens_per_s": ids.numel() / seconds, "peak_mib": peak,
         "parameters": sum(parameter.numel() for parameter in trainable),
@@ -145,12 +143,12 @@ def profile(step: Callable[[], Any], device: str) -> tuple[Counter, Counter]:
     """Of one step: kernel -> how often it is launched, kernel -> its microseconds. On a CPU: of torch's operations."""
     for _ in range(3):
         step()
-    wait(device)
+    runs.wait(device)
     on_card = device.startswith("cuda")
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_card else [])]
     with torch.profiler.profile(activities=activities) as profiler:
         step()
-        wait(device)
+        runs.wait(device)
     launches, micros = Counter(), Counter()
     kind = torch.autograd.DeviceType.CUDA if on_card else torch.autograd.DeviceType.CPU
     for event in profiler.events():

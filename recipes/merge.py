@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
         help="of peft_mora.merging, for what merges (%(default)s)",
     )  # fmt: skip
     add(
-        "--merged-ranks", "--rank", nargs="+", default=["sum"], type=rank, metavar="RANK",
+        "--merged-ranks", "--rank", nargs="+", default=["sum"], type=runs.rank, metavar="RANK",
         help="of the merged, also in the ways with svd: sum, numbers, or energies; a row each (%(default)s)",
     )  # fmt: skip
     add("--prompts", nargs="+", type=runs.count, default=[64], help="training prompts a task to look at (%(default)s)")
@@ -115,10 +115,6 @@ def parse() -> argparse.Namespace:
             known = {rule: sorted(names_of(rule)) for rule in args.rules}
             parser.error(f"--settings {json.dumps(settings)}: no rule of --rules takes that, but {known}")
     return args
-
-
-def rank(text: str) -> str | int | float:
-    return text if text == "sum" else int(text) if text.isdecimal() else float(text)
 
 
 def numbers(text: str) -> list[int]:

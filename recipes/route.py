@@ -231,8 +231,7 @@ def cost(model: Any, tokenizer: Any, prompts: list[str], args: argparse.Namespac
         for name, run in [*ways.items()] * 7:
             start = time.perf_counter()
             run()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            runs.wait(args.device)
             seconds[name].append(time.perf_counter() - start)
     whole, part = (1000 * statistics.median(seconds[name][2:]) for name in ("whole", "part"))
     print(

@@ -4,8 +4,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.data_loader import IterableDatasetShard
 from helpers import LORA, METHODS, sft, tiny_llama
 from peft import get_peft_model
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.training_args import OptimizerNames
 
 from trl_callbacks import (
@@ -20,7 +23,7 @@ from trl_callbacks import (
     RankGrowthCallback,
     TaskColumnCallback,
 )
-from trl_callbacks.host import KINDS
+from trl_callbacks.host import KINDS, calibration_batches
 
 
 WRONG = {
@@ -232,3 +235,21 @@ def test_what_accelerate_launch_asks_for_is_seen_without_an_argument_as_the_run_
     callback, refused = REFUSALS[row]
     with pytest.raises(ValueError, match=refused[kind]):
         getattr(callback, begin)(SimpleNamespace(**PLAIN), None, None, model=None)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([{"input_ids": torch.tensor([i])} for i in range(16)])
+
+
+def test_each_process_looks_at_its_own_share_of_a_stream_from_its_first_batch_on():
+    for shared in (False, True):
+        seen = []
+        for rank in range(2):
+            data = IterableDatasetShard(Stream(), batch_size=2, num_processes=2, process_index=rank)
+            loader = DataLoader(data if shared else Stream(), batch_size=2)
+            args = SimpleNamespace(process_index=rank, per_device_train_batch_size=2, seed=0)
+            found = calibration_batches(loader, args, 3, "Stop.")()
+            seen.append([batch["input_ids"].flatten().tolist() for batch in found])
+        own = [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]]
+        assert seen == (own if shared else [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]])

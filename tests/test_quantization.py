@@ -8,8 +8,12 @@ from helpers import METHODS, STATIC, adapted, gradients, quantized, randomize
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_mora import base, use_exact_4bit_kernels
+from peft_mora.base import AdapterLinear
+from peft_mora.quantization import dequantized
+from trl_callbacks.factors import base_weight
 
 
 bnb_functional = pytest.importorskip("bitsandbytes.functional")
@@ -142,3 +146,19 @@ def test_bases_without_a_weight_attribute_train_merge_and_unload(method, name, m
     plain = model.unload()
     assert type(plain[1]) is Packed
     torch.testing.assert_close(plain(x), plain[1](x @ first.T))
+
+
+def test_8_bit_layers_that_keep_their_weight_train_and_are_not_read(llama_folder, inputs):
+    def base():
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True)
+        return AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config, device_map="cpu")
+
+    model = adapted("lori", base(), target_modules=TARGETS)
+    want = model(inputs).logits
+    layer = next(module for module in model.modules() if isinstance(module, AdapterLinear))
+    refused = (model.merge_adapter, lambda: dequantized(base(), torch.float32), lambda: base_weight(layer))
+    for attempt in refused:
+        with pytest.raises(ValueError, match=r"8-bit layer keeps its weight in \w+ .*llm_int8_has_fp16_weight"):
+            attempt()
+    assert torch.equal(model(inputs).logits, want)
+    assert gradients(model.train(), inputs)

@@ -504,7 +504,7 @@ def test_route_refuses_at_once_what_would_fail_after_minutes(run_recipe, llama_f
 
 ONE, NONE = "not an integer >= 1", "not an integer >= 0"
 WRONG = {  # a program: arguments, and what is said of them
-    "merge": {"--limit -5": ONE, "--tasks ,": "names nothing", "--merged-ranks a": "invalid rank value"},
+    "merge": {"--limit -5": ONE, "--tasks ,": "names nothing", "--merged-ranks a": "'a' is not sum, an integer"},
     "score": {"--limit 0": ONE, "--batch_size 0": ONE, "--task a a": "--task, --general: 'a' is there twice"},
     "route": {"--prompts 0": ONE, "--others told=x": "told would be two rows of one name"},
     "continual": {
@@ -513,6 +513,11 @@ WRONG = {  # a program: arguments, and what is said of them
         '--adapter {"rank":8}': "unexpected keyword argument 'rank'", '--callback {"energy":7}': "`energy` must be",
     },
     "measure/methods": {"--steps 0": ONE},
+    "gpu_report": {"--steps 0": ONE, "--r 6": "6 has no quarter"},
+    "measure/bench_layers": {"--repeats 1": "not an integer >= 2", "--r 2": "2 has no quarter"},
+    "measure/bench_merge": {"--rank 1.5": "'1.5' is not sum, an integer >= 1", "--layers 0": ONE},
+    "measure/bench_training": {"--methods lora lora": "each once", "--steps 1": "at least 2, for the spread"},
+    "measure/projection_cost": {"--pairs 1": "not an integer >= 2"},
 }  # fmt: skip
 REFUSED = [(recipe, *wrong) for recipe, every in WRONG.items() for wrong in every.items()]
 

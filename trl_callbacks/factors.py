@@ -16,6 +16,7 @@ from peft_mora import registry
 from peft_mora.base import AdapterLinear, Trained, adapters_of
 from peft_mora.checks import listed
 from peft_mora.experts import ExpertWeights
+from peft_mora.quantization import check_codes
 from peft_mora.routing import at_least_float32
 
 
@@ -125,6 +126,7 @@ def base_weight(layer: Any) -> Tensor:
         ValueError: it is quantised in a way that PEFT cannot read.
     """
     base = layer.get_base_layer()
+    check_codes(base)
     # PEFT's own LoRA layers for bitsandbytes have no backend, and give their packed bytes.
     weight = dequantize_module_weight(base) if layer.quantization_backend is None else layer.get_base_weight()
     weight = weight.detach().T if isinstance(base, Conv1D) else weight.detach()

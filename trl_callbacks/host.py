@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -305,7 +306,8 @@ def calibration_batches(
         options: dict[str, Any] = {"batch_size": args.per_device_train_batch_size, "collate_fn": loader.collate_fn}
         skipped = 0
         if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-            skipped = rank * count
+            shared = isinstance(loader.dataset, IterableDatasetShard)  # each process has a share already
+            skipped = 0 if shared else rank * count
         else:
             generator = torch.Generator().manual_seed(args.seed + rank)
             options["sampler"] = RandomSampler(loader.dataset, generator=generator)

@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
 from shared import runs
-from shared.training import BENCH, bench_config
+from shared.training import BENCH, bench_config, bench_rank
 
 
 SHAPES = {  # in and out features of q_proj and of up_proj
@@ -40,11 +41,11 @@ SHAPES = {  # in and out features of q_proj and of up_proj
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES, help="whose shapes (all)")
-    parser.add_argument("--tokens", type=int, default=256, help="T (%(default)s)")
-    parser.add_argument("--r", type=int, default=16, help="rank of all methods (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds (%(default)s)")
+    parser.add_argument("--tokens", type=runs.count, default=256, help="T (%(default)s)")
+    parser.add_argument("--r", type=bench_rank, default=16, help="rank of all methods (%(default)s)")
+    parser.add_argument("--repeats", type=runs.several, default=15, help="timed rounds (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's, on a CPU (%(default)s)")
+    parser.add_argument("--threads", type=runs.count, default=1, help="torch's, on a CPU (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile arms too; needs a C++ compiler, slow")
     parser.add_argument("--output", default="out/bench_layers", metavar="DIR", help="(%(default)s)")
     return parser.parse_args()
@@ -82,8 +83,17 @@ def megaflops(arm: str, inputs: int, outputs: int, r: int) -> float:
     return 2e-6 * (down + up)
 
 
-def used(step: Any, x: Any, weights: set[int]) -> tuple[float, float]:
-    """Peak MiB of one forward and backward, and what it keeps between them, `weights` left out, in units of x."""
+def peak_mib(step: Callable[[], Any]) -> float:
+    """The most that tensors take on top of what is there."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 2**20
+
+
+def kept(layer: Any, x: Any, g: Any) -> float:
+    """What autograd keeps of a forward for its backward, weights left out, in units of x."""
+    weights = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     storages: dict[int, int] = {}
 
     def pack(tensor: Any) -> Any:
@@ -91,13 +101,10 @@ def used(step: Any, x: Any, weights: set[int]) -> tuple[float, float]:
         storages[storage.data_ptr()] = 0 if storage.data_ptr() in weights else storage.nbytes()
         return tensor
 
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return peak / 2**20, sum(storages.values()) / x.nbytes
+        y = layer(x)
+    y.backward(g)  # what is computed again there is not kept
+    return sum(storages.values()) / x.nbytes
 
 
 def main() -> None:
@@ -120,16 +127,15 @@ def main() -> None:
             for arm, step in steps.items():
                 begin = clock()
                 step()
-                torch.cuda.synchronize() if args.device.startswith("cuda") else None
+                runs.wait(args.device)
                 seconds[arm] += [clock() - begin] if turn > 2 else []
         for arm, step in steps.items():
             low, middle, high = (args.tokens / s for s in reversed(statistics.quantiles(seconds[arm], n=4)))
             ratio = statistics.median(a / b for a, b in zip(seconds[arm], seconds["lora"], strict=True))
-            own = {t.untyped_storage().data_ptr() for t in (*layers[arm].parameters(), *layers[arm].buffers())}
-            peak, kept = used(step, x, own)
             rows.append({
                 "model": model, "I": inputs, "O": outputs, "arm": arm, "tokens_per_s": middle, "q1": low, "q3": high,
-                "time_by_lora": ratio, "peak_mib": peak, "kept": kept,
+                "time_by_lora": ratio, "peak_mib": peak_mib(step),
+                "kept": kept(layers[arm], x, g),
                 "mflop": megaflops(arm, inputs, outputs, args.r),
             })  # fmt: skip
     runs.write_csv(Path(args.output) / "bench_layers.csv", rows)

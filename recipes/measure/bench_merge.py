@@ -10,7 +10,6 @@ Each rule runs in a process of its own, reading and writing folders included. PE
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import resource
 import subprocess
@@ -29,6 +28,10 @@ from torch import nn
 from peft_mora.lora_file import Lora, write_lora
 from peft_mora.merging import RULES, merge_adapters
 from peft_mora.merging.inputs import Spread, Statistics
+
+
+sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
+from shared import runs
 
 
 HIDDEN, KEYS, BETWEEN = 4096, 1024, 14336
@@ -50,12 +53,12 @@ SHARED = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32, help="(%(default)s)")
-    parser.add_argument("--adapters", type=int, default=6, help="(%(default)s)")
-    parser.add_argument("--r", type=int, default=16, help="rank of each (%(default)s)")
-    parser.add_argument("--rank", default="sum", help="of the merged one: sum, a number, or a share (%(default)s)")
+    parser.add_argument("--layers", type=runs.count, default=32, help="(%(default)s)")
+    parser.add_argument("--adapters", type=runs.count, default=6, help="(%(default)s)")
+    parser.add_argument("--r", type=runs.count, default=16, help="rank of each (%(default)s)")
+    parser.add_argument("--rank", type=runs.rank, default="sum", help="of the merged one; also a share (%(default)s)")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES), help="(all)")
-    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--threads", type=runs.count, default=2, help="(%(default)s)")
     parser.add_argument("--output", default="out/bench_merge.csv", metavar="CSV", help="(%(default)s)")
     parser.add_argument("--one", nargs=2, metavar=("RULE", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -85,8 +88,7 @@ def run_one(rule: str, folder: Path, args: argparse.Namespace) -> None:
     """In a process of its own: seconds by the clock and of the processor, and peak GiB, as JSON."""
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    rank = args.rank if args.rank == "sum" else float(args.rank) if "." in args.rank else int(args.rank)
-    rank = args.r if rule in ("lego", "opcm") and rank == "sum" else rank  # k clusters, or a budget
+    rank = args.r if rule in ("lego", "opcm") and args.rank == "sum" else args.rank  # k clusters, or a budget
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, processor = time.perf_counter(), time.process_time()
     report = merge_adapters(sorted(folder.glob("task*")), rule, rank=rank, output=folder / rule)
@@ -137,13 +139,8 @@ def main() -> None:
     Console(width=120).print(table)
     theirs, ours = peft_svd(args)
     print(f"one {HIDDEN} x {HIDDEN} module to rank {args.r}: PEFT svd {theirs:.1f} s, merge_adapters {ours:.2f} s")
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{output} written")
+    runs.write_csv(Path(args.output), rows)
+    print(f"{args.output} written")
 
 
 if __name__ == "__main__":

@@ -45,12 +45,17 @@ def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, r=16, steps=20, batch_size=8, output="out/bench_training")
     parser.set_defaults(device="cpu")
     parser.add_argument("--methods", nargs="+", default=ARMS, choices=ARMS, help="first one: the measure")
-    parser.add_argument("--threads", type=int, default=1, help="torch's, on a CPU (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="of each sample, short ones joined (%(default)s)")
+    parser.add_argument("--threads", type=runs.count, default=1, help="torch's, on a CPU (%(default)s)")
+    parser.add_argument("--tokens", type=runs.count, default=128, help="a sample; short ones joined (%(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of all methods (%(default)s, as in PEFT's LoRA)")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(set(args.methods)) < len(args.methods):
+        parser.error(f"--methods {' '.join(args.methods)}: each once, as it is its own measure otherwise")
+    if args.steps < 2:
+        parser.error("--steps: at least 2, for the spread")
+    return args
 
 
 def make_trainer(method: str, steps: int, callback: Any, args: argparse.Namespace) -> Any:
@@ -83,31 +88,53 @@ def times(args: argparse.Namespace) -> dict[str, list[tuple[float, float, int]]]
     """Seconds by the clock, seconds of the thread and tokens of each timed step, by method."""
     steps = args.steps + 2  # two to warm up
     turn, baton = [0], threading.Condition()
+    failed: list[Exception] = []  # a trainer that will take no turn any more
 
     class Turns(TrainerCallback):
         def __init__(self, place: int) -> None:
-            self.place, self.steps, self.seen = place, [], 0
+            self.place, self.steps, self.seen, self.holds = place, [], 0, False
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            baton.acquire()
-            baton.wait_for(lambda: turn[0] % len(args.methods) == self.place)
+            self.holds = baton.acquire()
+            baton.wait_for(lambda: failed or turn[0] % len(args.methods) == self.place)
+            if failed:
+                raise RuntimeError("another trainer has failed")
+            runs.wait(args.device)
             self.begin = time.perf_counter(), time.thread_time()
 
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            runs.wait(args.device)
             clock, cpu = time.perf_counter() - self.begin[0], time.thread_time() - self.begin[1]
             self.steps.append((clock, cpu, int(state.num_input_tokens_seen) - self.seen))
             self.seen = int(state.num_input_tokens_seen)
             turn[0] += 1
+            self.pass_on()
+
+        def pass_on(self) -> None:
             baton.notify_all()
+            self.holds = False
             baton.release()
 
+    def run(method: str) -> None:
+        try:
+            trainers[method].train()
+        except Exception as error:
+            failed.append(error)
+            with baton:
+                baton.notify_all()
+        finally:
+            if callbacks[method].holds:  # it has failed within a step
+                callbacks[method].pass_on()
+
     callbacks = {method: Turns(place) for place, method in enumerate(args.methods)}
-    trainers = [make_trainer(method, steps, callbacks[method], args) for method in args.methods]
-    threads = [threading.Thread(target=trainer.train) for trainer in trainers]
+    trainers = {method: make_trainer(method, steps, callbacks[method], args) for method in args.methods}
+    threads = [threading.Thread(target=run, args=[method]) for method in args.methods]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if failed:
+        raise failed[0]
     return {method: callback.steps[2:] for method, callback in callbacks.items()}
 
 

@@ -79,7 +79,7 @@ def step_time(base: str, task: dict[str, Any], args: argparse.Namespace) -> None
             if meter is not None:
                 meter.sync()
                 meter.close()
-            torch.cuda.synchronize() if args.device.startswith("cuda") else None
+            runs.wait(args.device)
             times += [time.perf_counter() - begin] if step else []
     for name, times in arms.items():
         low, middle, high = statistics.quantiles(times, n=4)

@@ -33,10 +33,10 @@ from shared.training import adapter_config, make_trainer
 
 def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, r=8, batch_size=8)
-    parser.add_argument("--rank", type=int, default=300, help="protected directions a module (%(default)s)")
-    parser.add_argument("--room", type=int, help="directions that A may move in (all that are not protected)")
+    parser.add_argument("--rank", type=runs.number, default=300, help="protected directions a module (%(default)s)")
+    parser.add_argument("--room", type=runs.count, help="directions that A may move in (all that are not protected)")
     parser.add_argument("--method", default="task", choices=("task", "bank", "dense"), help="routing (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=30, help="pairs of steps to time (%(default)s)")
+    parser.add_argument("--pairs", type=runs.several, default=30, help="pairs of steps to time (%(default)s)")
     return parser.parse_args()
 
 
@@ -65,11 +65,11 @@ def main() -> None:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize() if args.device.startswith("cuda") else None
+            runs.wait(args.device)
             self.begin = time.perf_counter()
 
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            torch.cuda.synchronize() if args.device.startswith("cuda") else None
+            runs.wait(args.device)
             times[state.global_step - 1] = time.perf_counter() - self.begin
 
     times: dict[int, float] = {}

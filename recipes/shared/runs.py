@@ -22,7 +22,18 @@ def _at_least(least: int, text: str) -> int:
     return int(text)
 
 
-count, number = partial(_at_least, 1), partial(_at_least, 0)  # as types of arguments
+number, count, several = (partial(_at_least, least) for least in range(3))  # as types of arguments
+
+
+def rank(text: str) -> str | int | float:
+    """Of a merged adapter; as the type of an argument."""
+    try:
+        found = text if text == "sum" else count(text) if text.isdecimal() else float(text)
+    except ValueError:
+        found = 0.0
+    if isinstance(found, float) and not 0 < found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not sum, an integer >= 1, or a share of the energy in (0, 1)")
+    return found
 
 
 def fields(text: str) -> dict[str, Any]:
@@ -86,6 +97,12 @@ def names(text: str) -> list[str]:
         if found.count(name) > 1:
             raise argparse.ArgumentTypeError(f"{name!r} is there twice")
     return found
+
+
+def wait(device: str) -> None:
+    """Until the device has done all that it was given: time is measured then."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def claim(output: Path, args: argparse.Namespace, *free: str, **content: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
@@ -15,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
 
+from . import runs
 from .base_model import load_base
 from .tasks import to_dataset
 
@@ -94,6 +96,14 @@ def protectable(method: str) -> bool:
 
 
 BENCH = (*NAMES, "lori-s")
+
+
+def bench_rank(text: str) -> int:
+    """Of `bench_config`; as the type of an argument."""
+    r = runs.count(text)
+    if r % 4:
+        raise argparse.ArgumentTypeError(f"{r} has no quarter, which some methods wake: give a multiple of 4")
+    return r
 
 
 def bench_config(arm: str, r: int, **given: Any) -> Any:
