@@ -789,6 +789,11 @@ class AdapterModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """Refuse before the first module is touched, so that a refused merge leaves the model as it was."""
         super()._check_merge_allowed()
+        if unknown := [name for name in self._to_merge or () if name not in self.peft_config]:
+            raise ValueError(
+                f"The model has no adapter {listed(map(repr, unknown))} to merge; it has "
+                f"{listed(map(repr, self.peft_config), 'and')}."
+            )
         for layer in self.model.modules():
             if isinstance(layer, AdapterLinear):
                 layer.check_merge(layer.active_adapters if self._to_merge is None else self._to_merge)

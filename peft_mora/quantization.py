@@ -102,8 +102,8 @@ def check_codes(model: nn.Module) -> None:
         if type(weight).__name__ == "Int8Params" and weight.is_floating_point():
             raise ValueError(
                 f"An 8-bit layer keeps its weight in {str(weight.dtype).removeprefix('torch.')} and quantises it at "
-                "each forward (llm_int8_has_fp16_weight=True), where it cannot be read or written to: what comes out "
-                "would be another model. Load the base without that, or in 16 bits."
+                "each forward (llm_int8_has_fp16_weight=True). PEFT and transformers read it as codes, and what comes "
+                "out would be another model. Load the base without that, or in 16 bits."
             )
 
 

@@ -72,13 +72,14 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.ways = list(WAYS) if "all" in args.ways else args.ways
     for name, make in (
-        ("adapter", lambda: [first_config(way, args.tasks[0], args) for way in args.ways]),
-        ("callback", lambda: OrthogonalProjectionCallback(**args.callback)),
+        ("adapter", lambda way: first_config(way, args.tasks[0], args)),
+        ("callback", lambda way: projection(way, None, args)),
     ):
-        try:
-            make()
-        except (TypeError, ValueError) as error:  # else after minutes of scoring
-            parser.error(f"--{name} {json.dumps(getattr(args, name))}: {error}")
+        for way in args.ways:
+            try:
+                make(way)
+            except (TypeError, ValueError) as error:  # else after minutes of scoring
+                parser.error(f"--{name} {json.dumps(getattr(args, name))}: {error}")
     return args
 
 
@@ -90,6 +91,14 @@ def first_config(way: str, task: str, args: argparse.Namespace) -> Any:
     return adapter_config("lora" if adapter == "lora" else "mora", **given)
 
 
+def projection(way: str, before: Path | None, args: argparse.Namespace) -> list[OrthogonalProjectionCallback]:
+    """The callback of a way that has one, behind the adapter in `before`."""
+    _, _, _, projects, protects = WAYS[way]
+    memory = before / "subspace" if before is not None else None
+    text = args.protect if protects else None
+    return [OrthogonalProjectionCallback(memory, protect=text, **args.callback)] if projects else []
+
+
 def train(
     way: str, seed: int, task: dict[str, Any], before: Path | None, folder: Path, base: str, args: argparse.Namespace
 ) -> None:
@@ -99,7 +108,7 @@ def train(
         def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:  # the last of all that is written
             (folder / f"checkpoint-{state.global_step}" / "complete").touch()
 
-    _, _, grows, projects, protects = WAYS[way]
+    grows = WAYS[way][2]
     set_seed(seed)
     model, tokenizer = load_base(base, args.device)
     if before is not None:
@@ -108,11 +117,7 @@ def train(
             start_task(model, task["name"])
     else:
         model = get_peft_model(model, first_config(way, task["name"], args))
-    callbacks: list[Any] = [Complete()]
-    if projects:
-        memory = before / "subspace" if before is not None else None
-        text = args.protect if protects else None
-        callbacks.insert(0, OrthogonalProjectionCallback(memory, protect=text, **args.callback))
+    callbacks = [*projection(way, before, args), Complete()]
     trainer = make_trainer(
         model, tokenizer, task["train"], folder, args.steps, args.batch_size, args.lr, seed, callbacks=callbacks,
         save_strategy="steps", save_steps=args.save_steps, save_total_limit=2,

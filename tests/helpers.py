@@ -316,7 +316,7 @@ def ranks(body: str, folder, world: int = 2, timeout: float = 300) -> None:
     """
     program = (
         f"import sys, torch, torch.distributed as dist\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(RECIPES)!r}]\n"
         f"rank = int(sys.argv[1])\n"
         f"dist.init_process_group('gloo', init_method='file://{folder}/rendezvous', rank=rank, world_size={world})\n"
         f"{textwrap.dedent(body)}\n"

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import lm_eval.tasks
@@ -36,6 +37,15 @@ def run(continual, run_recipe, llama_folder, tasks):
         return run_recipe(continual, *common, *arguments)
 
     return run
+
+
+def test_arguments_of_the_callback_are_looked_at_as_each_way_makes_it(continual, monkeypatch):
+    told = ["continual.py", "--callback", '{"start": "osrm"}', "--ways", "dense+protection", "sequential"]
+    monkeypatch.setattr(sys, "argv", told)
+    assert continual.parse().callback == {"start": "osrm"}  # with a memory or a text alone
+    monkeypatch.setattr(sys, "argv", [*told, "dense+projection"])
+    with pytest.raises(SystemExit):
+        continual.parse()
 
 
 def matrix(folder: Path) -> list[list[str]]:

@@ -257,8 +257,6 @@ def test_what_cannot_grow_is_refused_before_the_first_step(llama_folder, tmp_pat
         attempt(adapted(lora_config), target=65)
     with pytest.raises(ValueError, match=r"chooses its experts by the input.*routing='dense'"):
         attempt(adapted(MoraConfig))
-    with pytest.raises(ValueError, match="several RankGrowthCallbacks"):
-        attempt(adapted(lora_config), RankGrowthCallback(5))
     with pytest.raises(ValueError, match="AdapterPenaltyCallback holds on to the adapter's weights"):
         attempt(adapted(lora_config), AdapterPenaltyCallback("coto"))
     with pytest.raises(ValueError, match="RankGrowthCallback"):

@@ -4,11 +4,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import torch
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import DataLoaderDispatcher, prepare_data_loader
+from datasets import Dataset
 from helpers import LORA, METHODS, sft, tiny_llama
 from peft import get_peft_model
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
 from trl_callbacks import (
@@ -142,6 +142,33 @@ def test_the_best_weights_of_another_adapter_are_not_put_into_the_one_in_trainin
     assert trainer.state.global_step == (0 if first == "default" else 2)
 
 
+class Mine(RankGrowthCallback):
+    pass
+
+
+SEVERAL = {
+    "growth": (RankGrowthCallback(4), Mine(5)),
+    "penalty": (AdapterPenaltyCallback("lorasculpt"), AdapterPenaltyCallback("lorasculpt", keep=0.5)),
+    "dropping": (AdapterPenaltyCallback("coto"), AdapterPenaltyCallback("coto")),
+    "projection": (OrthogonalProjectionCallback(protect=["a cat"]), OrthogonalProjectionCallback(protect=["a dog"])),
+    "statistics": (InputStatisticsCallback(), InputStatisticsCallback(8)),
+}
+
+
+@pytest.mark.parametrize("callbacks", SEVERAL.values(), ids=SEVERAL)
+def test_two_of_one_kind_are_refused_before_the_first_step(callbacks, llama_folder, tmp_path):
+    model = tiny_llama()
+    trainer = sft(model, llama_folder, tmp_path, LORA(r=2, target_modules=["q_proj"]), list(callbacks))
+    with pytest.raises(ValueError, match=f"The run has {type(callbacks[0]).__name__} and .* for one adapter.*one of "):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_two_that_keep_apart_what_they_know_are_none_of_one_kind(llama_folder, tmp_path):
+    callbacks = [AdapterPenaltyCallback(rule, **given) for rule, given in (("lorasculpt", {"at": None}), ("coto", {}))]
+    sft(tiny_llama(), llama_folder, tmp_path, LORA(r=2, target_modules=["q_proj"]), callbacks, max_steps=1).train()
+
+
 PLAIN = {"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": [], "load_best_model_at_end": False}
 PLAIN["optim"] = OptimizerNames.ADAMW_TORCH
 RUNS = {
@@ -151,7 +178,7 @@ RUNS = {
     "data_parallel": {"n_gpu": 2},
     "best_model": {"load_best_model_at_end": True},
     "layerwise": {"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE},
-    "generates": {"temperature": 1.0},
+    "generates": {"temperature": 1.0, "max_completion_length": 256},
 }
 # callback, and what it says of each kind of run that it refuses
 REFUSALS = {
@@ -219,6 +246,11 @@ def test_trainers_that_write_completions_within_a_step_are_known(module, names, 
         assert KINDS["generates"](config) == generates, name
 
 
+@pytest.mark.parametrize("given", [{"temperature": 2.0}, {"temperature": 0.9, "max_new_tokens": 9, "lmbda": 0.0}])
+def test_distillation_of_the_data_s_own_answers_writes_none(given):
+    assert not KINDS["generates"](SimpleNamespace(**PLAIN, **given))
+
+
 @pytest.mark.parametrize("name", OptimizerNames)
 def test_optimizers_that_step_within_the_backward_are_known(name):
     within = name.value.endswith("_layerwise") or name.value in ("lomo", "adalomo")
@@ -237,19 +269,23 @@ def test_what_accelerate_launch_asks_for_is_seen_without_an_argument_as_the_run_
         getattr(callback, begin)(SimpleNamespace(**PLAIN), None, None, model=None)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([{"input_ids": torch.tensor([i])} for i in range(16)])
-
-
 def test_each_process_looks_at_its_own_share_of_a_stream_from_its_first_batch_on():
-    for shared in (False, True):
+    rows = Dataset.from_dict({"input_ids": [[i] for i in range(16)]}).with_format("torch")
+    stream = rows.to_iterable_dataset(num_shards=2)
+    for way, own in {  # what accelerate makes of a stream: one process reads it all, or each a share
+        "dispatched": [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]],
+        "cut": [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]],
+        "shards": [[[0, 1], [2, 3], [4, 5]], [[8, 9], [10, 11], [12, 13]]],
+    }.items():
         seen = []
         for rank in range(2):
-            data = IterableDatasetShard(Stream(), batch_size=2, num_processes=2, process_index=rank)
-            loader = DataLoader(data if shared else Stream(), batch_size=2)
+            if way == "dispatched":
+                loader = DataLoaderDispatcher(stream, batch_size=2)
+            else:
+                options = {"num_processes": 2, "process_index": rank, "dispatch_batches": False}
+                data = stream if way == "shards" else rows.to_iterable_dataset()
+                loader = prepare_data_loader(DataLoader(data, batch_size=2), **options)
             args = SimpleNamespace(process_index=rank, per_device_train_batch_size=2, seed=0)
             found = calibration_batches(loader, args, 3, "Stop.")()
             seen.append([batch["input_ids"].flatten().tolist() for batch in found])
-        own = [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]]
-        assert seen == (own if shared else [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]])
+        assert seen == own, way

@@ -1,18 +1,18 @@
 """A run that writes what its adapter saw: the same as looking afterwards, whole, resumed, and refused in advance."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, WORDS, At, lora_config, quantized, sft, tiny_llama
+from helpers import METHODS, WORDS, At, lora_config, quantized, ranks, sft, tiny_llama
 from shared.training import make_trainer
 from test_projection import ScheduleFree
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from peft_mora.merging import collect_inputs, merge_adapters
 from peft_mora.merging.inputs import FILE, Statistics
 from trl_callbacks import DriftCallback, InputStatisticsCallback
-from trl_callbacks.host import HostCallback
 from trl_callbacks.input_statistics import prompts_of
 
 
@@ -103,14 +103,21 @@ def test_the_file_is_of_the_weights_that_a_schedule_free_optimizer_s_run_saves(e
     assert merge_adapters([tmp_path / "one", tmp_path / "two"], rank=2).rule == "inputs"
 
 
+class Merge(TrainerCallback):
+    """What a user may do at a run's end."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.found = [path.name for path in Path(args.output_dir).glob("*.safetensors")]
+        model.merge_adapter()
+        model.unmerge_adapter()
+
+
 def test_the_file_is_of_the_weights_that_a_callback_behind_it_has_brought_back(llama_folder, tmp_path):
     text = ["the cat sat on the mat", "a dog ran under the log"]
-    drift, heard = DriftCallback(text, interval=50, tokens=32, max_kl=1e-6), At(1, "stop")
-    trainer = run(llama_folder, tmp_path, lora_config, InputStatisticsCallback(4, prompts=4), heard, drift)
-    assert heard.done and drift._found["kept"] < 1
+    drift, merging = DriftCallback(text, interval=50, tokens=32, max_kl=1e-6), Merge()
+    run(llama_folder, tmp_path, lora_config, InputStatisticsCallback(4, prompts=4), At(1, "stop"), drift, merging)
+    assert drift._found["kept"] < 1 and merging.found == [FILE]  # which the user has put behind both
     assert Statistics.load(tmp_path).prompts == 4
-    own = [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, HostCallback | At)]
-    assert own == [DriftCallback, At, InputStatisticsCallback]
 
 
 def test_an_adapter_that_transformers_has_put_inside_is_refused_before_the_first_step(llama_folder, tmp_path):
@@ -124,13 +131,25 @@ def test_an_adapter_that_transformers_has_put_inside_is_refused_before_the_first
     assert trainer.state.global_step == 0
 
 
-def test_an_adapter_that_diverged_is_kept_and_no_statistics_are_written(llama_folder, tmp_path):
-    class Break(InputStatisticsCallback):
-        def on_train_end(self, args, state, control, model=None, **kwargs):
-            with torch.no_grad():
-                next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
-            super().on_train_end(args, state, control, model=model, **kwargs)
+class Break(InputStatisticsCallback):
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+        super().on_train_end(args, state, control, model=model, **kwargs)
 
+
+@pytest.mark.slow
+def test_two_processes_end_alike_where_one_has_found_the_adapter_to_have_diverged(llama_folder, tmp_path):
+    body = f"""
+        from test_input_statistics import *
+        with pytest.raises(ValueError, match="not finite.*The adapter is in .*stopped-2"):
+            run({llama_folder!r}, "{tmp_path}/out", lora_config, Break(), ddp_backend="gloo")
+        """
+    ranks(body, tmp_path)
+    assert (tmp_path / "out/stopped-2/adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_diverged_is_kept_and_no_statistics_are_written(llama_folder, tmp_path):
     with pytest.raises(ValueError, match=r"not finite.*The adapter is in .*stopped-2"):
         run(llama_folder, tmp_path / "out", lora_config, Break())
     assert (tmp_path / "out/stopped-2/adapter_model.safetensors").exists() and not (tmp_path / "out" / FILE).exists()

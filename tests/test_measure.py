@@ -1,6 +1,7 @@
 """The programs of recipes/measure: what they count, and that they end."""
 
 import csv
+import threading
 
 import pytest
 from helpers import load_recipe
@@ -35,5 +36,14 @@ def test_a_trainer_that_fails_ends_bench_training(run_recipe, monkeypatch, tmp_p
 
     monkeypatch.setattr(recipe, "make_trainer", broken)
     size = "--methods lora mora --steps 2 --batch-size 1 --tokens 8 --r 4 --device cpu".split()
-    with pytest.raises(ArithmeticError, match="no loss"):
-        run_recipe(recipe, *size, "--model", llama_folder, "--output", tmp_path)
+    ended = []
+
+    def run():
+        with pytest.raises(ArithmeticError, match="no loss"):
+            run_recipe(recipe, *size, "--model", llama_folder, "--output", tmp_path)
+        ended.append(True)
+
+    thread = threading.Thread(target=run, daemon=True)  # it would wait for ever, as it did
+    thread.start()
+    thread.join(60)
+    assert ended

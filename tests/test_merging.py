@@ -253,7 +253,7 @@ def test_wrong_arguments_are_refused_by_name(arguments, message, three):
     ],
 )
 def test_a_merge_that_would_not_be_finite_is_refused(arguments, three, tmp_path):
-    with pytest.raises(ValueError, match=r"merged update .* lead out of float32: give smaller numbers"):
+    with pytest.raises(ValueError, match=r"merged update .* lead out of float32: give less extreme ones"):
         merge_adapters(three, output=tmp_path / "merged", **arguments)
     assert not (tmp_path / "merged").exists()
 

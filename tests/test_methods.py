@@ -242,6 +242,9 @@ def test_a_merge_is_of_the_adapters_that_are_named(inputs):
             getattr(model, merge)(adapter_names=["default", "task"])
         after = model.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(t, after[name]) for name, t in before.items())
+        with pytest.raises(ValueError, match="The model has no adapter 'other' to merge; it has 'default' and 'task'"):
+            getattr(model, merge)(adapter_names=["default", "other"])
+        assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
     model = both()
     model.set_adapter("default")
     want = model(inputs).logits

@@ -511,13 +511,19 @@ WRONG = {  # a program: arguments, and what is said of them
         **dict.fromkeys(("--steps 0", "--batch-size 0", "--r x"), ONE), "--seeds -1": NONE,
         **dict.fromkeys(("--adapter [1]", "--callback {"), "not a JSON object"),
         '--adapter {"rank":8}': "unexpected keyword argument 'rank'", '--callback {"energy":7}': "`energy` must be",
+        '--callback {"source":"gradients"}': "`protect` must be None", '--callback {"memory":"x"}': "multiple values",
     },
     "measure/methods": {"--steps 0": ONE},
     "gpu_report": {"--steps 0": ONE, "--r 6": "6 has no quarter"},
     "measure/bench_layers": {"--repeats 1": "not an integer >= 2", "--r 2": "2 has no quarter"},
     "measure/bench_merge": {"--rank 1.5": "'1.5' is not sum, an integer >= 1", "--layers 0": ONE},
-    "measure/bench_training": {"--methods lora lora": "each once", "--steps 1": "at least 2, for the spread"},
-    "measure/projection_cost": {"--pairs 1": "not an integer >= 2"},
+    "measure/bench_training": {
+        "--methods lora lora": "each once", "--steps 1": "at least 2, for the spread", "--r 6": "6 has no quarter",
+    },
+    "measure/projection_cost": {"--pairs 1": "not an integer >= 2", "--rank 0": ONE},
+    "measure/protected_energy": {"--look self --energy 1.5": "'1.5' is not a share in (0, 1]"},
+    "measure/adapter_size": {"--sparsity 1.5": "1.5 is not a share in [0, 1)"},
+    "measure/budget": {"--steps 1": "at least 2"},
 }  # fmt: skip
 REFUSED = [(recipe, *wrong) for recipe, every in WRONG.items() for wrong in every.items()]
 

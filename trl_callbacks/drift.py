@@ -20,7 +20,7 @@ from peft_mora.lora_file import check_base_kept
 
 from .constraint import as_evaluated, averages
 from .general_text import Batch, read, sample
-from .host import HostCallback, callbacks_that, running_trainer
+from .host import HostCallback, callbacks_that
 
 
 SECOND = " (z)"  # behind a parameter's name
@@ -105,6 +105,7 @@ class DriftCallback(HostCallback):
     """
 
     sidecar = "drift.safetensors"
+    several = "Give all texts to one, DriftCallback([*TEXTS, *OTHERS])."
 
     def __init__(
         self,
@@ -141,12 +142,6 @@ class DriftCallback(HostCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control)
-        callbacks = running_trainer().callback_handler.callbacks
-        if sum(isinstance(callback, DriftCallback) for callback in callbacks) > 1:
-            raise ValueError(
-                "The run has several DriftCallbacks, which log under the same names and keep the same file in a "
-                "checkpoint: what one says would be lost. Give all texts to one, DriftCallback([*TEXTS, *OTHERS])."
-            )
         if not hasattr(model, "disable_adapter"):
             raise ValueError(
                 "DriftCallback compares a PEFT model with its base, by switching the adapter off, and this model has "

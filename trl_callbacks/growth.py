@@ -153,11 +153,6 @@ class RankGrowthCallback(HostCallback):
                 f"{holding[0]} holds on to the adapter's weights, which RankGrowthCallback replaces as they grow. "
                 "Train with one of them."
             )
-        if callbacks_that("replaces_weights").count(type(self).__name__) > 1:
-            raise ValueError(
-                "The run has several RankGrowthCallbacks, which would grow the same adapter and keep the same file in "
-                "a checkpoint. Train with one of them."
-            )
         before, self._factors = self._factors, factors
         # The trainer begins anew, with a smaller batch, where memory has run out: ranks may have grown already.
         again = are_those(factors, before)

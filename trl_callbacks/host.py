@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import DataLoaderDispatcher
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -45,6 +45,14 @@ def _within_backward(args: TrainingArguments) -> bool:
     return bool({"layerwise", "lomo", "adalomo"}.intersection(name.split("_")))
 
 
+def _samples(args: TrainingArguments) -> bool:
+    """Whether the trainer writes completions within a training step: GRPO, RLOO, Online DPO, GKD unless all of its
+    answers are the data's. ORPO and CPO cut completions only, and distillation has a temperature only."""
+    lengths = ("max_completion_length", "max_new_tokens")
+    samples = hasattr(args, "temperature") and any(hasattr(args, length) for length in lengths)
+    return samples and getattr(args, "lmbda", 1.0) > 0
+
+
 KINDS: dict[str, Callable[[TrainingArguments], bool]] = {
     "deepspeed": _through("deepspeed"),
     "fsdp": _through("fsdp"),
@@ -52,8 +60,7 @@ KINDS: dict[str, Callable[[TrainingArguments], bool]] = {
     "data_parallel": lambda args: args.n_gpu > 1,
     "best_model": lambda args: bool(args.load_best_model_at_end),
     "layerwise": _within_backward,
-    # Within a training step: who samples there has a temperature (GRPO, GKD, Online DPO), as ORPO and CPO have not.
-    "generates": lambda args: hasattr(args, "temperature"),
+    "generates": _samples,
 }
 
 
@@ -61,9 +68,15 @@ class HostCallback(TrainerCallback):
     """The base of our callbacks; each says what it refuses, logs and keeps."""
 
     sidecar: str  # the name of the file in a checkpoint's folder that has `kept`
+    several: str = "Give the trainer one of them."  # what to do instead of several; "": there may be several
     holds_weights: bool = False  # whether it goes wrong where another callback replaces the adapter's parameters
     sets_weights: bool = False  # whether it moves the adapter's weights itself, to where it holds them
     replaces_weights: bool = False  # whether it puts other parameters in the place of the adapter's
+
+    @property
+    def slot(self) -> str:
+        """Where it keeps and logs what it knows, which in one run is one callback's."""
+        return getattr(self, "sidecar", f"{type(self).__name__} {getattr(self, 'adapter_name', None)}")
 
     def refusals(self) -> dict[str, str]:
         """Kind of run (of `KINDS`) -> why it cannot be and what to do instead."""
@@ -117,10 +130,26 @@ class HostCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.refuse(args)
+        self._check_alone()
         if args.load_best_model_at_end:
             check_best(running_trainer().model)
         if type(self).metrics is not HostCallback.metrics:
             ahead_of_reporters(self)
+
+    def _check_alone(self) -> None:
+        """Refuse a second callback of the same slot.
+
+        Raises:
+            ValueError: naming both.
+        """
+        handler = _handler_of(self)
+        ours = [c for c in handler.callbacks if isinstance(c, HostCallback)] if handler is not None else []
+        same = [type(callback).__name__ for callback in ours if callback.slot == self.slot]
+        if len(same) > 1 and self.several:
+            raise ValueError(
+                f"The run has {listed(same, 'and')} for one adapter, which log under the same names and keep the same "
+                f"file: what one says would be lost. {self.several}"
+            )
 
     def on_log(
         self,
@@ -188,12 +217,15 @@ def ahead_of_reporters(callback: TrainerCallback) -> None:
         handler.callbacks[:] = [callback, *(other for other in handler.callbacks if other is not callback)]
 
 
-def behind_all(callback: TrainerCallback) -> None:
-    """Move `callback` to the end of the trainer's callbacks, so that it sees what all others have left; call it from
-    one of its own events."""
+def behind_ours(callback: TrainerCallback) -> None:
+    """Move `callback` behind the last of our others, so that it sees what they leave; call it from one of its own
+    events. Callbacks of the user that stand behind them all stay behind."""
     if (handler := _handler_of(callback)) is not None:
+        others = [other for other in handler.callbacks if other is not callback]
+        own = handler.callbacks.index(callback)
+        last = max([own, *(i + 1 for i, other in enumerate(others) if isinstance(other, HostCallback))])
         # Another list: the handler is iterating over the one that is there, and none may be left out.
-        handler.callbacks = [*(other for other in handler.callbacks if other is not callback), callback]
+        handler.callbacks = [*others[:last], callback, *others[last:]]
 
 
 def _handler_of(callback: TrainerCallback) -> CallbackHandler | None:
@@ -306,8 +338,8 @@ def calibration_batches(
         options: dict[str, Any] = {"batch_size": args.per_device_train_batch_size, "collate_fn": loader.collate_fn}
         skipped = 0
         if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-            shared = isinstance(loader.dataset, IterableDatasetShard)  # each process has a share already
-            skipped = 0 if shared else rank * count
+            # Else accelerate has cut each process its share.
+            skipped = rank * count if isinstance(loader, DataLoaderDispatcher) else 0
         else:
             generator = torch.Generator().manual_seed(args.seed + rank)
             options["sampler"] = RandomSampler(loader.dataset, generator=generator)
@@ -315,8 +347,8 @@ def calibration_batches(
             if not isinstance(batch, Mapping) or needs not in batch:
                 has = f"but {listed(sorted(batch), 'and')}" if isinstance(batch, Mapping) else "but records"
                 raise ValueError(
-                    f"The trainer's batches have no {needs}, {has}, of which it makes what the model gets within a "
-                    f"step: the inputs of this task cannot be seen in advance. {otherwise}"
+                    f"The trainer's batches have no {needs}, {has}: the trainer makes the model's inputs of them in "
+                    f"each step, so that the inputs of this task cannot be seen in advance. {otherwise}"
                 )
             drawn.append(dict(batch))
         if not drawn:

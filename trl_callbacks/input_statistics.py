@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -25,7 +24,7 @@ from peft_mora.inputs import batches_of, check_text, shared_inputs
 from peft_mora.lora_file import TENSORS, digest, read_lora
 from peft_mora.merging.inputs import check_looking, input_spreads, submodules
 
-from .host import HostCallback, behind_all, calibration_batches, callbacks_that, keep_stopped, output_folder
+from .host import HostCallback, behind_ours, calibration_batches, callbacks_that, keep_stopped, output_folder
 
 
 LENGTH = 1024  # tokens of one prompt, the last ones
@@ -50,7 +49,7 @@ class InputStatisticsCallback(HostCallback):
 
     Raises:
         ValueError: on construction for a wrong argument; at the start of training for an adapter that no merge takes,
-            or batches in which prompts cannot be seen.
+            a model that transformers has put one inside, or batches in which prompts cannot be seen.
 
     Example:
         >>> trainer = SFTTrainer(..., args=SFTConfig("out/maths"), callbacks=[InputStatisticsCallback()])
@@ -89,16 +88,21 @@ class InputStatisticsCallback(HostCallback):
         **kwargs: Any,
     ) -> None:
         super().on_train_begin(args, state, control)
-        if not isinstance(model, PeftModel):
+        if not hasattr(model, "get_base_model"):
             raise ValueError(
                 "InputStatisticsCallback looks at a PEFT model, and this one has its adapter inside (transformers' "
                 "add_adapter). Give the trainer a peft_config, or a model from get_peft_model; or call "
                 "peft_mora.merging.collect_inputs(model, prompts, folder) on the saved adapter."
             )
-        behind_all(self)  # others may move the weights at the run's end, and the file is of those that are saved
+        behind_ours(self)  # they may move the weights at the run's end, and the file is of those that are saved
         self._name = self.adapter_name or in_training(model)
-        with saved(model, self._name) as folder:
-            loras = read_lora(folder).loras
+        try:
+            with saved(model, self._name) as folder:
+                loras = read_lora(folder).loras
+        except ValueError as error:
+            raise ValueError(
+                f"No merge takes this adapter, so that it needs no InputStatisticsCallback: {error}"
+            ) from error
         if "LoriCalibrationCallback" in callbacks_that("replaces_weights") and any(
             len(lora.A) < 8 for lora in loras.values()
         ):
@@ -111,6 +115,8 @@ class InputStatisticsCallback(HostCallback):
         otherwise = "Call peft_mora.merging.collect_inputs(model, prompts, folder) on the saved adapter instead."
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"An encoder-decoder's prompts do not go into its decoder. {otherwise}")
+        if not state.is_world_process_zero:
+            return
         count = -(-self.prompts // args.per_device_train_batch_size)
         prompts = [
             prompt
@@ -135,20 +141,25 @@ class InputStatisticsCallback(HostCallback):
         batches, self._batches = self._batches, []
         if not args.load_best_model_at_end and callable(getattr(optimizer, "eval", None)):
             optimizer.eval()  # a schedule-free one: the weights as an evaluation leaves them, and as they are saved
-        if batches and state.is_world_process_zero:
+        wrong = ""
+        if batches:
             try:
                 with saved(model, self._name) as folder:
                     modules, weights = list(read_lora(folder).loras), digest(folder)
                 statistics = input_spreads(
                     model, modules, batches, directions=self.directions, last=self.last, strength=self.strength
                 )
+                folder = output_folder(args) / ("" if self._name == "default" else self._name)
+                folder.mkdir(parents=True, exist_ok=True)
+                print(f"what the adapter saw: {statistics.save(folder, weights)}, for peft_mora.merging")
             except ValueError as error:
-                raise ValueError(f"{error} The adapter is in {keep_stopped(model, args, state)}.") from error
-            folder = output_folder(args) / ("" if self._name == "default" else self._name)
-            folder.mkdir(parents=True, exist_ok=True)
-            print(f"what the adapter saw: {statistics.save(folder, weights)}, for peft_mora.merging")
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+                wrong = f"{error} The adapter is in {keep_stopped(model, args, state)}."
+        if dist.is_available() and dist.is_initialized():  # all processes end alike
+            told = [wrong]
+            dist.broadcast_object_list(told)
+            (wrong,) = told
+        if wrong:
+            raise ValueError(wrong)
 
 
 def prompts_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -206,18 +217,12 @@ def in_training(model: Any) -> str:
 
 @contextmanager
 def saved(model: Any, name: str) -> Iterator[Path]:
-    """A folder for the length of a block, with an adapter as the trainer will save it.
-
-    Raises:
-        ValueError: no merge takes it.
-    """
+    """A folder for the length of a block, with an adapter as the trainer will save it; an error that is about the
+    folder is about the adapter."""
     with tempfile.TemporaryDirectory() as parent:
         model.save_pretrained(parent, selected_adapters=[name])
         folder = next(Path(parent).rglob(TENSORS)).parent
         try:
             yield folder
         except ValueError as error:
-            told = str(error).replace(str(folder), f"adapter {name!r}")
-            raise ValueError(
-                f"No merge takes this adapter, so that it needs no InputStatisticsCallback: {told}"
-            ) from error
+            raise ValueError(str(error).replace(str(folder), f"adapter {name!r}")) from error

@@ -42,6 +42,8 @@ class TaskColumnCallback(HostCallback):
         ...            peft_config=MtlLoraConfig(tasks=["maths", "code"], target_modules="all-linear"))
     """
 
+    several = ""  # a second one of a column changes nothing
+
     def __init__(self, column: str = "task") -> None:
         check_field(isinstance(column, str) and bool(column), "column", column, "a column's name")
         self.column = column

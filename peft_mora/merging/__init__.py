@@ -214,7 +214,7 @@ def merge_adapters(
     own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
     merge = _Merge(chosen, rank, weights, own, seed, statistics)
 
-    too_large = f"weights={weights} and options={options} of rule={rule!r} lead out of float32: give smaller numbers"
+    extreme = f"weights={weights} and options={options} of rule={rule!r} lead out of float32: give less extreme ones"
 
     def updates(module: str) -> list[Lora]:
         found = adapters.updates(module, gauge)
@@ -229,15 +229,15 @@ def merge_adapters(
         return lora
 
     def run() -> dict[str, Lora]:
-        merge.prepare(adapters, updates)
         merged: dict[str, Lora] = {}
-        with _solvable(too_large):
+        with _solvable(extreme):
+            merge.prepare(adapters, updates)
             for module in bar(adapters.sizes, rule, progress):
                 merged[module] = single(finished(merge(module, updates(module)), module))
         if "lines" in after:
             merged = _lines(adapters, merged, **later["lines"])
         for module, factors in merged.items():
-            check_finite(module, factors, "The merged update", too_large)
+            check_finite(module, factors, "The merged update", extreme)
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
 
     def looked(look: _Look) -> dict[str, Lora]:

@@ -56,6 +56,10 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9, help="of LoRI-S (%(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write the table there as well")
     args = parser.parse_args()
+    if not 0 <= args.sparsity < 1:
+        parser.error(f"--sparsity: {args.sparsity} is not a share in [0, 1)")
+    if args.csv:
+        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
 
     folder = find_base(args.model, bits=16)
     rows = []

@@ -55,6 +55,10 @@ def parse() -> argparse.Namespace:
         parser.error(f"--methods {' '.join(args.methods)}: each once, as it is its own measure otherwise")
     if args.steps < 2:
         parser.error("--steps: at least 2, for the spread")
+    try:
+        training.bench_rank(str(args.r))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--r: {error}")
     return args
 
 
@@ -88,7 +92,7 @@ def times(args: argparse.Namespace) -> dict[str, list[tuple[float, float, int]]]
     """Seconds by the clock, seconds of the thread and tokens of each timed step, by method."""
     steps = args.steps + 2  # two to warm up
     turn, baton = [0], threading.Condition()
-    failed: list[Exception] = []  # a trainer that will take no turn any more
+    failed: list[BaseException] = []  # a trainer that will take no turn any more
 
     class Turns(TrainerCallback):
         def __init__(self, place: int) -> None:
@@ -118,7 +122,7 @@ def times(args: argparse.Namespace) -> dict[str, list[tuple[float, float, int]]]
     def run(method: str) -> None:
         try:
             trainers[method].train()
-        except Exception as error:
+        except BaseException as error:
             failed.append(error)
             with baton:
                 baton.notify_all()

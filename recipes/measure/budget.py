@@ -42,7 +42,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rebalance", action="store_true", help="divide the total between layers by measured need")
     parser.add_argument("--task", default="helpdesk", choices=TASKS, help="embedded task (%(default)s)")
     parser.add_argument("--step-time", action="store_true", help="only compare step times with and without counters")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps: at least 2, of which the last is at the budget")
+    return args
 
 
 def routed_config(args: argparse.Namespace) -> Any:

@@ -42,7 +42,10 @@ def parse() -> argparse.Namespace:
 def read(path: Path, metric: str) -> tuple[list[str], list[list[float]], list[float]]:
     """Tasks, their scores (stages, tasks) after each was learnt, and perplexity by the first row's, if it is there."""
     with open(path, newline="", encoding="utf-8") as file:
-        head, first, *rows = csv.reader(file)
+        lines = list(csv.reader(file))
+    if len(lines) < 3:
+        raise SystemExit(f"{path} has {len(lines)} lines: give the matrix.csv of a run of continual.py")
+    head, first, *rows = lines
     places = [i for i, name in enumerate(head) if name.endswith(f" {metric}")]
     if not places:
         raise SystemExit(f"{path} has no column of {metric!r}; it has {', '.join(head[1:])}")

@@ -33,7 +33,7 @@ from shared.training import adapter_config, make_trainer
 
 def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, r=8, batch_size=8)
-    parser.add_argument("--rank", type=runs.number, default=300, help="protected directions a module (%(default)s)")
+    parser.add_argument("--rank", type=runs.count, default=300, help="protected directions a module (%(default)s)")
     parser.add_argument("--room", type=runs.count, help="directions that A may move in (all that are not protected)")
     parser.add_argument("--method", default="task", choices=("task", "bank", "dense"), help="routing (%(default)s)")
     parser.add_argument("--pairs", type=runs.several, default=30, help="pairs of steps to time (%(default)s)")

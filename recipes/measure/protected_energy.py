@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     )
     add("--look", nargs="+", required=True, metavar="FILE", help="other text: JSONL, or self (of another seed)")
     add("--tokens", nargs="+", type=runs.count, default=[TOKENS], help="that a memory is made of (%(default)s)")
-    add("--energy", nargs="+", type=float, default=[0.9, ENERGY, 0.98, 0.99], help="of the memory (%(default)s)")
+    add("--energy", nargs="+", type=runs.share, default=[0.9, ENERGY, 0.98, 0.99], help="of the memory (%(default)s)")
     add("--look-tokens", type=runs.count, default=5120, help="of each text of --look (%(default)s)")
     return parser.parse_args()
 

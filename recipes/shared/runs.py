@@ -25,6 +25,17 @@ def _at_least(least: int, text: str) -> int:
 number, count, several = (partial(_at_least, least) for least in range(3))  # as types of arguments
 
 
+def share(text: str) -> float:
+    """As the type of an argument."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share in (0, 1]")
+    return found
+
+
 def rank(text: str) -> str | int | float:
     """Of a merged adapter; as the type of an argument."""
     try:
