@@ -115,7 +115,8 @@ class InputStatisticsCallback(HostCallback):
         otherwise = "Call peft_mora.merging.collect_inputs(model, prompts, folder) on the saved adapter instead."
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"An encoder-decoder's prompts do not go into its decoder. {otherwise}")
-        if not state.is_world_process_zero:
+        use_exact_4bit_kernels(model)
+        if not state.is_world_process_zero:  # which alone looks
             return
         count = -(-self.prompts // args.per_device_train_batch_size)
         prompts = [
@@ -124,7 +125,6 @@ class InputStatisticsCallback(HostCallback):
             for prompt in prompts_of(batch)
         ]
         self._batches = batches_of(prompts[: self.prompts], args.per_device_train_batch_size)
-        use_exact_4bit_kernels(model)
         # Now, not when all is learnt: prompts with images, and a module that sees no input.
         check_text(model, self._batches, "train without InputStatisticsCallback, and merge by a rule without inputs.")
         shared_inputs(model, submodules(model, modules), self._batches[0])
