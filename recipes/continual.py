@@ -18,7 +18,7 @@ import csv
 import json
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel, get_peft_model
 from rich.console import Console
@@ -34,20 +34,27 @@ from peft_mora import start_task
 from trl_callbacks import OrthogonalProjectionCallback, continual_metrics
 
 
-# name: (routing of MORA, or lora; alpha / r; does each task get parameters of its own; are they projected, and for
-# general text too, from the first task on)
-# The weights of a gated block sum to 1, so its update is smaller than a LoRA's at the same alpha.
+class Way(NamedTuple):
+    """How tasks are learnt one after the other."""
+
+    routing: str  # of MORA, or lora
+    scale: int  # alpha / r; a gated block's weights sum to 1, so its update is smaller than a LoRA's at the same alpha
+    grows: bool  # each task gets parameters of its own
+    projects: bool = False  # they leave alone what earlier tasks use
+    protects: bool = False  # and what general text does, from the first task on
+
+
 WAYS = {
-    "separate": ("lora", 2, False, False, False),
-    "sequential": ("lora", 2, False, False, False),
-    "growing": ("dense", 2, True, False, False),
-    "bank": ("bank", 6, True, False, False),
-    "task": ("task", 6, True, False, False),
-    "dense+projection": ("dense", 2, True, True, False),
-    "bank+projection": ("bank", 6, True, True, False),
-    "task+projection": ("task", 6, True, True, False),
-    "dense+protection": ("dense", 2, True, True, True),
-    "task+protection": ("task", 6, True, True, True),
+    "separate": Way("lora", 2, False),
+    "sequential": Way("lora", 2, False),
+    "growing": Way("dense", 2, True),
+    "bank": Way("bank", 6, True),
+    "task": Way("task", 6, True),
+    "dense+projection": Way("dense", 2, True, True),
+    "bank+projection": Way("bank", 6, True, True),
+    "task+projection": Way("task", 6, True, True),
+    "dense+protection": Way("dense", 2, True, True, True),
+    "task+protection": Way("task", 6, True, True, True),
 }
 ROOM = ["directions", "room left"]  # protected, and the share of a module's dimensions that is not: means over modules
 
@@ -85,18 +92,19 @@ def parse() -> argparse.Namespace:
 
 def first_config(way: str, task: str, args: argparse.Namespace) -> Any:
     """Of the adapter that a way begins with."""
-    adapter, scale, *_ = WAYS[way]
-    own = {} if adapter == "lora" else {"routing": adapter, "tasks": [task]}
-    given = {"r": args.r, "alpha": scale * args.r, **own, **args.adapter}
-    return adapter_config("lora" if adapter == "lora" else "mora", **given)
+    routing, plain = WAYS[way].routing, WAYS[way].routing == "lora"
+    own = {} if plain else {"routing": routing, "tasks": [task]}
+    given = {"r": args.r, "alpha": WAYS[way].scale * args.r, **own, **args.adapter}
+    return adapter_config("lora" if plain else "mora", **given)
 
 
 def projection(way: str, before: Path | None, args: argparse.Namespace) -> list[OrthogonalProjectionCallback]:
     """The callback of a way that has one, behind the adapter in `before`."""
-    _, _, _, projects, protects = WAYS[way]
+    if not WAYS[way].projects:
+        return []
     memory = before / "subspace" if before is not None else None
-    text = args.protect if protects else None
-    return [OrthogonalProjectionCallback(memory, protect=text, **args.callback)] if projects else []
+    text = args.protect if WAYS[way].protects else None
+    return [OrthogonalProjectionCallback(memory, protect=text, **args.callback)]
 
 
 def train(
@@ -108,12 +116,11 @@ def train(
         def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:  # the last of all that is written
             (folder / f"checkpoint-{state.global_step}" / "complete").touch()
 
-    grows = WAYS[way][2]
     set_seed(seed)
     model, tokenizer = load_base(base, args.device)
     if before is not None:
         model = PeftModel.from_pretrained(model, before, is_trainable=True)
-        if grows:
+        if WAYS[way].grows:
             start_task(model, task["name"])
     else:
         model = get_peft_model(model, first_config(way, task["name"], args))

@@ -6,7 +6,6 @@ python recipes/measure/adapter_size.py --model Qwen/Qwen3-0.6B --r 16
 
 from __future__ import annotations
 
-import csv
 import sys
 import tempfile
 from pathlib import Path
@@ -58,8 +57,6 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.sparsity < 1:
         parser.error(f"--sparsity: {args.sparsity} is not a share in [0, 1)")
-    if args.csv:
-        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
 
     folder = find_base(args.model, bits=16)
     rows = []
@@ -80,11 +77,10 @@ def main() -> None:
         shares = [figure / reference for figure, reference in zip(figures, rows[0][1:], strict=True)]
         cells = [f"{figures[0]:,}", f"{figures[1]:.2f}", f"{figures[2]:.2f}", *(f"{share:.3f}" for share in shares)]
         table.add_row(name, *cells)
-        written.append([name, *figures, *shares])
+        written.append(dict(zip(COLUMNS, (name, *figures, *shares), strict=True)))
     Console(width=120).print(table)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *written])
+        runs.write_csv(Path(args.csv), written)
         print(f"written to {args.csv}")
 
 
