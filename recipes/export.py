@@ -42,7 +42,7 @@ from peft_mora.export import (
 from peft_mora.info import adapter_info, vllm_options
 from peft_mora.inputs import writes_text
 from peft_mora.lora_file import Lora
-from peft_mora.opening import base_class, with_adapter
+from peft_mora.opening import base_class, revision_of, with_adapter
 from peft_mora.quantization import nf4_config
 from peft_mora_command import bound
 
@@ -110,10 +110,11 @@ def main() -> None:
 
 def opened(args: argparse.Namespace, base: str) -> tuple[Any, Any]:
     """(model, tokenizer; None where it writes no text) with the adapter, over the class that it was trained over."""
-    name = base if base == EMBEDDED else find_base(base, args.device, 16)
+    revision = revision_of(args.adapter, base)
+    name = base if base == EMBEDDED else find_base(base, args.device, 16, **revision)
     kind = AutoModelForCausalLM if base == EMBEDDED else base_class(args.adapter, name)
     if kind.__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        return scores.load(find_base(base, args.device, args.bits), args.adapter, args.device)
+        return scores.load(find_base(base, args.device, args.bits, **revision), args.adapter, args.device)
     there = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
     options = {"quantization_config": nf4_config()} if args.bits == 4 and there is None else {}
     model = kind.from_pretrained(name, dtype=torch.bfloat16, device_map=args.device, **options)

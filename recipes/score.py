@@ -34,6 +34,7 @@ from shared.tasks import find_task
 
 from peft_mora.files import whole_file
 from peft_mora.lora_file import check_base_kept
+from peft_mora.opening import revision_of
 from trl_callbacks.drift import drift
 from trl_callbacks.general_text import read
 
@@ -156,7 +157,7 @@ def main() -> None:
         )
     names = list(dict.fromkeys(chain.from_iterable(meant.get(name, [name]) for name in names)))
     general = set(chain.from_iterable(meant.get(name, [name]) for name in general))
-    base = args.model or EMBEDDED
+    base, revision = args.model or EMBEDDED, {}
     if args.adapter:
         config = PeftConfig.from_pretrained(args.adapter)
         if args.baseline:
@@ -164,7 +165,8 @@ def main() -> None:
         base = args.model or config.base_model_name_or_path
         if not base:
             raise SystemExit(f"{args.adapter} does not say which base it is for: give it as --model NAME_OR_DIR")
-    base = find_base(base, args.device, args.bits)
+        revision = revision_of(args.adapter, base)
+    base = find_base(base, args.device, args.bits, **revision)
     model, tokenizer = scores.load(base, args.adapter, args.device)
 
     def score() -> dict[str, Any]:

@@ -127,15 +127,18 @@ def main() -> None:
             for name, default in lora.items():
                 if getattr(model_args, name) is None:
                     setattr(model_args, name, default)
-            return trls_get_peft_config(model_args)
+            config = trls_get_peft_config(model_args)
+            config.revision = revision
+            return config
         common = {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout}
         common = {name: value for name, value in common.items() if value is not None}
         common |= {"seed": args.seed} if "seed" in names else {}
         return METHODS[method].config(
             task_type=model_args.lora_task_type, target_modules=model_args.lora_target_modules,
-            modules_to_save=model_args.lora_modules_to_save, **common, **given,
+            modules_to_save=model_args.lora_modules_to_save, revision=revision, **common, **given,
         )  # fmt: skip
 
+    revision = None if model_args.model_revision == "main" else model_args.model_revision
     quantised = model_args.load_in_4bit or model_args.load_in_8bit
     embedded = model_args.model_name_or_path == EMBEDDED
     if embedded:

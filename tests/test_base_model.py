@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from helpers import tiny_llama
+from huggingface_hub import constants
 from shared import base_model
 from shared.base_model import find_base, load_base
 
@@ -65,10 +66,36 @@ def test_a_model_that_is_not_there_is_refused_with_what_to_give(tmp_path):
         find_base(str(tmp_path / "no-model"))
 
 
-def test_two_owners_models_of_one_name_have_a_copy_each():
-    class Config:
-        _commit_hash = "0" * 40
+@pytest.fixture
+def hub(write, tmp_path, monkeypatch):
+    """Put a tiny model of this seed into the Hub's cache: NAME at a revision, whose commit is the seed 40 times."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    found = {base_model._content(name, Config) for name in ("one/llama", "two/llama")}
-    Config._commit_hash = "1" * 40
-    assert len(found | {base_model._content("one/llama", Config)}) == 3
+    def hub(name: str, revision: str, seed: int):
+        cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True, exist_ok=True)
+        (cached / "refs" / revision).write_text(str(seed) * 40)
+        write(cached / "snapshots" / (str(seed) * 40), seed)
+
+    return hub
+
+
+def test_two_owners_models_of_one_name_have_a_copy_each(hub):
+    for owner in ("one", "two"):
+        hub(f"{owner}/llama", "main", 0)
+    copies = {find_base(f"{owner}/llama") for owner in ("one", "two", "one")}
+    hub("one/llama", "main", 1)
+    assert len(copies | {find_base("one/llama")}) == 3
+    assert find_base("one/llama", bits=16) == "one/llama"
+
+
+def test_a_revision_is_what_is_opened_and_has_a_copy_of_its_own(write, hub, tmp_path):
+    hub("me/tiny", "main", 0)
+    hub("me/tiny", "v1", 1)
+    copies = [find_base("me/tiny", revision=revision) for revision in (None, "v1")]
+    want = [packed(find_base(write(tmp_path / f"alone-{seed}", seed))) for seed in (0, 1)]
+    assert all(torch.equal(packed(copy), weight) for copy, weight in zip(copies, want, strict=True))
+    assert all("tiny-" in copy for copy in copies)
+    assert torch.equal(packed(find_base("me/tiny", bits=16, revision="v1")), packed(write(tmp_path / "v1", 1)))
+    with pytest.raises(ValueError, match=r"(?s)'me/tiny' at revision 'v2' is no folder .* as --model"):
+        find_base("me/tiny", revision="v2")

