@@ -589,7 +589,10 @@ def bound(text: str) -> float:
 
 
 def _rank(text: str) -> str | int | float:
-    return text if text == "sum" else int(text) if text.isdecimal() else float(text)
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        return text  # "sum"; the merge refuses any other
 
 
 if __name__ == "__main__":

@@ -84,6 +84,17 @@ def towers(model: Any) -> set[nn.Module]:
     return parts - set(tokens.modules()) - {stack} if tokens in parts else set()
 
 
+def room(model: Any) -> int | None:
+    """How many tokens a text may have, of a model with a table of positions (GPT-2, BERT); None without one."""
+    beside, found = towers(model), []
+    for name, module in base_of(model).named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and module not in beside and (last == "wpe" or "position" in last):
+            before = 2 if getattr(module, "offset", module.padding_idx) else 0  # OPT, RoBERTa
+            found.append(module.num_embeddings - before)
+    return min(found, default=None)
+
+
 def check_patches(batch: Mapping[str, Any]) -> None:
     """Refuse a batch with padding in its images or sounds, for layers of a tower.
 

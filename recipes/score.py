@@ -112,7 +112,7 @@ def make_report(
     drifts = None
     if args.perplexity:
         texts = read_passages(args.perplexity)[: args.limit]
-        batches = read(texts, tokenizer, sys.maxsize)
+        batches = read(texts, tokenizer, sys.maxsize, model)
         tokens = sum(int(batch["attention_mask"][:, 1:].sum()) for batch in batches)
         drifts = drift(model, batches) | {"tokens": tokens, "passages": len(texts)}
     config = model.peft_config["default"]

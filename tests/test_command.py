@@ -306,6 +306,7 @@ def test_merge_writes_what_the_library_writes(llama_folder, here, command):
     merge_adapters(["a0", "a1"], "ties", 6, [1.0, 0.5], after=["match"], density=0.3, output="wanted")
     how = ("--rule", "ties", "--rank", 6, "--weights", 1, 0.5, "--after", "match", "--options", '{"density": 0.3}')
     assert "ties → match, rank 6" in command("merge", "a0", "a1", "--output", "merged", *how)
+    assert "`rank` must be 'sum', an integer" in command("merge", "a0", "a1", "--output", "both", "--rank", "half")
     same_tensors(here / "wanted", here / "merged")
     looked = command("merge", "a0", "a1", "--output", "both", "--model", llama_folder, "--prompts", "pets.jsonl",
                      "walks.txt", "--options", '{"passes": 1}', "--distill", 1)  # fmt: skip

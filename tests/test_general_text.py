@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from helpers import jsonl, losses, quantized, sft, tiny_llama
+from helpers import jsonl, losses, quantized, sft, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -47,6 +47,18 @@ def test_text_comes_as_strings_records_data_set_or_file(form, tokenizer, tmp_pat
     }[form]
     found = [batch["input_ids"][0].tolist() for batch in read(source, tokenizer, 1000)]
     assert found == [tokenizer(text).input_ids for text in TEXT]
+
+
+def test_text_is_no_longer_than_the_model_has_positions(monkeypatch, tokenizer, tmp_path):
+    monkeypatch.setattr("trl_callbacks.general_text.LENGTH", 100)
+    tokenizer.chat_template = CHAT
+    model = tiny_gpt2()  # 64 positions
+    written = sample(model, tokenizer, 256)
+    assert [tuple(batch["input_ids"].shape) for batch in written] == [(2, 64), (2, 64)]
+    tokenizer.chat_template = CHAT.replace("<s> {{", "<s> " + 40 * "the " + "{{")
+    assert [tuple(batch["input_ids"].shape) for batch in sample(model, tokenizer, 128)] == [(2, 64)]
+    assert [batch["input_ids"].shape[1] for batch in read(["the cat " * 60], tokenizer, 1000, model)] == [64]
+    protect(model, ["the cat " * 60], tmp_path / "long", tokenizer=tokenizer)
 
 
 def test_messages_go_through_the_chat_template(tokenizer):

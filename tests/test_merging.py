@@ -224,6 +224,10 @@ def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
         ({"after": ["svc"], "alpha": 0}, "`alpha` must be a number > 0"),
         ({"rule": "mean", "alpha": 0.5}, "rule='mean' takes no options, got alpha"),
         ({"density": 0.5}, "takes no options, got density"),
+        ({"passes": 3, "strength": 0.5}, "passes and strength would change nothing: what reads it is rule="),
+        ({"rule": "inputs", "passes": 1}, "passes would change nothing: what reads it is rule='inputs'"),
+        ({"rule": "inputs", "batch_size": 2}, "batch_size would change nothing: what reads it is `model`"),
+        ({"learning_rate": 1e-3}, "learning_rate would change nothing: what reads it is `distill`. Give that"),
         ({"rule": "ties", "drop": 0.5}, "takes space and density, got drop"),
         ({"rule": "ties", "density": 0}, r"`density` must be a share in \(0, 1\]"),
         ({"rule": "mean", "weights": [1, -1, 0]}, "add up to 0"),
@@ -1245,6 +1249,7 @@ def test_what_is_of_another_model_or_task_goes_into_no_base(over_nf4, llama_fold
     for arguments, message in (
         ({"adapter": tmp_path / "resized"}, "'lm_head.weight' is 64 x 64 in .*nf4, and 1 x 64 in the adapter"),
         ({"base": str(nf4), "dtype": torch.int8}, "`dtype` must be a torch dtype"),
+        ({"base": torch.nn.Linear(1, 1)}, "`base` must be the folder or the name of a model, got a Linear"),
         (
             {"adapter": folder(tmp_path, 1, base_model_name_or_path=str(nf4))},
             "is 64 x 128 in .*nf4, and its update 16 x 24",

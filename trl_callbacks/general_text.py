@@ -32,6 +32,7 @@ from peft_mora.inputs import (
     load_tokenizer,
     placeholders,
     right_padded,
+    room,
     seeded,
     text_tokenizer,
     visit,
@@ -44,7 +45,7 @@ from .subspace import Subspace
 # SmolLM2-135M in NF4 on WikiText pages: docs/projection.md has what it gives.
 ENERGY = 0.95
 TOKENS = 10_240
-LENGTH = 256  # tokens of one sample: many short ones say more than a few long ones
+LENGTH = 256  # tokens of one text, at most: many short ones say more than a few long ones
 ROWS = 64  # samples at a time
 Batch = dict[str, Tensor]
 
@@ -158,9 +159,9 @@ def read(source: Any, tokenizer: Any, tokens: int, model: Any = None) -> list[Ba
         ValueError: there is no text, a record has none, or images that the model would have to see.
     """
     batches: list[Batch] = []
-    left, images = tokens, placeholders(model)
+    left, images, length = tokens, placeholders(model), _length(model)
     for ids in _encoded(source, text_tokenizer(tokenizer_for(model, tokenizer))):
-        ids = ids[: min(LENGTH, left)]
+        ids = ids[: min(length, left)]
         if not set(images).isdisjoint(ids):
             raise ValueError(_images("the text stands for images"))
         if len(ids) > 1:  # a beginning-of-text token alone is no text
@@ -171,6 +172,11 @@ def read(source: Any, tokenizer: Any, tokens: int, model: Any = None) -> list[Ba
     if not batches:
         raise ValueError("`protect` has no text in it: nothing would be protected. Give texts, or 'self'.")
     return batches
+
+
+def _length(model: Any) -> int:
+    """Tokens of one text, of a model that may have room for fewer."""
+    return min(LENGTH, (room(model) if model is not None else None) or LENGTH)
 
 
 def _images(what: str) -> str:
@@ -250,18 +256,20 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
     tokenizer = text_tokenizer(tokenizer_for(model, tokenizer))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     check_field(start is not None, "protect", "self", "text: the tokenizer has no token that begins or ends one")
-    turns = _turns(tokenizer)
-    batches, left = [], max(1, tokens // LENGTH)
+    length, turns = _length(model), _turns(tokenizer)
+    if turns is not None and sum(map(len, turns)) > length // 2:  # no room for what is said
+        turns = None
+    batches, left = [], max(1, tokens // length)
     with seeded(seed), eval_mode(model), contiguous_head(model):
         while left > 0:
             rows = min(ROWS, left)
             talks = rows // 2 if turns is not None else 0
-            batches.append(_go_on(model, tokenizer, [[start]] * (rows - talks), LENGTH))
+            batches.append(_go_on(model, tokenizer, [[start]] * (rows - talks), length))
             if turns is not None and talks:
                 before, between = turns
-                asked = _go_on(model, tokenizer, [before] * talks, len(before) + LENGTH // 4, stop=True)
+                asked = _go_on(model, tokenizer, [before] * talks, len(before) + length // 4, stop=True)
                 ids = [ids[mask.bool()].tolist() + between for ids, mask in zip(*asked.values(), strict=True)]
-                batches.append(_go_on(model, tokenizer, ids, LENGTH))
+                batches.append(_go_on(model, tokenizer, ids, length))
             left -= rows
     return batches
 

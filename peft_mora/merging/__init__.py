@@ -183,6 +183,11 @@ def merge_adapters(
         )
     if distill and model is None:
         raise ValueError("`distill` learns from prompts: give `model` and `prompts`, or leave it out.")
+    looks, seen = model is not None, "`model` and `prompts`"
+    of_inputs = {"passes": passes, "directions": directions, "last": last, "strength": strength}
+    _check_used(looks and rule == "inputs", f"rule='inputs' with {seen}", of_inputs)
+    _check_used(looks, seen, {"tokenizer": tokenizer, "answer_tokens": answer_tokens, "batch_size": batch_size})
+    _check_used(distill > 0, "`distill`", {"learning_rate": learning_rate})
     if model is not None and prompts is not None:
         kept = {"directions": directions, "last": last}
         texts = texts_of(prompts, adapters.folders)
@@ -476,6 +481,15 @@ def _check_arguments(
         check_field(is_number(value) and above < value <= most, name, value, wanted)
     if output is not None:
         check_new(output)
+
+
+def _check_used(used: bool, by: str, given: Mapping[str, Any]) -> None:
+    """Refuse arguments that change nothing in this merge, where they are not what they are by default."""
+    defaults = inspect.signature(merge_adapters).parameters
+    idle = [] if used else [name for name, value in given.items() if value != defaults[name].default]
+    if idle:
+        what = listed(idle, "and")
+        raise ValueError(f"{what} would change nothing: what reads it is {by}. Give that, or leave it out.")
 
 
 @contextmanager

@@ -36,10 +36,10 @@ from ..inputs import (
     load_tokenizer,
     parts,
     real_rows,
+    room,
     seeded,
     shared_inputs,
     text_tokenizer,
-    towers,
     trainable_as_before,
     unmoved,
     visit,
@@ -320,15 +320,9 @@ def check_length(model: nn.Module, rows: Sequence[Tensor]) -> None:
     Raises:
         ValueError: naming both numbers.
     """
-    beside, longest = towers(model), max(map(len, rows))
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and module not in beside and (last == "wpe" or "position" in last):
-            room = module.num_embeddings - (2 if getattr(module, "offset", module.padding_idx) else 0)  # OPT, RoBERTa
-            if longest > room:
-                raise ValueError(
-                    f"A prompt has {longest} tokens, and the model has {room} positions: give shorter ones."
-                )
+    positions, longest = room(model), max(map(len, rows))
+    if positions is not None and longest > positions:
+        raise ValueError(f"A prompt has {longest} tokens, and the model has {positions} positions: give shorter ones.")
 
 
 def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -84,6 +84,8 @@ def merge_into_base(
     check_field(
         dtype in (torch.float32, torch.bfloat16, torch.float16), "dtype", dtype, "a torch dtype of 16 or 32 bits"
     )
+    if not isinstance(base, str | Path | None):
+        raise ValueError(f"`base` must be the folder or the name of a model, got a {type(base).__name__}.")
     file = read_lora(adapter)
     kind = file.config.get("task_type") or (file.config.get("auto_mapping") or {}).get("base_model_class")
     if kind not in (None, "CAUSAL_LM") and not str(kind).endswith(("ForCausalLM", "LMHeadModel")):
