@@ -195,8 +195,8 @@ def recomputing() -> bool:
 
 def before_backward(output: Any, act: Callable[[], None]) -> None:
     """Call `act` as soon as a gradient comes to a forward's output, tensors in mappings and sequences, and so before
-    checkpointing computes any part of it again."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    checkpointing computes any part of it again. Not in a compiled graph, which has no place for it."""
+    if not torch.is_grad_enabled():
         return
     if isinstance(output, Tensor):
         if output.requires_grad:
@@ -251,8 +251,11 @@ class LatestMask:
 
     def _recall(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """The backward of this forward will find its mask again, also where other forwards came in between."""
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling() or getattr(module, "gradient_checkpointing", False):
+            self._remember(args, kwargs, output)
+
+    @torch.compiler.disable
+    def _remember(self, args: tuple, kwargs: dict, output: Any) -> None:
         device = next((t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         if device in self.by_device:
             masks = self.by_device[device]

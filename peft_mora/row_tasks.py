@@ -170,11 +170,17 @@ class RowTasks:
     def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         if self.called != name:
             return
-        rows, self.called = self.rows, ""
-        before_backward(output, lambda: setattr(self, "rows", rows))
+        self.called = ""
+        if torch.is_grad_enabled():
+            self._remember(output)
         # A trainer goes on with the head after the stack, and a backward with parts of what it computed again.
         if name == "model" and not recomputing():
             self.rows = self.resting
+
+    @torch.compiler.disable
+    def _remember(self, output: Any) -> None:
+        rows = self.rows
+        before_backward(output, lambda: setattr(self, "rows", rows))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "rows": Rows(), "resting": Rows(), "called": ""}

@@ -172,7 +172,8 @@ def test_replicas_in_their_threads_share_the_scale_of_the_trainer_that_made_them
         trainer.training_step()
 
 
-def test_reentrant_checkpointing_finds_the_padding_of_the_forward_that_it_computes_again(inputs):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_reentrant_checkpointing_finds_the_padding_of_the_forward_that_it_computes_again(compiled, inputs):
     masks = torch.ones(2, 3, 11, dtype=torch.long)
     masks[0, :, 2:], masks[1, :, 8:] = 0, 0
 
@@ -181,9 +182,11 @@ def test_reentrant_checkpointing_finds_the_padding_of_the_forward_that_it_comput
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": True})
-        sum(model(input_ids=inputs, attention_mask=mask, labels=inputs).loss for mask in masks).backward()
+        run = torch.compile(model, backend="aot_eager") if compiled and checkpointing else model
+        sum(run(input_ids=inputs, attention_mask=mask, labels=inputs).loss for mask in masks).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
+    torch.compiler.reset()
     torch.testing.assert_close(grads(True), grads(False), rtol=1e-4, atol=1e-5)
 
 

@@ -144,6 +144,22 @@ def test_checkpointing_computes_each_of_two_forwards_again_by_its_own_tasks(rows
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_compiled_model_is_computed_again_by_the_tasks_of_each_forward(rows, use_reentrant):
+    def grads(compiled: bool) -> list[torch.Tensor]:
+        model = llama(target_modules=["q_proj", "down_proj"], default_task="a").train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        first, second = (run(input_ids=rows, labels=rows, task=task).loss for task in (TASKS, "c"))
+        first.backward()
+        second.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    torch.compiler.reset()
+    torch.testing.assert_close(grads(True), grads(False), rtol=1e-5, atol=1e-6)
+
+
 def test_the_bare_stack_does_not_go_on_with_the_tasks_of_the_forward_before(rows):
     model = llama().train()
     stack = model.base_model.model.model
@@ -350,6 +366,8 @@ def test_the_column_is_refused_where_it_cannot_reach_the_layers(llama_folder, tm
     ):
         with pytest.raises(ValueError, match="packing=False and padding_free=False"):
             trainer(**packed)
+    with pytest.raises(ValueError, match="eval_packing=False, or leave the evaluation out"):
+        trainer(eval_packing=True, eval_dataset=mixed(4))
     without = sft(tiny_llama(), llama_folder, tmp_path, config(target_modules=["q_proj"]), train_dataset=mixed())
     with pytest.raises(ValueError, match="TaskColumnCallback"):
         without.train()

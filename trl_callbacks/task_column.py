@@ -34,8 +34,8 @@ class TaskColumnCallback(HostCallback):
 
     Raises:
         ValueError: at the trainer's construction: a model that takes no tasks, a training set without the column or
-            with tasks that the adapter does not know, packing, which puts several records into one row, or a trainer
-            whose batches have other rows than the records (DPO, Reward, GRPO, RLOO).
+            with tasks that the adapter does not know, packing, also of the evaluation, which puts several records
+            into one row, or a trainer whose batches have other rows than the records (DPO, Reward, GRPO, RLOO).
 
     Example:
         >>> SFTTrainer(model, train_dataset=train_dataset, callbacks=[TaskColumnCallback()],
@@ -92,6 +92,11 @@ def carry_column(trainer: Any, column: str) -> None:
         raise ValueError(
             "packing and padding_free put several records into one row, which then has no task of its own. Train with "
             "packing=False and padding_free=False."
+        )
+    if getattr(args, "eval_packing", False) and trainer.eval_dataset is not None and takes_tasks(trainer.model):
+        raise ValueError(
+            "eval_packing puts several records into one row, and TRL drops the column: all would be measured by the "
+            "default task. Train with eval_packing=False, or leave the evaluation out."
         )
     columns = getattr(data, "column_names", None)
     if columns is not None and column not in columns:
