@@ -590,9 +590,11 @@ def bound(text: str) -> float:
 
 def _rank(text: str) -> str | int | float:
     try:
-        return int(text) if text.isdecimal() else float(text)
+        return text if text == "sum" else int(text) if text.isdecimal() else float(text)
     except ValueError:
-        return text  # "sum"; the merge refuses any other
+        raise argparse.ArgumentTypeError(
+            f"{text} is no rank: write sum, an integer >= 1, or a share of the energy in (0, 1)"
+        ) from None
 
 
 if __name__ == "__main__":

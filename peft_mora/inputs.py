@@ -89,7 +89,8 @@ def room(model: Any) -> int | None:
     beside, found = towers(model), []
     for name, module in base_of(model).named_modules():
         last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and module not in beside and (last == "wpe" or "position" in last):
+        of_text = module not in beside and "image" not in name and "vision" not in name
+        if isinstance(module, nn.Embedding) and of_text and (last == "wpe" or "position" in last):
             before = 2 if getattr(module, "offset", module.padding_idx) else 0  # OPT, RoBERTa
             found.append(module.num_embeddings - before)
     return min(found, default=None)
@@ -193,11 +194,18 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def comes_again(module: nn.Module) -> bool:
+    """Whether a forward has to be remembered, as its backward may compute parts of it again. While a model is compiled
+    only where its modules say so: remembering breaks the graph."""
+    return torch.is_grad_enabled() and (
+        not torch.compiler.is_compiling()
+        or any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+    )
+
+
 def before_backward(output: Any, act: Callable[[], None]) -> None:
     """Call `act` as soon as a gradient comes to a forward's output, tensors in mappings and sequences, and so before
-    checkpointing computes any part of it again. Not in a compiled graph, which has no place for it."""
-    if not torch.is_grad_enabled():
-        return
+    checkpointing computes any part of it again. Outside of compiled graphs (`torch.compiler.disable`)."""
     if isinstance(output, Tensor):
         if output.requires_grad:
             output.register_hook(lambda grad: act())
@@ -251,7 +259,7 @@ class LatestMask:
 
     def _recall(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """The backward of this forward will find its mask again, also where other forwards came in between."""
-        if not torch.compiler.is_compiling() or getattr(module, "gradient_checkpointing", False):
+        if comes_again(module):
             self._remember(args, kwargs, output)
 
     @torch.compiler.disable

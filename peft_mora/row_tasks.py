@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .checks import is_int, listed
-from .inputs import before_backward, recomputing
+from .inputs import before_backward, comes_again, recomputing
 
 
 class Rows:
@@ -171,7 +171,7 @@ class RowTasks:
         if self.called != name:
             return
         self.called = ""
-        if torch.is_grad_enabled():
+        if comes_again(module):
             self._remember(output)
         # A trainer goes on with the head after the stack, and a backward with parts of what it computed again.
         if name == "model" and not recomputing():

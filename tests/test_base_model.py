@@ -1,6 +1,7 @@
 """The base of the recipes: which 4-bit copy is taken, and what is refused."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,11 +39,13 @@ def test_two_models_of_one_name_have_a_copy_each(write, tmp_path):
     assert not torch.equal(packed(copies[0]), packed(copies[1]))
 
 
-def test_a_folder_that_is_written_anew_has_another_copy(write, tmp_path):
+@pytest.mark.parametrize("named", ["merged", "./merged", "merged/", Path("merged")])
+def test_a_folder_that_is_written_anew_has_another_copy(named, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "merged", 0)
-    before = find_base(folder)
+    before = find_base(named)
     write(folder, 1)
-    again = find_base(folder)
+    again = find_base(named)
     assert again != before and not torch.equal(packed(again), packed(before))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert load_base(find_base(folder))[1].chat_template == "{{ messages }}"

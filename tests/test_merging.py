@@ -227,7 +227,6 @@ def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
         ({"passes": 3, "strength": 0.5}, "passes and strength would change nothing: what reads it is rule="),
         ({"rule": "inputs", "passes": 1}, "passes would change nothing: what reads it is rule='inputs'"),
         ({"rule": "inputs", "batch_size": 2}, "batch_size would change nothing: what reads it is `model`"),
-        ({"learning_rate": 1e-3}, "learning_rate would change nothing: what reads it is `distill`. Give that"),
         ({"rule": "ties", "drop": 0.5}, "takes space and density, got drop"),
         ({"rule": "ties", "density": 0}, r"`density` must be a share in \(0, 1\]"),
         ({"rule": "mean", "weights": [1, -1, 0]}, "add up to 0"),

@@ -160,6 +160,13 @@ def test_a_compiled_model_is_computed_again_by_the_tasks_of_each_forward(rows, u
     torch.testing.assert_close(grads(True), grads(False), rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_model_without_checkpointing_is_one_graph(rows):
+    torch.compiler.reset()
+    model = llama(target_modules=["q_proj"]).train()
+    torch.compile(model, backend="eager", fullgraph=True)(input_ids=rows, labels=rows, task="c").loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_the_bare_stack_does_not_go_on_with_the_tasks_of_the_forward_before(rows):
     model = llama().train()
     stack = model.base_model.model.model

@@ -67,8 +67,8 @@ def protect(
         model: a base model, in any precision, or a PEFT model: then it is protected as it is with its active adapters.
         source: text to keep the model's behaviour on: a list of strings, of conversations (lists of role and content)
             or of records, a `datasets.Dataset`, the path of a JSON Lines file; or "self": text that the model samples
-            itself, half of it through the chat template where there is one. Records have "text" (or "page"),
-            "messages", or "prompt" and "completion".
+            itself, half of it through the chat template where there is one that leaves room. Records have "text" (or
+            "page"), "messages", or "prompt" and "completion".
         folder: where the memory goes, in place of an earlier one.
         tokenizer: of the model, or its processor; None loads it from where the model came from.
         energy: share of the inputs' squared norm that the bases hold, in (0, 1].
@@ -241,8 +241,8 @@ def _records(source: Any) -> Iterable[Any]:
 def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch]:
     """Text that the model samples itself, at temperature 1 from the start of a text: up to (64, 256) a batch.
 
-    With a chat template, every second sequence is a conversation: the user's turn is the model's own too, sampled
-    behind what the template puts before it (Magpie, arXiv 2406.08464), and then the answer.
+    With a chat template of no more than half of that, every second sequence is a conversation: the user's turn is the
+    model's own too, sampled behind what the template puts before it (Magpie, arXiv 2406.08464), and then the answer.
 
     Raises:
         ValueError: it writes none, or there is no tokenizer, or none that begins a text.

@@ -184,10 +184,9 @@ def merge_adapters(
     if distill and model is None:
         raise ValueError("`distill` learns from prompts: give `model` and `prompts`, or leave it out.")
     looks, seen = model is not None, "`model` and `prompts`"
-    of_inputs = {"passes": passes, "directions": directions, "last": last, "strength": strength}
+    of_inputs = {"passes": passes, "directions": directions, "last": last, "strength": tuple(strengths)}
     _check_used(looks and rule == "inputs", f"rule='inputs' with {seen}", of_inputs)
     _check_used(looks, seen, {"tokenizer": tokenizer, "answer_tokens": answer_tokens, "batch_size": batch_size})
-    _check_used(distill > 0, "`distill`", {"learning_rate": learning_rate})
     if model is not None and prompts is not None:
         kept = {"directions": directions, "last": last}
         texts = texts_of(prompts, adapters.folders)

