@@ -140,7 +140,7 @@ prompts. The rules: docs/merging.md."""
     parser.add_argument("--output", required=True, metavar="DIR", help="the merged LoRA; must not exist yet")
     parser.add_argument("--rule", default="inputs", help="of peft_mora.merging.RULES (%(default)s)")
     parser.add_argument(
-        "--rank", default="sum", type=_rank, help="sum, a number, or a share of the energy (%(default)s)"
+        "--rank", default="sum", type=merged_rank, help="sum, a number, or a share of the energy (%(default)s)"
     )
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a folder (1)")
     parser.add_argument("--before", nargs="+", default=[], metavar="STEP", help="norm, pico")
@@ -588,13 +588,16 @@ def bound(text: str) -> float:
     return found
 
 
-def _rank(text: str) -> str | int | float:
+def merged_rank(text: str) -> str | int | float:
+    """What --rank of a merged adapter takes."""
+    found: Any
     try:
-        return text if text == "sum" else int(text) if text.isdecimal() else float(text)
+        found = text if text == "sum" else int(text) if text.isdecimal() else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text} is no rank: write sum, an integer >= 1, or a share of the energy in (0, 1)"
-        ) from None
+        found = 0
+    if found != "sum" and not (found >= 1 if isinstance(found, int) else 0 < found < 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not sum, an integer >= 1, or a share of the energy in (0, 1)")
+    return found
 
 
 if __name__ == "__main__":

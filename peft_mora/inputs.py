@@ -194,24 +194,25 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def comes_again(module: nn.Module) -> bool:
-    """Whether a forward has to be remembered, as its backward may compute parts of it again. While a model is compiled
-    only where its modules say so: remembering breaks the graph."""
-    return torch.is_grad_enabled() and (
+def before_backward(module: nn.Module, output: Any, act: Callable[[], None]) -> None:
+    """Call `act` as soon as a gradient comes to the output of a module's forward, tensors in mappings and sequences,
+    and so before checkpointing computes any part of it again. In a compiled model only where its modules say that they
+    are checkpointed: it breaks the graph."""
+    if torch.is_grad_enabled() and (
         not torch.compiler.is_compiling()
         or any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
-    )
+    ):
+        _on_gradient(output, act)
 
 
-def before_backward(output: Any, act: Callable[[], None]) -> None:
-    """Call `act` as soon as a gradient comes to a forward's output, tensors in mappings and sequences, and so before
-    checkpointing computes any part of it again. Outside of compiled graphs (`torch.compiler.disable`)."""
+@torch.compiler.disable
+def _on_gradient(output: Any, act: Callable[[], None]) -> None:
     if isinstance(output, Tensor):
         if output.requires_grad:
             output.register_hook(lambda grad: act())
     elif isinstance(output, (Mapping, tuple, list)):
         for part in output.values() if isinstance(output, Mapping) else output:
-            before_backward(part, act)
+            _on_gradient(part, act)
 
 
 class LatestMask:
@@ -259,15 +260,10 @@ class LatestMask:
 
     def _recall(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """The backward of this forward will find its mask again, also where other forwards came in between."""
-        if comes_again(module):
-            self._remember(args, kwargs, output)
-
-    @torch.compiler.disable
-    def _remember(self, args: tuple, kwargs: dict, output: Any) -> None:
         device = next((t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         if device in self.by_device:
             masks = self.by_device[device]
-            before_backward(output, lambda: self.by_device.update({device: masks}))
+            before_backward(module, output, lambda: self.by_device.update({device: masks}))
 
     def remove(self) -> None:
         """Take the hooks away."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .checks import is_int, listed
-from .inputs import before_backward, comes_again, recomputing
+from .inputs import before_backward, recomputing
 
 
 class Rows:
@@ -170,17 +170,11 @@ class RowTasks:
     def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         if self.called != name:
             return
-        self.called = ""
-        if comes_again(module):
-            self._remember(output)
+        rows, self.called = self.rows, ""
+        before_backward(module, output, lambda: setattr(self, "rows", rows))
         # A trainer goes on with the head after the stack, and a backward with parts of what it computed again.
         if name == "model" and not recomputing():
             self.rows = self.resting
-
-    @torch.compiler.disable
-    def _remember(self, output: Any) -> None:
-        rows = self.rows
-        before_backward(output, lambda: setattr(self, "rows", rows))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "rows": Rows(), "resting": Rows(), "called": ""}

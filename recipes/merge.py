@@ -53,6 +53,7 @@ from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
 from peft_mora.merging import AFTER, RULES, MergeReport, collect_inputs, merge_adapters, options_of
 from peft_mora.opening import with_adapter
+from peft_mora_command import merged_rank
 from trl_callbacks import OrthogonalProjectionCallback, protect
 from trl_callbacks.general_text import TOKENS, read
 
@@ -84,7 +85,7 @@ def parse() -> argparse.Namespace:
         help="of peft_mora.merging, for what merges (%(default)s)",
     )  # fmt: skip
     add(
-        "--merged-ranks", "--rank", nargs="+", default=["sum"], type=runs.rank, metavar="RANK",
+        "--merged-ranks", "--rank", nargs="+", default=["sum"], type=merged_rank, metavar="RANK",
         help="of the merged, also in the ways with svd: sum, numbers, or energies; a row each (%(default)s)",
     )  # fmt: skip
     add("--prompts", nargs="+", type=runs.count, default=[64], help="training prompts a task to look at (%(default)s)")

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BertConfig,
     BitsAndBytesConfig,
     GPT2Config,
     LlamaConfig,
@@ -119,6 +120,13 @@ def tiny_gpt2(seed: int = 0) -> nn.Module:
     return AutoModelForCausalLM.from_config(
         GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=64, n_positions=64, bos_token_id=1, eos_token_id=2)
     )
+
+
+def tiny_bert(head: type, **fields) -> nn.Module:
+    """An encoder of one layer, hidden size 32, with a head."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    return head(BertConfig(**sizes, vocab_size=40, num_labels=3, **fields)).eval()
 
 
 def tiny_t5() -> nn.Module:

@@ -307,7 +307,7 @@ def test_merge_writes_what_the_library_writes(llama_folder, here, command, capsy
     how = ("--rule", "ties", "--rank", 6, "--weights", 1, 0.5, "--after", "match", "--options", '{"density": 0.3}')
     assert "ties → match, rank 6" in command("merge", "a0", "a1", "--output", "merged", *how)
     assert command("merge", "a0", "a1", "--output", "both", "--rank", "half") == "2"
-    assert "half is no rank: write sum, an integer" in capsys.readouterr().err
+    assert "'half' is not sum, an integer >= 1, or a share of the energy" in capsys.readouterr().err
     same_tensors(here / "wanted", here / "merged")
     looked = command("merge", "a0", "a1", "--output", "both", "--model", llama_folder, "--prompts", "pets.jsonl",
                      "walks.txt", "--options", '{"passes": 1}', "--distill", 1)  # fmt: skip

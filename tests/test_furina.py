@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from helpers import adapted, sft, texts, tiny_llama
+from helpers import adapted, sft, texts, tiny_bert, tiny_llama
 from peft import PeftModel, get_peft_model
 from test_like_lora import replicas
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, TrainerCallback
+from transformers import BertForMaskedLM, TrainerCallback
 
 from peft_mora import FurinaConfig, FurinaLinear
 from peft_mora.furina import EPS, LossGate, loss_scale
@@ -172,15 +172,10 @@ def test_replicas_in_their_threads_share_the_scale_of_the_trainer_that_made_them
         trainer.training_step()
 
 
-def tiny_bert() -> nn.Module:
-    torch.manual_seed(0)
-    return BertForMaskedLM(
-        BertConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                   hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    )  # fmt: skip
+BERT = partial(tiny_bert, BertForMaskedLM, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
-@pytest.mark.parametrize("base", [tiny_llama, tiny_bert])
+@pytest.mark.parametrize("base", [tiny_llama, BERT], ids=["llama", "bert"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_reentrant_checkpointing_finds_the_padding_of_the_forward_that_it_computes_again(compiled, base, inputs):
     masks = torch.ones(2, 3, 11, dtype=torch.long)

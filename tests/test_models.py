@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import METHODS, WORDS, adapted, inputs_of, randomize, reopened, sft
+from helpers import METHODS, WORDS, adapted, inputs_of, randomize, reopened, sft, tiny_bert
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from test_autoload import answers
 from torch import nn
 from transformers import (
     AutoTokenizer,
-    BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
     CLIPVisionConfig,
@@ -315,14 +314,6 @@ def test_gradient_surgery_trains_a_model_of_pictures_on_text_and_refuses_data_wi
     assert text.state.log_history[0]["gradient_conflicts"] == 0
     with pytest.raises(ValueError, match=r"The data has 'images'.*dataset\.remove_columns"):
         trainer({**records, "images": [[Image.new("RGB", (8, 8))]] * 4})
-
-
-def tiny_bert(head: type) -> nn.Module:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=40, num_labels=3
-    )
-    return head(config).eval()
 
 
 def classified(tokens: bool) -> list[dict]:

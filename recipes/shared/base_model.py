@@ -47,14 +47,13 @@ def find_base(
             return str(nf4)
         _once(plain, _convert_gguf)
         return str(_once(nf4, lambda folder: _quantize(plain, device, folder)) if bits == 4 else plain)
-    local = Path(name_or_dir).is_dir()
     try:
         config = AutoConfig.from_pretrained(name_or_dir, revision=revision)
         if bits != 4 or getattr(config, "quantization_config", None) is not None:
-            if local or not revision:
+            if revision is None or Path(name_or_dir).is_dir():
                 return str(name_or_dir)
             return snapshot_download(str(name_or_dir), revision=revision, ignore_patterns=["*/*", "consolidated*"])
-        content = _content(Path(name_or_dir)) if local else _commit(str(name_or_dir), revision)
+        content = _content(name_or_dir, revision)
     except OSError as error:  # not found, no network
         which = f"{str(name_or_dir)!r}{f' at revision {revision!r}' if revision else ''}"
         raise ValueError(
@@ -96,28 +95,22 @@ def _quantize(name_or_dir: str | Path, device: str, folder: Path, revision: str 
         part.save_pretrained(folder)
 
 
-def _recipe() -> Any:
-    """A hash that has seen how copies are quantised."""
-    return hashlib.blake2b(repr(sorted(nf4_config().to_dict().items())).encode())
-
-
-def _commit(name: str, revision: str | None) -> str:
-    """12 hex digits of a model on the Hub: its name and the commit, which a folder of the Hub's cache is called by."""
-    found = _recipe()
-    found.update(f"{name} {Path(cached_file(name, 'config.json', revision=revision)).parent.name}".encode())
-    return found.hexdigest()[:12]
-
-
-def _content(folder: Path) -> str:
-    """12 hex digits of all that a model in a folder is made of: its weights, config and tokenizer."""
-    found = _recipe()
+def _content(name_or_dir: str | Path, revision: str | None) -> str:
+    """12 hex digits of all that a model is made of: its weights, config and tokenizer, or its commit on the Hub, by
+    which a folder of the Hub's cache is called."""
+    digest = hashlib.blake2b(repr(sorted(nf4_config().to_dict().items())).encode())
+    folder = Path(name_or_dir)
+    if not folder.is_dir():
+        commit = Path(cached_file(str(name_or_dir), "config.json", revision=revision)).parent.name
+        digest.update(f"{name_or_dir} {commit}".encode())
+        return digest.hexdigest()[:12]
     kinds = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
     for path in sorted(path for path in folder.iterdir() if path.suffix in kinds):
-        found.update(f"{path.name} {path.stat().st_size} ".encode())
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
         with open(path, "rb") as file:
             while part := file.read(2**22):
-                found.update(part)
-    return found.hexdigest()[:12]
+                digest.update(part)
+    return digest.hexdigest()[:12]
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:

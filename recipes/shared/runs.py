@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import sha256
@@ -26,27 +25,14 @@ def _at_least(least: int, text: str) -> int:
 number, count, several = (partial(_at_least, least) for least in range(3))  # as types of arguments
 
 
-def _float(text: str) -> float:
-    """NaN, which is in no interval, where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 def share(text: str) -> float:
     """As the type of an argument."""
-    found = _float(text)
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
     if not 0 < found <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share in (0, 1]")
-    return found
-
-
-def rank(text: str) -> str | int | float:
-    """Of a merged adapter; as the type of an argument."""
-    found = text if text == "sum" else count(text) if text.isdecimal() else _float(text)
-    if isinstance(found, float) and not 0 < found < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not sum, an integer >= 1, or a share of the energy in (0, 1)")
     return found
 
 
