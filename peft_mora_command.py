@@ -14,7 +14,9 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.metadata import entry_points
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,7 @@ prompts. The rules: docs/merging.md."""
     parser.add_argument(
         "--rank", default="sum", type=merged_rank, help="sum, a number, or a share of the energy (%(default)s)"
     )
-    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a folder (1)")
+    parser.add_argument("--weights", nargs="+", type=finite, metavar="W", help="one a folder (1)")
     parser.add_argument("--before", nargs="+", default=[], metavar="STEP", help="norm, pico")
     parser.add_argument("--after", nargs="+", default=[], metavar="STEP", help="match, svc, lines")
     parser.add_argument("--seed", type=int, default=0, help="of rules that draw (%(default)s)")
@@ -154,14 +156,15 @@ prompts. The rules: docs/merging.md."""
         help="one a folder, in their order: JSON lines (prompt or text) or lines of text; needs --model",
     )  # fmt: skip
     parser.add_argument(
-        "--distill", type=int, default=0, metavar="STEPS", help="of learning the adapters' answers to --prompts (none)"
-    )
+        "--distill", type=number, default=0, metavar="STEPS",
+        help="of learning the adapters' answers to --prompts (none)",
+    )  # fmt: skip
     _add_model(parser, "the base model, with --prompts")
 
     def call(args: Any) -> None:
         from peft_mora.files import check_new
         from peft_mora.lora_file import read_config
-        from peft_mora.merging import merge_adapters
+        from peft_mora.merging import check_arguments, merge_adapters
 
         check_new(args.output)
         given: dict[str, Any] = {"distill": args.distill, **args.options}
@@ -173,6 +176,11 @@ prompts. The rules: docs/merging.md."""
             texts = {folder: read_texts(file) for folder, file in zip(args.folders, args.prompts, strict=True)}
             for folder in args.folders:
                 read_config(folder)
+            more = signature(merge_adapters).parameters
+            options = {name: value for name, value in args.options.items() if name not in more}
+            check_arguments(args.rule, args.rank, args.before, args.after, options)
+            if args.weights is not None and len(args.weights) != len(args.folders):
+                raise ValueError(f"--weights has {len(args.weights)} numbers for {len(args.folders)} folders.")
             given |= {"model": load_model(args, args.folders[0]), "prompts": texts}
         how = (args.rule, args.rank, args.weights, args.before, args.after, args.seed, args.output)
         with warnings.catch_warnings():
@@ -201,7 +209,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
     parser.add_argument(
         "--test-texts", metavar="FILE", help="others, to measure the error on (every fourth of --texts)"
     )
-    parser.add_argument("--rank", type=int, help="of a fitted LoRA (as many as there are experts; more cannot help)")
+    parser.add_argument("--rank", type=count, help="of a fitted LoRA (as many as there are experts; more cannot help)")
     parser.add_argument(
         "--max-error",
         type=bound,
@@ -332,27 +340,35 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
     parser.add_argument("--remove", nargs="+", default=[], metavar="TASK", help="forget tasks")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="TASK=DIR", help="an adapter for each task")
     parser.add_argument("--output", metavar="DIR", help="with --adapters: the folder of them all and the router")
-    parser.add_argument("--false-alarms", type=float, help="of a new router: known prompts that may be taken for none")
+    parser.add_argument(
+        "--false-alarms", type=below_one, metavar="SHARE", help="of a new router: known prompts that may be none"
+    )
     _add_model(parser, "the base model")
 
     def call(args: Any) -> None:
         from peft_mora import TaskRouter
         from peft_mora.files import check_own
+        from peft_mora.lora_file import read_config
         from peft_mora.opening import with_adapter
         from peft_mora.task_router import FILES, check_routed
 
-        new, adapters = _pairs(args.add, "--add"), _pairs(args.adapters, "--adapters")
+        added, adapters = _pairs(args.add, "--add"), _pairs(args.adapters, "--adapters")
         texts = [*args.prompts, *(read_texts(args.file) if args.file else [])]
         if bool(adapters) != bool(args.output):
             raise ValueError("--adapters and --output go together: TASK=DIR of each task, and the folder to write.")
-        if args.false_alarms is not None and (not new or Path(args.router).exists()):
+        if args.false_alarms is not None and (not added or Path(args.router).exists()):
             raise ValueError("--false-alarms is of a new router, which --add makes where none is there: leave it out.")
-        if (new or texts or adapters) and args.model is None:
+        if (added or texts or adapters) and args.model is None:
             raise ValueError("A router reads prompts with the base model: give it as --model NAME_OR_DIR.")
+        new = {name: read_texts(file) for name, file in added.items()}
         if new or args.remove:
             check_own(args.router, FILES)
         if adapters:
             check_routed(args.output)
+        for folder in adapters.values():
+            read_config(folder)
+        if not new:
+            TaskRouter.load(args.router, None)  # is it there?
         model: Any = load_model(args) if args.model else None
         if Path(args.router).exists() or not new:
             router = TaskRouter.load(args.router, model)
@@ -361,8 +377,8 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
             router = TaskRouter(model, **options)
         for name in args.remove:
             router.remove_task(name)
-        for name, file in new.items():
-            router.add_task(name, read_texts(file))
+        for name, prompts in new.items():
+            router.add_task(name, prompts)
         if new or args.remove:
             router.save(args.router)
         if new or args.remove or not (texts or adapters):
@@ -398,17 +414,24 @@ In the training script: OrthogonalProjectionCallback("out/general")."""
     parser.add_argument("--source", default="self", help="self: text that it samples; or JSON lines (%(default)s)")
     parser.add_argument("--output", required=True, metavar="DIR", help="the memory; an earlier one there is replaced")
     parser.add_argument(
-        "--energy", type=float, help="share of the inputs' energy that is held (the library's default)"
+        "--energy", type=share, help="share of the inputs' energy that is held (the library's default)"
     )
-    parser.add_argument("--tokens", type=int, help="to look at (the library's default)")
+    parser.add_argument("--tokens", type=count, help="to look at (the library's default)")
     _add_model(parser)
 
     def call(args: Any) -> None:
+        from peft_mora.inputs import load_tokenizer
         from trl_callbacks import protect
+        from trl_callbacks.general_text import TOKENS, read
         from trl_callbacks.subspace import Subspace
 
         Subspace.check_folder(args.output)
         given = {name: getattr(args, name) for name in ("energy", "tokens") if getattr(args, name) is not None}
+        if args.source != "self":
+            if not Path(args.source).is_file():
+                raise ValueError(f"--source {args.source}: no such file; give JSON lines, or self.")
+            check_base(args.model)
+            read(args.source, load_tokenizer(args.model), args.tokens or TOKENS)
         model = load_model(args)
         found = protect(model, args.source, args.output, **given)
         ranks = [len(basis.T) for basis in found.right.values()]
@@ -443,10 +466,7 @@ def load_model(args: Any, folder: str | None = None) -> Any:
 
     check_base(args.model)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch that is built without it
-        raise ValueError(f"--device {device}: torch cannot use it here ({error}).") from error
+    check_device(device)
     options: dict[str, Any] = {"quantization_config": nf4_config()} if args.load_in_4bit else {}
     kind = AutoModelForCausalLM
     if folder:
@@ -457,6 +477,20 @@ def load_model(args: Any, folder: str | None = None) -> Any:
         raise ValueError(f"The weights of {args.model} are damaged ({error}): download or save them again.") from error
     use_exact_4bit_kernels(model)
     return model.eval()
+
+
+def check_device(device: str) -> None:
+    """Refuse what torch cannot compute on here.
+
+    Raises:
+        ValueError: no such device, or a torch that is built without it.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: torch cannot use it here ({error}).") from error
 
 
 def check_base(name_or_dir: str) -> None:
@@ -511,10 +545,12 @@ def read_texts(path: str, answers: bool = False) -> list[str]:
         ValueError: there is none, or a record without one; names the file and the line.
     """
     found = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            if not _is_unicode(line):
+                raise ValueError(f"{path}:{number} is not UTF-8: save the file as that.")
             text: Any = line.strip()
             if path.endswith((".jsonl", ".json")):
                 try:
@@ -534,10 +570,16 @@ def read_texts(path: str, answers: bool = False) -> list[str]:
                             "prompt is."
                         )
                     text += f" {answer}" if name == "answer" else str(answer)
+                if not _is_unicode(text):
+                    raise ValueError(f"{path}:{number} has half a character (a surrogate alone): write it whole.")
             found.append(text)
     if not found:
         raise ValueError(f"{path} has no text in it.")
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _pairs(given: list[str], flag: str) -> dict[str, str]:
@@ -572,20 +614,41 @@ NO_OPTIONS = "folders model prompts tokenizer rule rank weights before after see
 
 
 def _options(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text} is no object: write the rule's options as '{{\"density\": 0.1}}'")
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object: write a rule's options as '{{\"density\": 0.1}}'")
     if own := [name for name in NO_OPTIONS if name in found]:
         raise argparse.ArgumentTypeError(f"{own[0]!r} is no option of a rule; --help has what is a flag")
     return found
 
 
-def bound(text: str) -> float:
-    """What --max-error takes."""
-    found = float(text)
-    if not 0 <= found < math.inf:  # NaN is above nothing
-        raise argparse.ArgumentTypeError(f"{text} is no error: write a number >= 0, e.g. 0.1")
+def _number(text: str, fits: Callable[[float], bool], wanted: str) -> float:
+    """As the type of an argument; NaN and infinity are none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not (math.isfinite(found) and fits(found)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return found
+
+
+def _integer(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {least}")
+    return int(text)
+
+
+# Types of arguments, of the programs in recipes/ too.
+finite = partial(_number, fits=lambda x: True, wanted="a finite number")
+rate = partial(_number, fits=lambda x: x > 0, wanted="a finite number > 0")
+bound = partial(_number, fits=lambda x: x >= 0, wanted="a finite number >= 0, e.g. 0.1")
+share = partial(_number, fits=lambda x: 0 < x <= 1, wanted="a share in (0, 1]")
+below_one = partial(_number, fits=lambda x: 0 <= x < 1, wanted="a number in [0, 1)")
+number, count, several = (partial(_integer, least=least) for least in range(3))
 
 
 def merged_rank(text: str) -> str | int | float:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base, load_base
-from shared.lm_eval_tasks import names_in_lm_eval, write_lm_eval_perplexity, write_lm_eval_tasks
+from shared.lm_eval_tasks import (
+    check_tasks,
+    names_in_lm_eval,
+    read_passages,
+    write_lm_eval_perplexity,
+    write_lm_eval_tasks,
+)
 from shared.tasks import find_task
-from shared.training import adapter_config, make_trainer
+from shared.training import adapter_config, check_protected, make_trainer
 from transformers import TrainerCallback, set_seed
 
 from peft_mora import start_task
@@ -224,6 +231,11 @@ def main() -> None:
     known = TaskManager() if args.general else None  # thousands of files, which takes seconds
     args.general = watched(args.general, known)
     base = find_base(args.model, args.device)
+    check_tasks(learnt)
+    if args.perplexity:
+        read_passages(args.perplexity)
+    if any(WAYS[way].protects for way in args.ways):
+        check_protected(args.protect, base)
     content = {"base": Path(base).name, "records": runs.digest(learnt), **runs.files(args, "perplexity", "protect")}
     runs.claim(output, args, "device", "output", "ways", "seeds", "metrics", **content)
     tasks = dict(zip(write_lm_eval_tasks(learnt, output / "tasks"), learnt, strict=True))
@@ -258,12 +270,13 @@ def main() -> None:
             if way == "separate":  # each task by its own adapter, whatever came after
                 own = [square[j + 1][j] for j in range(len(names))]
                 last[i * len(names) : (i + 1) * len(names)] = own
+                last[len(columns) - len(general) :] = [math.nan] * len(general)  # no one adapter's
                 found += [f"{sum(own) / len(own):.3f}", ""]
             else:
                 values = continual_metrics(square[1:], square[0])
                 found += [f"{values[key]:.3f}" if key in values else "" for key in ("AA", "BWT")]
                 print(f"{metric}: " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
-        table.add_row(way, str(seed), *(f"{value:.2f}" for value in last), *found)
+        table.add_row(way, str(seed), *("" if math.isnan(value) else f"{value:.2f}" for value in last), *found)
     table.title = "after the last task (separate: each task by its own adapter)"
     Console(width=120).print(table)
     print(f"Every way's matrix.csv and matrix.png, and each task's adapter in a folder of its own, are in {output}")

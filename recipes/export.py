@@ -44,7 +44,6 @@ from peft_mora.inputs import writes_text
 from peft_mora.lora_file import Lora
 from peft_mora.opening import base_class, revision_of, with_adapter
 from peft_mora.quantization import nf4_config
-from peft_mora_command import bound
 
 
 def parse() -> argparse.Namespace:
@@ -56,10 +55,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rank", type=runs.count, help="of a fitted LoRA (as many as there are experts; more cannot help)"
     )
-    parser.add_argument("--ridge", type=float, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
+    parser.add_argument("--ridge", type=runs.bound, default=1e-4, help="damping of the fit, × mean x² (%(default)s)")
     parser.add_argument(
         "--max-error",
-        type=bound,
+        type=runs.bound,
         default=0.1,
         help="share of the effect on logits that may be lost (%(default)s)",
     )

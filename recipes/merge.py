@@ -46,25 +46,34 @@ from shared import runs, scores
 from shared.base_model import find_base, load_base
 from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
-from shared.training import NAMES, adapter_config, comparable, protectable, train
-from transformers import AutoTokenizer, set_seed
+from shared.training import NAMES, adapter_config, check_protected, comparable, protectable, train
+from transformers import set_seed
 
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
-from peft_mora.merging import AFTER, RULES, MergeReport, collect_inputs, merge_adapters, options_of
+from peft_mora.merging import (
+    AFTER,
+    RULES,
+    MergeReport,
+    check_arguments,
+    collect_inputs,
+    merge_adapters,
+    options_of,
+)
 from peft_mora.opening import with_adapter
-from peft_mora_command import merged_rank
 from trl_callbacks import OrthogonalProjectionCallback, protect
-from trl_callbacks.general_text import TOKENS, read
 
 
 TWO_PASSES = "two-passes"
-LORA_WAYS = ("cat", "linear", "ties", "dare_ties")  # those with "svd" as well: minutes on a CPU
+LORA_WAYS = ("cat", "linear", "ties", "dare_ties")
+PRUNED = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
+EVERY_WAY = ("cat", "linear", "svd", *PRUNED, *(f"{way}_svd" for way in PRUNED))  # with svd: minutes on a CPU
 MARGIN = 0.1  # above chance: two standard errors of a hundred prompts
 KEY = ("seed", "method", "combined by", "rank", "weight", "prompts", "settings", "scored")
 SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
 ENDS = {"greedy": "", "label": " label"}  # of the columns of a task
-ANY_RULE = {"before", "after", "weights", "canonical", *chain.from_iterable(map(options_of, AFTER.values()))}
+ARGUMENTS = {"before", "after", "weights", "canonical"}
+ANY_RULE = ARGUMENTS | {*chain.from_iterable(map(options_of, AFTER.values()))}
 LOOK = {"directions", "last", "strength"}
 LOOKING = {"inputs": LOOK, TWO_PASSES: LOOK | {"passes", "distill", "learning_rate", "answer_tokens"}}
 
@@ -78,14 +87,14 @@ def parse() -> argparse.Namespace:
     add("--ranks", type=numbers, metavar="R,R,R", help="of each task's adapter (--r for all)")
     add("--protect", metavar="SOURCE", help="of the training: self, or a file, whose directions adapters leave alone")
     add("--methods", nargs="+", default=NAMES, choices=NAMES, help="(all)")
-    add("--ways", nargs="*", default=LORA_WAYS, help="LoRA: combination_type; svd takes minutes on a CPU")
-    add("--weights", nargs="+", type=float, help="of every adapter in these ways; a row each (1 and 1 / tasks)")
+    add("--ways", nargs="*", default=LORA_WAYS, choices=EVERY_WAY, help="LoRA: combination_type (%(default)s)")
+    add("--weights", nargs="+", type=runs.finite, help="of every adapter in these ways; a row each (1 and 1 / tasks)")
     add(
         "--rules", nargs="*", default=[TWO_PASSES, "inputs", "iso-c"], choices=[TWO_PASSES, *RULES],
         help="of peft_mora.merging, for what merges (%(default)s)",
     )  # fmt: skip
     add(
-        "--merged-ranks", "--rank", nargs="+", default=["sum"], type=merged_rank, metavar="RANK",
+        "--merged-ranks", "--rank", nargs="+", default=["sum"], type=runs.merged_rank, metavar="RANK",
         help="of the merged, also in the ways with svd: sum, numbers, or energies; a row each (%(default)s)",
     )  # fmt: skip
     add("--prompts", nargs="+", type=runs.count, default=[64], help="training prompts a task to look at (%(default)s)")
@@ -115,6 +124,11 @@ def parse() -> argparse.Namespace:
         if settings and not any(takes(rule, settings) for rule in args.rules):
             known = {rule: sorted(names_of(rule)) for rule in args.rules}
             parser.error(f"--settings {json.dumps(settings)}: no rule of --rules takes that, but {known}")
+        for rule in args.rules:
+            try:
+                check_settings(rule, settings)
+            except (TypeError, ValueError) as error:
+                parser.error(f"--settings {json.dumps(settings)}: {error}")
     return args
 
 
@@ -129,6 +143,14 @@ def names_of(rule: str) -> set[str]:
 
 def takes(rule: str, settings: Mapping[str, Any]) -> bool:
     return settings.keys() <= names_of(rule)
+
+
+def check_settings(rule: str, settings: Mapping[str, Any]) -> None:
+    """Refuse values that no merge takes, in settings that the rule does."""
+    if takes(rule, settings):
+        before, after = settings.get("before", ()), settings.get("after", ())
+        options = {name: value for name, value in settings.items() if name not in ARGUMENTS | LOOKING.get(rule, set())}
+        check_arguments("inputs" if rule == TWO_PASSES else rule, "sum", before, after, options)
 
 
 class Scorer:
@@ -447,8 +469,7 @@ def main() -> None:
     for method, r in product(args.methods, args.ranks or [args.r]):
         adapter_config(method, **comparable(method, r))
     base = find_base(args.model, args.device)
-    if args.protect and args.protect != "self":
-        read(args.protect, AutoTokenizer.from_pretrained(base), TOKENS)
+    check_protected(args.protect, base)
     free = "device output seeds methods ways weights rules merged_ranks prompts settings metrics score_on reuse"
     records = runs.digest([find_task(name, args.data) for name in args.tasks])  # the same for all seeds
     content = {"base": base, "records": records, **runs.files(args, "perplexity", "protect")}

@@ -31,7 +31,7 @@ from shared.data import read_jsonl
 from shared.tasks import find_task
 from shared.training import adapter_config, train
 from torch.nn.functional import normalize
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from peft_mora import TaskRouter
 from peft_mora.inputs import contiguous_head, generating_by
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
         type=runs.count,
         help="hidden states to route by; --look: each alone (8/30 of the depth)",
     )
-    add("--false-alarms", type=float, default=0.05, help="known prompts that may go to the base (%(default)s)")
+    add("--false-alarms", type=runs.below_one, default=0.05, help="known prompts that may be none (%(default)s)")
     add("--general", metavar="FILE", help="JSON lines of general text, as the router's class none (none)")
     add("--unknown", nargs="*", default=[], metavar="FILE", help="JSON lines (text, page, question) no task is about")
     add("--perplexity", metavar="FILE", help="JSON lines of passages: is the general language kept?")
@@ -105,11 +105,12 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def read_texts(path: str | Path, words: int) -> list[str]:
-    found = [
-        next((r[key] for key in ("text", "page", "question") if key in r), None) for _, r in read_jsonl(Path(path))
-    ]
-    if None in found:
-        raise SystemExit(f"{path}: every line needs a text in the field text, page or question")
+    found = []
+    for number, record in read_jsonl(Path(path)):
+        text = next((record[key] for key in ("text", "page", "question") if key in record), None)
+        if not isinstance(text, str) or not text.strip():
+            raise SystemExit(f"{path}:{number}: no text; write a non-empty string as text, page or question")
+        found.append(text)
     if not found:
         raise SystemExit(f"{path} has no records: write one JSON object a line, with text, page or question")
     return [" ".join(text.split()[:words]) for text in found]
@@ -128,7 +129,10 @@ def without_instruction(prompt: str) -> str:
 def unknown_texts(args: argparse.Namespace) -> dict[str, list[str]]:
     sets = {"chat": CHAT.replace("\n", "|").split("|")}
     for file in [*args.unknown, *([args.perplexity] if args.perplexity else [])]:
-        sets[f"{Path(file).parent.name}/{Path(file).stem}"] = read_texts(file, 64)[:150]
+        name = f"{Path(file).parent.name}/{Path(file).stem}"
+        if name in sets:
+            raise SystemExit(f"{name} would be the name of two: rename a file of --unknown and --perplexity")
+        sets[name] = read_texts(file, 64)[:150]
     return sets
 
 
@@ -356,7 +360,13 @@ def main() -> None:
     for folder in (args.bank, *(folder for _, folder in args.others)):
         if folder:
             PeftConfig.from_pretrained(folder)  # before minutes of other ways
+    unknown = unknown_texts(args)
+    passages = read_texts(args.perplexity, 400) if args.perplexity else []
+    general = read_texts(args.general, 64) if args.general else []
     base = find_base(args.model, args.device)
+    depth = AutoConfig.from_pretrained(base).get_text_config().num_hidden_layers
+    if max(args.layers or [1]) > depth:
+        raise SystemExit(f"--layers {max(args.layers)}: the base has {depth}")
     if args.look:
         look(tasks, base, args, output)
         return
@@ -372,8 +382,6 @@ def main() -> None:
     records = [{**record, "task": task["name"]} for task in tasks for record in task["test"][: args.limit]]
     prompts = [record["prompt"] for record in records]
     truth = [record["task"] for record in records]
-    unknown = unknown_texts(args)
-    passages = read_texts(args.perplexity, 400) if args.perplexity else []
     path = output / "route.csv"
     rows: list[dict[str, Any]] = [*runs.read_csv(path)] if begun else []
 
@@ -401,8 +409,8 @@ def main() -> None:
     router = TaskRouter(model, tokenizer, layers=args.layers, false_alarms=args.false_alarms)
     for name, some in fit.items():
         router.add_task(name, some)
-    if args.general:
-        router.add_task("none", read_texts(args.general, 64))
+    if general:
+        router.add_task("none", general)
     features = router.features(prompts)
     bare = router.features([record["passage"] for record in records])
     strange = {f"none: {name}": router.features(texts) for name, texts in unknown.items()}

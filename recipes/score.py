@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write report.html, before and after (with --baseline)")
     parser.add_argument(
-        "--max-drift", type=float, metavar="SHARE",
+        "--max-drift", type=runs.bound, metavar="SHARE",
         help="exit with 1 where general perplexity grew, or a score of --general fell, by more (with --report)",
     )  # fmt: skip
     runs.add_records(parser)
@@ -70,8 +70,6 @@ def parse() -> argparse.Namespace:
     args.baseline = args.baseline or args.report
     if args.report and not args.adapter:
         parser.error("a report is of an adapter and its base: give --adapter DIR")
-    if args.max_drift is not None and not args.max_drift >= 0:
-        parser.error(f"--max-drift is {args.max_drift}: give a share >= 0, as 0.02")
     if args.max_drift is not None and not args.general and not args.perplexity:
         parser.error(
             "--max-drift bounds what is lost of general ability, and nothing here measures that: give --perplexity "

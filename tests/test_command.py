@@ -42,7 +42,7 @@ from peft_mora.info import adapter_info, vllm_options
 from peft_mora.merging import merge_adapters
 from peft_mora.opening import revision_of, with_adapter
 from peft_mora.routed import routed_layers
-from peft_mora_command import RUN, USAGE, VERBS, main, parse
+from peft_mora_command import RUN, USAGE, VERBS, main, parse, read_texts
 from trl_callbacks import protect
 from trl_callbacks.subspace import Subspace
 
@@ -472,8 +472,23 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
     (here / "chat.jsonl").write_text(
         '{"prompt": "a", "answer": 1}\n{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n'
     )
+    (here / "half.jsonl").write_text('{"text": "a"}\n{"text": "b \\ud800"}\n')
+    (here / "utf16.txt").write_text("a\nb", encoding="utf-16")
+    (here / "mark.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert read_texts("mark.jsonl") == ["a"]
     routed = ("route", "router", "--model", llama_folder)
+    # What is wrong is said before a model is opened.
+    missing = ("--model", "nowhere", "--device", "cpu")
+    looked = ("merge", "lora", "--output", "both", *missing, "--prompts", "pets.jsonl")
     for arguments, said in (
+        ((*looked, "--rule", "foo"), "`rule` must be 'inputs'"),
+        ((*looked, "--options", '{"density": 0.1}'), "takes ridge and floor, got density=0.1"),
+        ((*looked, "--weights", "1", "2"), "--weights has 2 numbers for 1 folders"),
+        ((*looked[:-1], "half.jsonl"), "half.jsonl:2 has half a character"),
+        ((*looked[:-1], "utf16.txt"), "utf16.txt:1 is not UTF-8: save the file as that"),
+        (("route", "no", *missing, "--add", "pets=nothere.txt"), "No such file or directory: 'nothere.txt'"),
+        (("route", "no", *missing, "a prompt"), "no/router.safetensors is missing"),
+        (("protect", "nowhere", "--output", "m", "--source", "nothere.jsonl"), "--source nothere.jsonl: no such file"),
         (("info", "nowhere"), "nowhere/adapter_config.json is missing: give the folder"),
         (("info", "bad"), "bad is damaged .*: save the adapter again"),
         (("merge", "lora", "fly", "--output", "both"), "FLYLORA adapter .*peft-mora export fly --texts FILE"),
@@ -481,7 +496,7 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
         (("merge", "lora", "--output", "both", "--rule", "avg"), "`rule` must be 'inputs'"),
         (("merge", "lora", "--output", "both", "--prompts", "pets.jsonl"), "--model and --prompts go together"),
         (("export", "lora", "--output", "x"), "a plain LoRA already"),
-        ((*routed, "--device", "cuda:99", "a prompt"), "--device cuda:99: torch cannot use it here"),
+        ((*routed, "--device", "cuda:99", "--add", "a=pets.jsonl"), "--device cuda:99: torch cannot use it here"),
         (("protect", llama_folder, "--output", "m", "--device", "meta"), "--device meta: torch cannot use it here"),
         (("export", "fly", "--output", "x", "--texts", "pets.jsonl", "--model", here / "no"), "no is no folder here"),
         (("protect", here / "no", "--output", "m"), f"{here}/no is no folder here, and no name on the Hub"),
@@ -494,12 +509,17 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(llama_folder, here, co
         ((*routed, "--add", "pets=pets.jsonl", "pets=walks.txt"), "--add has pets twice, of which one would be left"),
         ((*routed, "--false-alarms", 0.5, "a prompt"), "--false-alarms is of a new router"),
         ((*routed, "--add", "pets=bad.jsonl"), "bad.jsonl:2 has no text: write"),
-        (("protect", llama_folder, "--output", "m", "--energy", 2), r"`energy` must be a number in \(0, 1\]"),
     ):
         line = command(*arguments)
         assert "\n" not in line and re.search(f"^peft-mora {arguments[0]}: .*{said}", line), line
     assert command("merge", "lora") == "2"  # argparse has said why
-    for options in ("[1]", '{"seed": 3}', "{", '{"output": "x"}', '{"tokenizer": "x"}'):
+    for flag in ("--distill -1", "--weights nan", "--rank 0"):
+        assert command("merge", "lora", "--output", "x", *flag.split()) == "2"
+    assert command("export", "fly", "--output", "x", "--rank", "0") == "2"
+    for flag in ("--tokens 0", "--energy 2", "--energy nan"):
+        assert command("protect", llama_folder, "--output", "m", *flag.split()) == "2"
+    assert command("route", "new", "--add", "pets=pets.jsonl", "--false-alarms", "nan") == "2"
+    for options in ("[1]", "xx", '{"seed": 3}', "{", '{"output": "x"}', '{"tokenizer": "x"}'):
         assert command("merge", "lora", "fly", "--output", "both", "--options", options) == "2"
     taught = command("merge", "lora", "--output", "both", "--options", '{"distill": 4}')
     assert "`distill` learns from prompts: give `model` and `prompts`" in taught

@@ -520,21 +520,66 @@ def test_route_refuses_at_once_what_would_fail_after_minutes(run_recipe, llama_f
             run_recipe("route", *common, *more)
     with pytest.raises(SystemExit, match="--look --prompts 12 leaves none of colours's 12 to look at: give fewer"):
         run_recipe("route", *common, "--look", "--prompts", 4, 12)
+    for folder in "ab":
+        (tmp_path / folder / "x").mkdir(parents=True)
+        (tmp_path / folder / "x/pages.jsonl").write_text('{"text": "a b"}\n')
+    pages = [tmp_path / folder / "x/pages.jsonl" for folder in "ab"]
+    (tmp_path / "number.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
+    for more, said in (
+        (["--unknown", tmp_path / "number.jsonl"], "number.jsonl:2: no text; write a non-empty string"),
+        (["--unknown", *pages], "x/pages would be the name of two"),
+        (["--perplexity", no], "No such file.*no'"),
+        (["--general", no], "No such file.*no'"),
+        (["--layers", 1, 99], "--layers 99: the base has 2"),
+    ):
+        with pytest.raises((OSError, SystemExit), match=said):
+            run_recipe("route", *common, *more)
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_file_that_cannot_be_read_begins_no_run(run_recipe, llama_folder, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "lm_eval", None)  # the first thing that takes time
+    common = ["--model", llama_folder, "--device", "cpu", "--data", task, "--output", tmp_path / "out"]
+    for arguments in (
+        ["continual", "--perplexity"],
+        ["continual", "--protect"],
+        ["demo", "--task", "colours", "--protect"],
+    ):
+        tasks = ["--tasks", "colours"] if arguments[0] == "continual" else []
+        with pytest.raises(OSError, match="nowhere.jsonl"):
+            run_recipe(arguments[0], *common, *tasks, *arguments[1:], tmp_path / "nowhere.jsonl")
+        assert not (tmp_path / "out/run.json").exists()
+    (tmp_path / "colours").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / f"colours/{name}.jsonl").write_text(
+            '{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d\\ne"}\n'
+        )
+    with pytest.raises(ValueError, match="labels are one line each"):
+        run_recipe("continual", *common, "--data", tmp_path, "--tasks", "colours")
+    assert not (tmp_path / "out/run.json").exists()
 
 
 ONE, NONE = "not an integer >= 1", "not an integer >= 0"
 WRONG = {  # a program: arguments, and what is said of them
-    "merge": {"--limit -5": ONE, "--tasks ,": "names nothing", "--merged-ranks a": "'a' is not sum, an integer"},
+    "merge": {
+        "--limit -5": ONE, "--tasks ,": "names nothing", "--merged-ranks a": "'a' is not sum, an integer",
+        **dict.fromkeys(("--lr nan", "--lr -1"), "is not a finite number > 0"), "--weights nan": "not a finite number",
+        "--ways cats": "invalid choice: 'cats'", "--device foo": "argument --device: foo: torch cannot use it here",
+        '--settings {"ridge":-1}': "`ridge` must be", '--rules ties --settings {"density":2}': "`density` must be",
+    },
     "score": {"--limit 0": ONE, "--batch_size 0": ONE, "--task a a": "--task, --general: 'a' is there twice"},
-    "route": {"--prompts 0": ONE, "--others told=x": "told would be two rows of one name"},
+    "route": {
+        "--prompts 0": ONE, "--others told=x": "told would be two rows of one name",
+        "--false-alarms nan": "'nan' is not a number in [0, 1)",
+    },
     "continual": {
         **dict.fromkeys(("--steps 0", "--batch-size 0", "--r x"), ONE), "--seeds -1": NONE,
         **dict.fromkeys(("--adapter [1]", "--callback {"), "not a JSON object"),
         '--adapter {"rank":8}': "unexpected keyword argument 'rank'", '--callback {"energy":7}': "`energy` must be",
         '--callback {"source":"gradients"}': "`protect` must be None", '--callback {"memory":"x"}': "multiple values",
     },
-    "measure/methods": {"--steps 0": ONE},
+    "measure/methods": {"--steps 0": ONE, "--rates 0": "'0' is not a finite number > 0"},
+    "measure/callbacks": {"--scenes mixed --ways prompt": "--scenes mixed has none of --ways"},
     "gpu_report": {"--steps 0": ONE, "--r 6": "6 has no quarter"},
     "measure/bench_layers": {"--repeats 1": "not an integer >= 2", "--r 2": "2 has no quarter"},
     "measure/bench_merge": {"--rank 1.5": "'1.5' is not sum, an integer >= 1", "--layers 0": ONE},
@@ -542,9 +587,14 @@ WRONG = {  # a program: arguments, and what is said of them
         "--methods lora lora": "each once", "--steps 1": "at least 2, for the spread", "--r 6": "6 has no quarter",
     },
     "measure/projection_cost": {"--pairs 1": "not an integer >= 2", "--rank 0": ONE},
-    "measure/protected_energy": {"--look self --energy 1.5": "'1.5' is not a share in (0, 1]"},
-    "measure/adapter_size": {"--sparsity 1.5": "1.5 is not a share in [0, 1)"},
-    "measure/budget": {"--steps 1": "at least 2"},
+    "measure/protected_energy": {
+        "--look self --energy 1.5": "'1.5' is not a share in (0, 1]", "--look none.jsonl": "--look: none.jsonl is no",
+        "--look self self": "--look: self would be the name of two",
+    },
+    "measure/adapter_size": {
+        "--sparsity 1.5": "'1.5' is not a number in [0, 1)", "--device cpu": "unrecognized arguments: --device",
+    },
+    "measure/budget": {"--steps 1": "at least 2", "--r 4 --budgets 4 9": "--budgets 9: from 1 to --r, 4 experts"},
 }  # fmt: skip
 REFUSED = [(recipe, *wrong) for recipe, every in WRONG.items() for wrong in every.items()]
 

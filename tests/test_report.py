@@ -147,7 +147,7 @@ def test_score_exits_with_1_beyond_the_budget_when_all_is_written(
     ("arguments", "message"),
     [
         (["--adapter", "x", "--max-drift", "0.02"], "nothing here measures that: give --perplexity FILE"),
-        (["--adapter", "x", "--max-drift", "nan", "--perplexity", "p"], "--max-drift is nan: give a share >= 0"),
+        (["--adapter", "x", "--max-drift", "nan", "--perplexity", "p"], "'nan' is not a finite number >= 0"),
         (["--report"], "a report is of an adapter and its base: give --adapter DIR"),
     ],
 )

@@ -166,7 +166,12 @@ def merge_adapters(
         ValueError: adapters that have no common sum, or a wrong argument; the message says what to do.
         FileExistsError: `output` exists.
     """
-    _check_arguments(rule, rank, before, after, seed, prompts, output, options)
+    check_arguments(rule, rank, before, after, options)
+    ok = prompts is None or isinstance(prompts, Mapping)
+    check_field(ok, "prompts", prompts, "a mapping of each folder to its texts")
+    check_field(is_int(seed), "seed", seed, "an integer")
+    if output is not None:
+        check_new(output)
     check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     strengths = check_strengths(strength)
@@ -196,7 +201,6 @@ def merge_adapters(
     tried: dict[float, list[float]] = {}
     if rule == "inputs":
         rules.check_losses(weights)
-        check_system(**{name: options[name] for name in RULES[rule].options() if name in options})
         if look is not None:
             strengths = strengths if writes_text(look.model) else strengths[:1]
             used |= {"passes": passes, **kept}
@@ -446,19 +450,14 @@ class _Merge:
         return Lora(S[:k].sqrt()[:, None] * Vh[:k], U[:, :k] * S[:k].sqrt())
 
 
-def _check_arguments(
-    rule: str,
-    rank: Any,
-    before: Sequence[str],
-    after: Sequence[str],
-    seed: Any,
-    prompts: Any,
-    output: Any,
-    options: Mapping[str, Any],
+def check_arguments(
+    rule: str, rank: Any, before: Sequence[str], after: Sequence[str], options: Mapping[str, Any]
 ) -> None:
-    ok = prompts is None or isinstance(prompts, Mapping)
-    check_field(ok, "prompts", prompts, "a mapping of each folder to its texts")
-    check_field(is_int(seed), "seed", seed, "an integer")
+    """What of `merge_adapters` can be checked without an adapter.
+
+    Raises:
+        ValueError: an argument is none, or an option none of the rule or of what comes after it.
+    """
     check_field(rule in RULES, "rule", rule, listed(map(repr, RULES)))
     ok = rank == "sum" or (is_int(rank) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1)
     check_field(ok, "rank", rank, "'sum', an integer >= 1, or a share of the energy in (0, 1)")
@@ -478,8 +477,8 @@ def _check_arguments(
     ):
         value = options.get(name, 0.2)
         check_field(is_number(value) and above < value <= most, name, value, wanted)
-    if output is not None:
-        check_new(output)
+    if rule == "inputs":
+        check_system(**{name: options[name] for name in RULES[rule].options() if name in options})
 
 
 def _check_used(used: bool, by: str, given: Mapping[str, Any]) -> None:

@@ -51,12 +51,10 @@ def measure(make_base: Any, config: Any, sparsity: float | None) -> tuple[int, f
 
 
 def main() -> None:
-    parser = runs.parser(__doc__, r=32)
-    parser.add_argument("--sparsity", type=float, default=0.9, help="of LoRI-S (%(default)s)")
+    parser = runs.parser(__doc__, r=32, device=None)
+    parser.add_argument("--sparsity", type=runs.below_one, default=0.9, help="of LoRI-S (%(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write the table there as well")
     args = parser.parse_args()
-    if not 0 <= args.sparsity < 1:
-        parser.error(f"--sparsity: {args.sparsity} is not a share in [0, 1)")
 
     folder = find_base(args.model, bits=16)
     rows = []

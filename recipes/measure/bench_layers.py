@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=runs.count, default=256, help="T (%(default)s)")
     parser.add_argument("--r", type=bench_rank, default=16, help="rank of all methods (%(default)s)")
     parser.add_argument("--repeats", type=runs.several, default=15, help="timed rounds (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (%(default)s)")
+    parser.add_argument("--device", type=runs.device, default="cpu", help="cpu, cuda, … (%(default)s)")
     parser.add_argument("--threads", type=runs.count, default=1, help="torch's, on a CPU (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile arms too; needs a C++ compiler, slow")
     parser.add_argument("--output", default="out/bench_layers", metavar="DIR", help="(%(default)s)")

@@ -28,7 +28,6 @@ from torch import nn
 from peft_mora.lora_file import Lora, write_lora
 from peft_mora.merging import RULES, merge_adapters
 from peft_mora.merging.inputs import Spread, Statistics
-from peft_mora_command import merged_rank
 
 
 sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
@@ -57,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=runs.count, default=32, help="(%(default)s)")
     parser.add_argument("--adapters", type=runs.count, default=6, help="(%(default)s)")
     parser.add_argument("--r", type=runs.count, default=16, help="rank of each (%(default)s)")
-    parser.add_argument("--rank", type=merged_rank, default="sum", help="of the merged; also a share (%(default)s)")
+    parser.add_argument("--rank", type=runs.merged_rank, default="sum", help="of the merged, or a share (%(default)s)")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES), help="(all)")
     parser.add_argument("--threads", type=runs.count, default=2, help="(%(default)s)")
     parser.add_argument("--output", default="out/bench_merge.csv", metavar="CSV", help="(%(default)s)")

@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=ARMS, choices=ARMS, help="first one: the measure")
     parser.add_argument("--threads", type=runs.count, default=1, help="torch's, on a CPU (%(default)s)")
     parser.add_argument("--tokens", type=runs.count, default=128, help="a sample; short ones joined (%(default)s)")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of all methods (%(default)s, as in PEFT's LoRA)")
+    parser.add_argument("--dropout", type=runs.below_one, default=0.0, help="of all methods (%(default)s, as PEFT's)")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()

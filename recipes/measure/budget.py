@@ -38,13 +38,16 @@ def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, r=8, steps=40, batch_size=8, lr=1e-3, output="out/budget")
     parser.add_argument("--seed", type=runs.number, default=0, help="of the adapter and the order (%(default)s)")
     parser.add_argument("--method", default="mora", choices=ROUTED, help="(%(default)s)")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[8, 4, 2, 1], help="mean active experts (8 4 2 1)")
+    parser.add_argument("--budgets", type=runs.rate, nargs="+", default=[8, 4, 2, 1], help="mean active (8 4 2 1)")
     parser.add_argument("--rebalance", action="store_true", help="divide the total between layers by measured need")
     parser.add_argument("--task", default="helpdesk", choices=TASKS, help="embedded task (%(default)s)")
     parser.add_argument("--step-time", action="store_true", help="only compare step times with and without counters")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps: at least 2, of which the last is at the budget")
+    for budget in args.budgets:
+        if not 1 <= budget <= args.r:
+            parser.error(f"--budgets {budget:g}: from 1 to --r, {args.r} experts")
     return args
 
 

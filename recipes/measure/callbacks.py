@@ -76,14 +76,17 @@ def parse() -> argparse.Namespace:
     add("--tasks", type=runs.names, default="mood,warehouse,helpdesk", metavar="A,B,…", help="(%(default)s)")
     add("--scenes", nargs="+", default=[*WAYS], choices=WAYS, help="(all)")
     add("--ways", nargs="+", default=every, choices=every, help="of each scene (all)")
-    add("--rates", nargs="+", type=float, default=[1e-3, 2e-3], help="peak learning rates (%(default)s)")
-    add("--prompt-rates", nargs="+", type=float, default=[0.01, 0.03], help="of prompts (%(default)s)")
+    add("--rates", nargs="+", type=runs.rate, default=[1e-3, 2e-3], help="peak learning rates (%(default)s)")
+    add("--prompt-rates", nargs="+", type=runs.rate, default=[0.01, 0.03], help="of prompts (%(default)s)")
     add("--prompt-steps", type=runs.count, default=200, help="of each task (%(default)s)")
     add("--virtual-tokens", type=runs.count, default=20, help="of the prompt (%(default)s)")
     add("--seeds", nargs="+", type=runs.number, default=[0], help="of the adapter and the order (%(default)s)")
     args = parser.parse_args()
     if len(args.tasks) < 2:
         parser.error("--tasks: give two or more")
+    for scene in args.scenes:
+        if not set(WAYS[scene]) & set(args.ways):
+            parser.error(f"--scenes {scene} has none of --ways, but {', '.join(WAYS[scene])}")
     return args
 
 
@@ -212,7 +215,7 @@ class Bench:
 
 def kept(model: Any, tokenizer: Any) -> dict[str, float]:
     """Of general language, with the adapter: perplexity over the base's, and KL from it in nats a token."""
-    found = drift(model, read(list(HELD_OUT), tokenizer, sys.maxsize))
+    found = drift(model, read(list(HELD_OUT), tokenizer, sys.maxsize, model))
     return {"perplexity ratio": found["perplexity"] / found["base_perplexity"], "kl": found["kl"]}
 
 

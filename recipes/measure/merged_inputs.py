@@ -58,7 +58,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapters", required=True, metavar="DIR", help="with lora-TASK folders")
     parser.add_argument("--merged", required=True, metavar="FOLDER", help="the merged adapter")
     parser.add_argument("--prompts", type=runs.count, default=24, help="training prompts a task (%(default)s)")
-    parser.add_argument("--strengths", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1], help="(%(default)s)")
+    strengths = [0, 0.25, 0.5, 0.75, 1]
+    parser.add_argument("--strengths", nargs="+", type=runs.finite, default=strengths, help="(%(default)s)")
     parser.add_argument("--seed", type=runs.number, default=0, help="of embedded tasks (%(default)s)")
     return parser.parse_args()
 

@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", type=runs.names, default="mood,warehouse", metavar="A,B", help="(%(default)s)")
     add("--methods", nargs="+", default=NAMES, choices=NAMES, help="(all)")
-    add("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3], help="peak learning rates (%(default)s)")
+    add("--rates", nargs="+", type=runs.rate, default=[5e-4, 1e-3, 2e-3], help="peak learning rates (%(default)s)")
     add("--seeds", nargs="+", type=runs.number, default=[0], help="of the adapter and the order (%(default)s)")
     return parser.parse_args()
 

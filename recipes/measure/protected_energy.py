@@ -40,14 +40,22 @@ def parse() -> argparse.Namespace:
     add("--tokens", nargs="+", type=runs.count, default=[TOKENS], help="that a memory is made of (%(default)s)")
     add("--energy", nargs="+", type=runs.share, default=[0.9, ENERGY, 0.98, 0.99], help="of the memory (%(default)s)")
     add("--look-tokens", type=runs.count, default=5120, help="of each text of --look (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for option, sources in (("--protect", args.protect), ("--look", args.look)):
+        for part in (part for source in sources for part in source.split("+")):
+            if part != "self" and not Path(part).is_file():
+                parser.error(f"{option}: {part} is no file")
+        names = [title(source) for source in sources]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            parser.error(f"{option}: {twice} would be the name of two: rename a file")
+    return args
 
 
 def text(source: str, tokens: int, model: Any, tokenizer: Any, seed: int) -> list[Batch]:
     found = []
     for part in (parts := source.split("+")):
         left = tokens // len(parts)
-        found += sample(model, tokenizer, left, seed) if part == "self" else read(part, tokenizer, left)
+        found += sample(model, tokenizer, left, seed) if part == "self" else read(part, tokenizer, left, model)
     return found
 
 
@@ -58,6 +66,7 @@ def title(source: str) -> str:
 @torch.no_grad()
 def main() -> None:
     args = parse()
+    Path(args.output).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_base(find_base(args.model, args.device), args.device)
     layers = linear_layers(model)
     names = [title(source) for source in args.look]

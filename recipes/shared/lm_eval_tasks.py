@@ -21,6 +21,18 @@ def write_lm_eval_tasks(tasks: list[dict[str, Any]], folder: str | Path) -> list
     the files need no YAML writer; the records are parquet, which keeps text as it is (in JSON a date is a timestamp).
 
     Raises:
+        ValueError: as `check_tasks`.
+    """
+    names = check_tasks(tasks)
+    for task, name in zip(tasks, names, strict=True):
+        _write_task(task, name, Path(folder).resolve())
+    return names
+
+
+def check_tasks(tasks: list[dict[str, Any]]) -> list[str]:
+    """The tasks' names in lm-eval.
+
+    Raises:
         ValueError: two tasks have one name in lm-eval, a label is no single line, or there twice.
     """
     # the prefix keeps clear of lm-eval's own names
@@ -33,19 +45,18 @@ def write_lm_eval_tasks(tasks: list[dict[str, Any]], folder: str | Path) -> list
                 raise ValueError(
                     f"the tasks {other!r} and {task['name']!r} would both be {written} in lm-eval: rename one"
                 )
-    for task, name in zip(tasks, names, strict=True):
-        _write_task(task, name, Path(folder).resolve())
+    for task in tasks:
+        for label in task["labels"]:
+            if len(label.splitlines()) != 1 or label != label.strip() or task["labels"].count(label) > 1:
+                raise ValueError(
+                    f"task {task['name']!r}: the label {label!r} cannot be scored; labels are one line each, with no "
+                    "space around them, and all different"
+                )
     return names
 
 
 def _write_task(task: dict[str, Any], name: str, folder: Path) -> None:
     labels = task["labels"]
-    for label in labels:
-        if len(label.splitlines()) != 1 or label != label.strip() or labels.count(label) > 1:
-            raise ValueError(
-                f"task {task['name']!r}: the label {label!r} cannot be scored; labels are one line each, with no "
-                "space around them, and all different"
-            )
     files = {}
     for split in ("train", "test"):
         records = [{**r, "label": labels.index(r["answer"]), "labels": labels} for r in task[split]]

@@ -6,34 +6,30 @@ import argparse
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import peft_mora_command as command
+
 from .base_model import EMBEDDED
 
 
-def _at_least(least: int, text: str) -> int:
-    if not (text.isdecimal() and int(text) >= least):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {least}")
-    return int(text)
+# Types of arguments.
+number, count, several = command.number, command.count, command.several
+finite, rate, bound, share, below_one = command.finite, command.rate, command.bound, command.share, command.below_one
+merged_rank = command.merged_rank
 
 
-number, count, several = (partial(_at_least, least) for least in range(3))  # as types of arguments
-
-
-def share(text: str) -> float:
+def device(text: str) -> str:
     """As the type of an argument."""
     try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share in (0, 1]")
-    return found
+        command.check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--device ")) from error
+    return text
 
 
 def fields(text: str) -> dict[str, Any]:
@@ -49,12 +45,12 @@ def fields(text: str) -> dict[str, Any]:
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "NAME_OR_DIR", "help": "base (%(default)s: SmolLM2-135M from PyPI)"},
-    "device": {"help": "cpu, cuda, cuda:1, … (%(default)s)"},
+    "device": {"type": device, "help": "cpu, cuda, cuda:1, … (%(default)s)"},
     "data": {"metavar": "DIR", "help": "a task is DIR/TASK/{train,test}.jsonl where that is, else an embedded one"},
     "r": {"type": count, "help": "rank; MORA: experts a task; LORI and FLYLORA: see shared/training.py (%(default)s)"},
     "steps": {"type": count, "help": "optimizer steps of each training (%(default)s)"},
     "batch_size": {"type": count, "help": "samples a step (%(default)s)"},
-    "lr": {"type": float, "help": "peak learning rate (%(default)s)"},
+    "lr": {"type": rate, "help": "peak learning rate (%(default)s)"},
     "limit": {"type": count, "help": "test samples to score (all)"},
     "seed": {"type": number, "help": "of the adapter, the order, an embedded task's records (%(default)s)"},
     "output": {"metavar": "DIR", "help": "where it all goes (%(default)s)"},
@@ -64,11 +60,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
     """With --model, --device (a GPU where there is one), and those of ARGUMENTS that have a default here.
 
-    model=None: the base is the one that an adapter names.
+    model=None: the base is the one that an adapter names. device=None: the program has none.
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, default in {"model": EMBEDDED, "device": device, **defaults}.items():
+    here = {"model": EMBEDDED, "device": "cuda" if torch.cuda.is_available() else "cpu", **defaults}
+    for name, default in here.items():
+        if (name, default) == ("device", None):
+            continue
         own = {"help": "base (the one that the adapter names)"} if (name, default) == ("model", None) else {}
         made.add_argument("--" + name.replace("_", "-"), default=default, **{**ARGUMENTS[name], **own})
     return made
