@@ -264,7 +264,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.in_features, self.out_features = self._features()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
+        self.dropout = nn.ModuleDict()  # modules, for TRL's `disable_dropout` to find; what they do is `add_update`'s
         self.module_names: dict[str, str] = {}  # this module's name as the adapter's config knows it
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -355,7 +355,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         """Add an adapter to this layer; PEFT calls this for each module that the config matches."""
         self.r[adapter_name] = r
         self.scaling[adapter_name] = alpha / r
-        self.dropout[adapter_name] = config.dropout
+        self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.module_names[adapter_name] = module_name
         self.create_weights(adapter_name, config, module_name, original)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -480,7 +480,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self, result: Tensor, adapter_name: str, x: Tensor, add: Any = plain_add_update, *args: Any,
         parts: Parts | None = None,
     ) -> Tensor:  # fmt: skip
-        dropout = self.dropout[adapter_name] if self.training else 0.0
+        dropout = getattr(self.dropout[adapter_name], "p", 0.0) if self.training else 0.0
         return add(result, x, *(parts or self.parts(adapter_name)), self.scaling[adapter_name], dropout, *args)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:

@@ -143,6 +143,11 @@ def guard_optimizers() -> None:
 
     def __init__(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
         groups = params = list(params)
+        for group in groups:  # PEFT has frozen what has "lora_A" in its name, an "mtllora_A" too
+            there = dict(zip(group.get("names", ()), group["params"], strict=False))
+            for name, parameter in there.items():
+                if (B := there.get(name.replace("_A.", "_B."))) is not None and ".lora_" not in name:
+                    parameter.requires_grad_(parameter.requires_grad or B.requires_grad)
         refuse([name for group in groups for name in group.get("names", ())], "create_lorafa_optimizer")
         init(self, params, *args, **kwargs)
 

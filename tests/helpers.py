@@ -297,7 +297,7 @@ def trl_trainer(name: str, method, folder: str, output, data: dict, model=None, 
 
 
 class At(TrainerCallback):
-    """Do something once, at the end of a step: stop the run, or run out of memory as CUDA does."""
+    """Do something once, at the end of a step: stop the run, interrupt it, or run out of memory as CUDA does."""
 
     def __init__(self, step: int, what: str) -> None:
         self.step, self.what, self.done = step, what, False
@@ -307,6 +307,8 @@ class At(TrainerCallback):
             self.done = True
             if self.what == "stop":
                 control.should_training_stop = True
+            elif self.what == "interrupt":
+                raise KeyboardInterrupt
             else:
                 raise RuntimeError("CUDA out of memory.")
 

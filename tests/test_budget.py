@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import At, adapted, losses, quantized, ranks, sft, texts, tiny_llama, trl_trainer
+from helpers import At, adapted, csv_rows, losses, quantized, ranks, sft, texts, tiny_llama, trl_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -336,6 +336,24 @@ def test_prune_below_deletes_the_unused_at_the_end(llama_folder, tmp_path, capsy
     layers = routed_layers(again).values()
     assert sum(layer.fixed_experts("default") + layer.top_k("default") for layer in layers) == 3 * MODULES
     assert all(layer.mora_B["default"].weight.any() for layer in layers)  # the second task has moved all of them
+
+
+def test_a_second_run_over_pruned_experts_is_refused(llama_folder, tmp_path):
+    run = trainer(llama_folder, tmp_path, ActivationBudgetCallback(1, prune_below=0.2), config())
+    run.train()
+    with pytest.raises(ValueError, match="experts were deleted.*Make a new trainer"):
+        run.train()
+
+
+def test_a_run_that_resumes_past_its_target_counts_from_there(llama_folder, tmp_path):
+    def run(output, steps):
+        callback = ActivationBudgetCallback(1, start=4, until=0.5)
+        return trainer(llama_folder, tmp_path / output, callback, config(), save_steps=6, max_steps=steps)
+
+    run("long", 20).train()
+    run("short", 10).train(resume_from_checkpoint=str(tmp_path / "long" / "checkpoint-6"))
+    rows = csv_rows(tmp_path / "short" / "expert_usage.csv")
+    assert [sum(float(row[str(i)]) for i in range(6)) for row in rows] == pytest.approx([1.0] * len(rows))
 
 
 def test_frozen_tasks_keep_their_k_and_count_towards_the_budget(llama_folder, tmp_path):

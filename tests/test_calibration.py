@@ -55,7 +55,7 @@ def plain(folder, output, *others, **kwargs):
     torch.manual_seed(0)
     model = get_peft_model(tiny_llama(), LoriConfig(r=4, target_modules="all-linear"))
     callbacks = [LoriCalibrationCallback(0.75, calibration_steps=3), *others]
-    return sft(model, folder, output, callbacks=callbacks, save_strategy="no", **kwargs)
+    return sft(model, folder, output, callbacks=callbacks, **{"save_strategy": "no", **kwargs})
 
 
 def test_it_keeps_no_weights_of_a_model_that_is_gone(llama_folder, tmp_path):
@@ -95,6 +95,14 @@ def test_a_run_that_begins_anew_with_a_smaller_batch_switches_once(step, llama_f
     assert capsys.readouterr().out.count("step 3: ") == 1
     with pytest.raises(ValueError, match="in an earlier train.*remove_callback"):
         run.train()
+
+
+def test_a_trainer_that_would_step_the_weights_of_its_last_run_is_refused(llama_folder, tmp_path):
+    run = plain(llama_folder, tmp_path, At(3, "interrupt"), save_strategy="steps", save_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    with pytest.raises(ValueError, match="optimizer is of an earlier train.*Make a new trainer, and resume with it"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_calibration_that_saw_nan_or_no_data_says_so_and_leaves_the_adapter_dense(llama_folder, tmp_path):

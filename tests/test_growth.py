@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import At, lora_config, losses, quantized, randomize, sft, tiny_llama
+from helpers import At, lora_config, losses, quantized, randomize, sft, tiny_llama, trl_trainer
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
@@ -136,6 +136,27 @@ def test_a_resumed_run_repeats_the_unbroken_one(llama_folder, tmp_path):
     assert losses(resumed) == losses(whole) and ranks(resumed.model) == ranks(whole.model)
     with pytest.raises(ValueError, match="Open the folder with PeftModel.from_pretrained"):
         make("third").train(resume_from_checkpoint=checkpoint)
+
+
+def test_what_a_preference_run_has_learnt_is_not_its_reference_when_it_resumes(llama_folder, tmp_path):
+    def make(output, model=None):
+        pairs = {"prompt": ["a cat", "a dog"] * 4, "chosen": [" sat"] * 8, "rejected": [" ran"] * 8}
+        config = None if model else lora_config(r=2, target_modules=MODULES)
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        model = model or tiny_llama()
+        trainer = trl_trainer("DPO", config, llama_folder, tmp_path / output, pairs, model, **options)
+        trainer.add_callback(RankGrowthCallback(4, interval=1))
+        return trainer
+
+    whole = make("whole")
+    whole.train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = make("resumed", PeftModel.from_pretrained(tiny_llama(), checkpoint, is_trainable=True))
+    with pytest.raises(ValueError, match=r"would compare it with itself.*trainer.model.delete_adapter\('ref'\)"):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    resumed.model.delete_adapter("ref")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
 
 
 class Tower:

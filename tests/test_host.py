@@ -1,14 +1,16 @@
 """What all callbacks share: tables of the arguments, adapters and runs that they refuse."""
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from accelerate.data_loader import DataLoaderDispatcher, prepare_data_loader
 from datasets import Dataset
-from helpers import LORA, METHODS, sft, tiny_llama
+from helpers import LORA, METHODS, At, ranks, sft, tiny_llama
 from peft import get_peft_model
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from trl_callbacks import (
@@ -22,6 +24,7 @@ from trl_callbacks import (
     PromptProjectionCallback,
     RankGrowthCallback,
     TaskColumnCallback,
+    host,
 )
 from trl_callbacks.host import KINDS, calibration_batches
 
@@ -140,6 +143,70 @@ def test_the_best_weights_of_another_adapter_are_not_put_into_the_one_in_trainin
     else:
         trainer.train()
     assert trainer.state.global_step == (0 if first == "default" else 2)
+
+
+@pytest.mark.parametrize("given", [("projection", "drift", "budget"), ("budget", "drift", "projection")])
+def test_what_looks_at_the_weights_comes_behind_what_moves_them_in_every_run(given, llama_folder, tmp_path):
+    make = {
+        "projection": OrthogonalProjectionCallback,
+        "drift": lambda: DriftCallback(["the cat sat"], max_kl=9.0),
+        "budget": lambda: Budget(2),
+        "mine": TrainerCallback,
+    }
+    named = {name: make[name]() for name in (*given, "mine")}
+    config = CONFIGS["mora"](target_modules=["q_proj"], r=4)
+    trainer = sft(tiny_llama(), llama_folder, tmp_path, config, list(named.values()), save_steps=1)
+    trainer.add_callback(At(2, "interrupt"))
+
+    def order():
+        there = trainer.callback_handler.callbacks
+        return sorted(named, key=lambda name: there.index(named[name]))
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert order() == ["budget", "drift", "projection", "mine"]
+    assert trainer.callback_handler.callbacks[:3] == [named[name] for name in order()[:3]]  # ahead of reporters
+    trainer.train(resume_from_checkpoint=True)
+    assert order() == ["budget", "drift", "projection", "mine"]
+
+
+def test_a_file_of_a_checkpoint_is_whole_or_not_there_and_a_damaged_one_is_named(llama_folder, tmp_path, monkeypatch):
+    def trainer(output):
+        config = CONFIGS["mora"](target_modules=["q_proj"], r=4)
+        callbacks = [DriftCallback(["the cat sat"], max_kl=9.0)]
+        return sft(tiny_llama(), llama_folder, tmp_path / output, config, callbacks, save_steps=1, max_steps=2)
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            trainer("full").train()
+    assert not [path for path in (tmp_path / "full/checkpoint-1").iterdir() if "drift" in path.name]
+    trainer("whole").train()
+    (tmp_path / "whole/checkpoint-1/drift.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="checkpoint-1/drift.safetensors is damaged .*resume from another checkpoint"):
+        trainer("whole").train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
+
+
+def test_an_adapter_that_is_kept_is_there_before_any_process_ends(tmp_path):
+    body = """
+        import time
+        from pathlib import Path
+        from types import SimpleNamespace
+        from trl_callbacks.host import keep_stopped
+
+        def save_pretrained(folder):
+            time.sleep(0.5)
+            folder.mkdir()
+
+        args = SimpleNamespace(output_dir=FOLDER, should_save=rank == 0)
+        model, state = SimpleNamespace(save_pretrained=save_pretrained), SimpleNamespace(global_step=3)
+        assert keep_stopped(model, args, state).is_dir()
+    """
+    ranks(body.replace("FOLDER", repr(str(tmp_path))), tmp_path)
 
 
 class Mine(RankGrowthCallback):

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig
+from trl.trainer.utils import disable_dropout_in_model
 
 from peft_mora import record_usage, sparsify, start_task
 
@@ -367,6 +368,17 @@ def test_the_reference_of_a_preference_trainer_is_the_adapter_as_it_is(method, m
     assert torch.equal(model(inputs).logits, want)
 
 
+def test_trl_switches_its_dropout_off_as_a_lora_s(method, make_config, inputs):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), make_config(target_modules="all-linear", dropout=0.5)).train()
+    randomize(model)
+    assert not torch.equal(model(inputs).logits, model(inputs).logits)
+    disable_dropout_in_model(model)
+    want = model(inputs).logits
+    assert torch.equal(model(inputs).logits, want)
+    model.delete_adapter("default")
+
+
 def test_lora_plus_gives_b_its_ratio_or_is_refused_with_the_lines_that_do(method, make_config):
     model = adapted(make_config)
     fields = {"lr": 1e-3, "loraplus_lr_ratio": 16.0}
@@ -375,8 +387,10 @@ def test_lora_plus_gives_b_its_ratio_or_is_refused_with_the_lines_that_do(method
     else:
         with pytest.raises(ValueError, match="create_loraplus_optimizer finds A and B by the names") as refusal:
             create_loraplus_optimizer(model, torch.optim.AdamW, **fields)
+        learnt = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         with pytest.raises(ValueError, match="create_lorafa_optimizer finds A and B by the names"):
             create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
+        assert learnt == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         *lines, last = textwrap.dedent(str(refusal.value).split("\n", 1)[1]).splitlines()
         scope = {"model": model, "torch": torch, "lr": 1e-3, "ratio": 16.0}
         exec("\n".join([*lines, f"optimizer = {last}"]), scope)

@@ -312,7 +312,7 @@ def test_sft_over_nf4_learns_tasks_that_are_mixed_in_each_batch(llama_folder, tm
             assert moved.tolist()[2] is False and ("_w." in name or moved.tolist()[:2] == [True, True]), name
 
 
-def preferences(name, folder, output, callback=None):
+def preferences(name, folder, output, callback=None, model=None, **arguments):
     """TRL's `name`Trainer on two tasks, with the callback, or another."""
     import trl
     from datasets import Dataset
@@ -320,16 +320,16 @@ def preferences(name, folder, output, callback=None):
     data = {"prompt": ["the cat"] * 4, "task": ["a", "b"] * 2}
     data |= {"DPO": {"chosen": [" sat"] * 4, "rejected": [" ran"] * 4},
              "KTO": {"completion": [" sat on"] * 4, "label": [True, False] * 2}}.get(name, {})  # fmt: skip
-    arguments = {"num_generations": 2} if name == "GRPO" else {}
+    arguments |= {"num_generations": 2} if name == "GRPO" else {}
     return getattr(trl, f"{name}Trainer")(
-        model=tiny_llama(),
+        model=model or tiny_llama(),
         args=getattr(trl, f"{name}Config")(
             str(output), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True, bf16=False,
             save_strategy="no", **arguments,
         ),
         train_dataset=Dataset.from_dict(data),
         processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=config(target_modules=["q_proj"]),
+        peft_config=None if model else config(target_modules=["q_proj"]),
         callbacks=[callback or TaskColumnCallback()],
         **{"reward_funcs": lambda completions, **_: [0.0 for _ in completions]} if name == "GRPO" else {},
     )  # fmt: skip
@@ -341,6 +341,20 @@ def test_kto_learns_tasks_that_are_mixed_in_each_batch(llama_folder, tmp_path):
     layer.register_forward_hook(lambda layer, *_: seen.append(layer.row_tasks.rows.names))
     trainer.train()
     assert seen and all(sorted(names) == ["a", "a", "b", "b"] for names in seen)
+
+
+def test_kto_s_reference_is_not_asked_for_the_default_task_s_answers(llama_folder, tmp_path):
+    learnt = adapted(config, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="precompute_ref_log_probs asks the reference adapter without the column"):
+        preferences("KTO", llama_folder, tmp_path, model=learnt, precompute_ref_log_probs=True)
+
+
+def test_a_callback_that_comes_after_the_trainer_is_refused_as_training_begins(llama_folder, tmp_path):
+    adapter = config(target_modules=["q_proj"], default_task="b")
+    trainer = sft(tiny_llama(), llama_folder, tmp_path, adapter, train_dataset=mixed())
+    trainer.add_callback(TaskColumnCallback())
+    with pytest.raises(ValueError, match="TaskColumnCallback has to be given to the trainer's constructor"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name", ["DPO", "GRPO"])

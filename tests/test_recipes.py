@@ -588,7 +588,7 @@ WRONG = {  # a program: arguments, and what is said of them
     },
     "measure/projection_cost": {"--pairs 1": "not an integer >= 2", "--rank 0": ONE},
     "measure/protected_energy": {
-        "--look self --energy 1.5": "'1.5' is not a share in (0, 1]", "--look none.jsonl": "--look: none.jsonl is no",
+        "--look self --energy 1.5": "'1.5' is not a share in (0, 1]",
         "--look self self": "--look: self would be the name of two",
     },
     "measure/adapter_size": {
@@ -625,6 +625,11 @@ def test_score_looks_at_the_adapter_before_the_base(run_recipe, llama_folder, ta
     LoraConfig(init_lora_weights="pissa").save_pretrained(tmp_path / "pissa")
     with pytest.raises(ValueError, match="pissa' was initialised by 'pissa', which changes the base model's weights"):
         run_recipe("score", *common, tmp_path / "pissa", "--baseline")
+
+
+def test_protected_energy_looks_for_its_files_before_the_base(run_recipe, no_base, tmp_path):
+    with pytest.raises(SystemExit, match="none.jsonl is no file"):
+        run_recipe("measure/protected_energy", "--look", "none.jsonl", "--output", tmp_path / "out")
 
 
 def test_route_knows_a_prompt_without_its_instruction():

@@ -215,6 +215,8 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
             meter.close()
             raise
         self._meter = meter
+        if 0 < self._settled(state) <= state.global_step and not meter.begin.any():
+            meter.mark()  # a run that resumes with fewer steps, at its target already
         self._set(model, state)
 
     def on_step_end(

@@ -20,8 +20,8 @@ class LoriCalibrationCallback(HostCallback):
     """Train a LORI adapter densely for `calibration_steps`, call `sparsify`, and go on with the packed one.
 
     The optimizer keeps its hyperparameters and the schedule goes on; its state (moments) starts fresh, since the
-    parameters are new. A run that resumes from a checkpoint on either side of the switch needs nothing special: the
-    file says which form the adapter has.
+    parameters are new. A new trainer resumes from a checkpoint on either side of the switch: the file says which form
+    the adapter has.
 
     Args:
         sparsity: share of B's entries to drop, in [0, 1).

@@ -105,6 +105,7 @@ class DriftCallback(HostCallback):
     """
 
     sidecar = "drift.safetensors"
+    turn = 1
     several = "Give all texts to one, DriftCallback([*TEXTS, *OTHERS])."
 
     def __init__(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import heapq
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from peft_mora.base import set_config
+from peft_mora.base import REFERENCE, set_config
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.mora import MoraLinear
 from peft_mora.routed import record_routing
@@ -80,6 +81,7 @@ class RankGrowthCallback(HostCallback):
 
     To resume, open the checkpoint, whose ranks have grown, and give it to the trainer:
     `PeftModel.from_pretrained(base, checkpoint, is_trainable=True)`; then `train(resume_from_checkpoint=checkpoint)`.
+    A preference trainer takes it for its reference as well; what the run began with has to be put in its place.
 
     Args:
         target: mean rank of the modules in the end; at least what the adapter has.
@@ -159,6 +161,7 @@ class RankGrowthCallback(HostCallback):
         ranks = [len(pair.A) for pair in factors.values()]
         self._limits = [min(self.limit, pair.A.shape[1], len(pair.B)) for pair in factors.values()]
         if state.global_step > 0:
+            _check_reference(model, self._name)
             kept = self.saved_here(args, state)
             self._begin, self._needs = kept["begin"].tolist(), kept.get("needs")
             self._used = kept.get("used", torch.zeros(len(ranks), dtype=torch.bool))
@@ -284,6 +287,29 @@ def add_ranks(
     for name, pair in factors.items():
         pair.layer.lora_alpha[adapter_name] = alphas[name]
     model.peft_config[adapter_name] = config
+
+
+def _check_reference(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a preference run that resumes with what it has learnt as its reference: the trainer copies an adapter
+    that it is given.
+
+    Raises:
+        ValueError: the reference adapter has the very weights of the one in training.
+    """
+    there = dict(model.named_parameters())
+    pairs = [
+        (p, there.get(re.sub(rf"\.{re.escape(adapter_name)}(?=\.|$)", f".{REFERENCE}", name)))
+        for name, p in there.items()
+        if p.requires_grad
+    ]
+    found = [(p, other) for p, other in pairs if other is not None and other is not p]
+    if found and all(p.shape == other.shape and torch.equal(p, other) for p, other in found):
+        raise ValueError(
+            f"The trainer has copied the adapter of the checkpoint as its reference, {REFERENCE!r}, and would compare "
+            "it with itself. Where the run began with a fresh adapter its reference was the base: call "
+            f"trainer.model.delete_adapter({REFERENCE!r}) before train(). Where it began with a trained one, give the "
+            "trainer that as ref_model, merged into its base."
+        )
 
 
 def hand_over(optimizer: Any, old: nn.Parameter, new: nn.Parameter) -> None:

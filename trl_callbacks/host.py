@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
@@ -30,6 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 
 from peft_mora.checks import listed
+from peft_mora.files import whole_file
 from peft_mora.inputs import unmoved
 
 
@@ -72,11 +75,17 @@ class HostCallback(TrainerCallback):
     holds_weights: bool = False  # whether it goes wrong where another callback replaces the adapter's parameters
     sets_weights: bool = False  # whether it moves the adapter's weights itself, to where it holds them
     replaces_weights: bool = False  # whether it puts other parameters in the place of the adapter's
+    turn: int = 0  # among ours: 1 measures the model and may bring it back, 2 looks at what all others leave
 
     @property
     def slot(self) -> str:
         """Where it keeps and logs what it knows, which in one run is one callback's."""
         return getattr(self, "sidecar", f"{type(self).__name__} {getattr(self, 'adapter_name', None)}")
+
+    @property
+    def logs(self) -> bool:
+        """Whether it has numbers for the logs."""
+        return type(self).metrics is not HostCallback.metrics
 
     def refusals(self) -> dict[str, str]:
         """Kind of run (of `KINDS`) -> why it cannot be and what to do instead."""
@@ -101,9 +110,16 @@ class HostCallback(TrainerCallback):
                 raise ValueError(message)
 
     def saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Tensor] | None:
-        """`kept` of the checkpoint that the run resumes from, or None."""
+        """`kept` of the checkpoint that the run resumes from, or None.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         path = self.sidecar_path(args, state)
-        return load_file(path) if path.is_file() else None
+        try:
+            return load_file(path) if path.is_file() else None
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
 
     def saved_here(self, args: TrainingArguments, state: TrainerState) -> dict[str, Tensor]:
         """`saved`, of a run that must have had this callback from its begin.
@@ -115,7 +131,8 @@ class HostCallback(TrainerCallback):
         if kept is None:
             raise ValueError(
                 f"The run resumes at step {state.global_step}, but the checkpoint has no {self.sidecar}: it was "
-                "trained without this callback. Resume with the callbacks that the run began with."
+                "trained without this callback, or stopped while it was saved. Resume with the callbacks that the run "
+                "began with, from a checkpoint that is whole."
             )
         return kept
 
@@ -133,7 +150,10 @@ class HostCallback(TrainerCallback):
         self._check_alone()
         if args.load_best_model_at_end:
             check_best(running_trainer().model)
-        if type(self).metrics is not HostCallback.metrics:
+        own = any(KINDS[kind](args) for kind in ("deepspeed", "fsdp", "layerwise"))  # an optimizer of copies or pieces
+        if not own and (handler := _handler_of(self)) is not None:
+            check_optimizer(handler.model, handler.optimizer)
+        if self.logs:
             ahead_of_reporters(self)
 
     def _check_alone(self) -> None:
@@ -169,7 +189,8 @@ class HostCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args, state)
         if args.should_save and folder.is_dir() and (kept := self.kept()):
-            save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, folder / self.sidecar)
+            with whole_file(folder / self.sidecar) as written:
+                save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, written)
 
 
 def check_best(model: Any) -> None:
@@ -188,11 +209,34 @@ def check_best(model: Any) -> None:
         )
 
 
-def keep_stopped(model: Any, args: TrainingArguments, state: TrainerState) -> Path:
-    """Save the adapter as it is, for a run that is about to end in an error: nothing that was learnt is lost."""
+def check_optimizer(model: Any, optimizer: Any) -> None:
+    """Refuse an optimizer of an earlier `train()` that steps parameters which the adapter does not have any more.
+
+    Raises:
+        ValueError: what is in training is not in it, and what is in it is not in the model.
+    """
+    stepped = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    there = {id(p): p.requires_grad for p in model.parameters()}
+    if stepped - there.keys() and any(trained and key not in stepped for key, trained in there.items()):
+        raise ValueError(
+            "The trainer's optimizer is of an earlier train(), after which the adapter got other parameters (experts "
+            "were deleted, B was packed, ranks have grown, or a checkpoint of another form was loaded): they would "
+            "learn nothing. Make a new trainer, and resume with it."
+        )
+
+
+def keep_stopped(model: Any, args: TrainingArguments, state: TrainerState, alone: bool = False) -> Path:
+    """Save the adapter as it is, for a run that is about to end in an error: nothing that was learnt is lost.
+
+    Args:
+        alone: only the process that saves calls this. Else it is called by all, which wait for it: what ends first
+            would end it.
+    """
     folder = output_folder(args) / f"stopped-{state.global_step}"
     if args.should_save:
         model.save_pretrained(folder)
+    if not alone and dist.is_available() and dist.is_initialized():
+        dist.barrier()
     return folder
 
 
@@ -206,15 +250,26 @@ def output_folder(args: TrainingArguments) -> Path:
     return Path(args.output_dir)
 
 
+def begin_first(callback: TrainerCallback) -> None:
+    """Move `callback` to the front of the trainer's callbacks; call it from its `on_init_end`. It begins ahead of all
+    others then: callbacks that average weights, or remember them, begin with what it has placed."""
+    if (handler := _handler_of(callback)) is not None:
+        # The handler is iterating over this very list: what stands behind `callback` keeps its place.
+        handler.callbacks[:] = [callback, *(other for other in handler.callbacks if other is not callback)]
+
+
 def ahead_of_reporters(callback: TrainerCallback) -> None:
-    """Move `callback` to the front of the trainer's callbacks; call it from one of its own events.
+    """Move ours that log to the front of the trainer's callbacks, by their `turn`, else in the order that they have;
+    call it as they begin.
 
     The reporters (TensorBoard, W&B, …) stand before every callback of the user, so what a user's `on_log` writes into
     `logs` comes too late for them.
     """
     if (handler := _handler_of(callback)) is not None:
-        # The handler is iterating over this very list: what stands behind `callback` keeps its place.
-        handler.callbacks[:] = [callback, *(other for other in handler.callbacks if other is not callback)]
+        ours = [other for other in handler.callbacks if isinstance(other, HostCallback) and other.logs]
+        ours.sort(key=lambda one: one.turn)
+        # Another list: the handler is iterating over the one that is there, and none may be left out.
+        handler.callbacks = [*ours, *(other for other in handler.callbacks if other not in ours)]
 
 
 def behind_ours(callback: TrainerCallback) -> None:
@@ -224,8 +279,7 @@ def behind_ours(callback: TrainerCallback) -> None:
         others = [other for other in handler.callbacks if other is not callback]
         own = handler.callbacks.index(callback)
         last = max([own, *(i + 1 for i, other in enumerate(others) if isinstance(other, HostCallback))])
-        # Another list: the handler is iterating over the one that is there, and none may be left out.
-        handler.callbacks = [*others[:last], callback, *others[last:]]
+        handler.callbacks = [*others[:last], callback, *others[last:]]  # another list, as above
 
 
 def _handler_of(callback: TrainerCallback) -> CallbackHandler | None:

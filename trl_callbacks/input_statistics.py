@@ -153,7 +153,7 @@ class InputStatisticsCallback(HostCallback):
                 folder.mkdir(parents=True, exist_ok=True)
                 print(f"what the adapter saw: {statistics.save(folder, weights)}, for peft_mora.merging")
             except ValueError as error:
-                wrong = f"{error} The adapter is in {keep_stopped(model, args, state)}."
+                wrong = f"{error} The adapter is in {keep_stopped(model, args, state, alone=True)}."
         if dist.is_available() and dist.is_initialized():  # all processes end alike
             told = [wrong]
             dist.broadcast_object_list(told)

@@ -338,6 +338,7 @@ class CoTo(Rule):
 
     def begin(self, run: Run, kept: Mapping[str, Tensor] | None) -> None:
         self._step.put_back()  # an error has ended the run before this one within a step
+        self._shares = []
         for name, pair in run.factors.items():
             if isinstance(pair.layer, AdapterLinear) and pair.past_A:
                 raise ValueError(

@@ -38,7 +38,7 @@ from peft_mora.linalg import (
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
 from .factors import Factors, are_those, trainable_factors
 from .general_text import TOKENS, add_text
-from .host import KINDS, HostCallback, ahead_of_reporters, calibration_batches, output_folder
+from .host import KINDS, HostCallback, begin_first, calibration_batches, output_folder
 from .sources import SOURCES, Run
 from .subspace import SEEN_ENERGY, Subspace
 
@@ -94,6 +94,7 @@ class OrthogonalProjectionCallback(HostCallback):
     """
 
     sidecar = "orthogonal_projection.safetensors"
+    turn = 2
     holds_weights = True
 
     def __init__(
@@ -178,7 +179,7 @@ class OrthogonalProjectionCallback(HostCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self.refuse(args)
-        ahead_of_reporters(self)  # and of callbacks that average weights: they begin with what this one has placed
+        begin_first(self)
         self._given = list(model.active_adapters) if isinstance(model, PeftModel) else []
         _, factors = trainable_factors(model, self.adapter_name)
         if self.sets_weights:

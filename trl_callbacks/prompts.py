@@ -27,7 +27,7 @@ from peft_mora.inputs import real_rows
 from peft_mora.linalg import leading_directions, orthonormal
 
 from .constraint import Constraint, as_evaluated, averages
-from .host import HostCallback, ahead_of_reporters, calibration_batches, output_folder
+from .host import HostCallback, begin_first, calibration_batches, output_folder
 from .subspace import Subspace
 
 
@@ -65,6 +65,7 @@ class PromptProjectionCallback(HostCallback):
     """
 
     sidecar = "prompt_projection.safetensors"
+    turn = 2
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class PromptProjectionCallback(HostCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self.refuse(args)
-        ahead_of_reporters(self)
+        begin_first(self)
         prompt = the_prompt(model, self.adapter_name)[1]
         prompt.data = prompt.data.float()
 

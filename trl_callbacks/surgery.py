@@ -24,7 +24,7 @@ from peft_mora.checks import check_field, is_int, is_number, listed
 from peft_mora.inputs import base_of, placeholders, towers
 
 from .host import HostCallback, StepInPlace, running_trainer
-from .task_column import WithTask, carry_column, distinct, other_trainer, takes_tasks
+from .task_column import carry_column, check_carried, distinct, other_trainer, takes_tasks
 
 
 def pcgrad(products: Tensor, generator: torch.Generator) -> Tensor:
@@ -170,12 +170,8 @@ class GradientSurgeryCallback(HostCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control)
+        check_carried(self)
         trainer = running_trainer()
-        if not isinstance(trainer.data_collator, WithTask):
-            raise ValueError(
-                "GradientSurgeryCallback has to be given to the trainer's constructor (callbacks=[...]): add_callback "
-                "comes too late for the data's column of tasks."
-            )
         sums = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         if not sums or getattr(trainer, "aux_loss_enabled", False):
             raise ValueError(

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import MtlLoraLinear
+from peft_mora.base import REFERENCE
 from peft_mora.checks import check_field, is_int, listed
 from peft_mora.row_tasks import place
 
@@ -35,7 +36,9 @@ class TaskColumnCallback(HostCallback):
     Raises:
         ValueError: at the trainer's construction: a model that takes no tasks, a training set without the column or
             with tasks that the adapter does not know, packing, also of the evaluation, which puts several records
-            into one row, or a trainer whose batches have other rows than the records (DPO, Reward, GRPO, RLOO).
+            into one row, a trainer whose batches have other rows than the records (DPO, Reward, GRPO, RLOO), or
+            KTO's precompute_ref_log_probs with an adapter that has learnt before; at the start of training where
+            add_callback came after it.
 
     Example:
         >>> SFTTrainer(model, train_dataset=train_dataset, callbacks=[TaskColumnCallback()],
@@ -57,6 +60,11 @@ class TaskColumnCallback(HostCallback):
                 "peft_config=MtlLoraConfig(tasks=[...]), or leave the callback out."
             )
         trainer = running_trainer()
+        if getattr(args, "precompute_ref_log_probs", False) and REFERENCE in getattr(model, "peft_config", {}):
+            raise ValueError(
+                "precompute_ref_log_probs asks the reference adapter without the column of tasks: it would answer all "
+                "by its default task. Train with precompute_ref_log_probs=False."
+            )
         if name := other_trainer(trainer, ONE_ROW):
             raise ValueError(
                 f"TaskColumnCallback needs batches with one row for each record, as {listed(ONE_ROW, 'and')} make "
@@ -65,6 +73,25 @@ class TaskColumnCallback(HostCallback):
                 "peft_mora.set_task(model, NAME) before each."
             )
         carry_column(trainer, self.column)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control)
+        check_carried(self)
+
+
+def check_carried(callback: HostCallback) -> None:
+    """Refuse a run whose batches have no tasks, as the trainer was made without this callback.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not isinstance(running_trainer().data_collator, WithTask):
+        raise ValueError(
+            f"{type(callback).__name__} has to be given to the trainer's constructor (callbacks=[...]): add_callback "
+            "comes too late for the data's column of tasks."
+        )
 
 
 def takes_tasks(model: nn.Module) -> bool:

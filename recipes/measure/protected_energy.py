@@ -42,9 +42,6 @@ def parse() -> argparse.Namespace:
     add("--look-tokens", type=runs.count, default=5120, help="of each text of --look (%(default)s)")
     args = parser.parse_args()
     for option, sources in (("--protect", args.protect), ("--look", args.look)):
-        for part in (part for source in sources for part in source.split("+")):
-            if part != "self" and not Path(part).is_file():
-                parser.error(f"{option}: {part} is no file")
         names = [title(source) for source in sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
             parser.error(f"{option}: {twice} would be the name of two: rename a file")
@@ -66,6 +63,9 @@ def title(source: str) -> str:
 @torch.no_grad()
 def main() -> None:
     args = parse()
+    for part in (part for source in (*args.protect, *args.look) for part in source.split("+")):
+        if part != "self" and not Path(part).is_file():
+            raise SystemExit(f"{part} is no file")
     Path(args.output).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_base(find_base(args.model, args.device), args.device)
     layers = linear_layers(model)
