@@ -142,13 +142,19 @@ def guard_optimizers() -> None:
         return parameter_names(model, *args, **kwargs)
 
     def __init__(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        groups = params = list(params)
-        for group in groups:  # PEFT has frozen what has "lora_A" in its name, an "mtllora_A" too
-            there = dict(zip(group.get("names", ()), group["params"], strict=False))
-            for name, parameter in there.items():
-                if (B := there.get(name.replace("_A.", "_B."))) is not None and ".lora_" not in name:
-                    parameter.requires_grad_(parameter.requires_grad or B.requires_grad)
-        refuse([name for group in groups for name in group.get("names", ())], "create_lorafa_optimizer")
+        params = list(params)
+        named: dict[str, Any] = {}
+        for group in params:
+            if isinstance(group, dict) and "names" in group:
+                group["params"] = list(group["params"])
+                named |= zip(group["names"], group["params"], strict=False)
+        try:
+            refuse(named, "create_lorafa_optimizer")
+        except ValueError:  # PEFT has frozen what has "lora_A" in its name, an "mtllora_A" too
+            for name, A in named.items():
+                if "mtllora_A." in name and (B := named.get(name.replace("_A.", "_B."))) is not None:
+                    A.requires_grad_(B.requires_grad)
+            raise
         init(self, params, *args, **kwargs)
 
     for ours, theirs in ((get_parameter_names, parameter_names), (__init__, init)):

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=runs.count, default=512, help="of each sample (%(default)s)")
     parser.add_argument("--steps", type=runs.count, default=10, help="timed, after three others (%(default)s)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu only to try it (%(default)s)")
-    parser.add_argument("--output", default="out/gpu_report", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--output", type=runs.folder, default="out/gpu_report", metavar="DIR", help="(%(default)s)")
     return parser.parse_args()
 
 

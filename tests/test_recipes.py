@@ -578,9 +578,10 @@ WRONG = {  # a program: arguments, and what is said of them
         '--adapter {"rank":8}': "unexpected keyword argument 'rank'", '--callback {"energy":7}': "`energy` must be",
         '--callback {"source":"gradients"}': "`protect` must be None", '--callback {"memory":"x"}': "multiple values",
     },
+    "demo": {f"--output {__file__}": "is a file, and results go into a folder"},
     "measure/methods": {"--steps 0": ONE, "--rates 0": "'0' is not a finite number > 0"},
     "measure/callbacks": {"--scenes mixed --ways prompt": "--scenes mixed has none of --ways"},
-    "gpu_report": {"--steps 0": ONE, "--r 6": "6 has no quarter"},
+    "gpu_report": {f"--output {__file__}": "is a file", "--steps 0": ONE, "--r 6": "6 has no quarter"},
     "measure/bench_layers": {"--repeats 1": "not an integer >= 2", "--r 2": "2 has no quarter"},
     "measure/bench_merge": {"--rank 1.5": "'1.5' is not sum, an integer >= 1", "--layers 0": ONE},
     "measure/bench_training": {

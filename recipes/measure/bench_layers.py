@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", type=runs.device, default="cpu", help="cpu, cuda, … (%(default)s)")
     parser.add_argument("--threads", type=runs.count, default=1, help="torch's, on a CPU (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile arms too; needs a C++ compiler, slow")
-    parser.add_argument("--output", default="out/bench_layers", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--output", type=runs.folder, default="out/bench_layers", metavar="DIR", help="(%(default)s)")
     return parser.parse_args()
 
 

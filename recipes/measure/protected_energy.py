@@ -66,7 +66,6 @@ def main() -> None:
     for part in (part for source in (*args.protect, *args.look) for part in source.split("+")):
         if part != "self" and not Path(part).is_file():
             raise SystemExit(f"{part} is no file")
-    Path(args.output).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_base(find_base(args.model, args.device), args.device)
     layers = linear_layers(model)
     names = [title(source) for source in args.look]

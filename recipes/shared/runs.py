@@ -32,6 +32,13 @@ def device(text: str) -> str:
     return text
 
 
+def folder(text: str) -> str:
+    """Where results go, there or to be made; as the type of an argument."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file, and results go into a folder")
+    return text
+
+
 def fields(text: str) -> dict[str, Any]:
     """Of a JSON object; as the type of an argument."""
     try:
@@ -53,7 +60,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "lr": {"type": rate, "help": "peak learning rate (%(default)s)"},
     "limit": {"type": count, "help": "test samples to score (all)"},
     "seed": {"type": number, "help": "of the adapter, the order, an embedded task's records (%(default)s)"},
-    "output": {"metavar": "DIR", "help": "where it all goes (%(default)s)"},
+    "output": {"type": folder, "metavar": "DIR", "help": "where it all goes (%(default)s)"},
 }
 
 
