@@ -233,7 +233,7 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         )
         from peft_mora.files import check_new
         from peft_mora.info import TEXT, adapter_info, vllm_options
-        from peft_mora.inputs import batches_of, writes_text
+        from peft_mora.inputs import batches_of, check_length, writes_text
         from peft_mora.lora_file import read_config
         from peft_mora.merging.inputs import encoded, saved_tokenizer
         from peft_mora.opening import with_adapter
@@ -298,13 +298,15 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
                 f"{type(base).__name__}, which gives none: serve the adapter itself, or train one that merges."
             )
         tokenizer = saved_tokenizer(base, args.folder)
+        both = [encoded(part, tokenizer) for part in (texts, test)]
+        check_length(base, [*both[0], *both[1]])
         model = with_adapter(base, args.folder).eval()
         seen, unseen = (
             [
                 {name: x.to(model.device) for name, x in batch.items()}
                 for batch in batches_of(rows, max(1, min(8, 8192 // max(map(len, rows)))))
             ]
-            for rows in (encoded(part, tokenizer) for part in (texts, test))
+            for rows in both
         )
         loras = fit_lora(model, seen, rank=args.rank)
         effect = effect_error(model, loras, unseen)

@@ -253,6 +253,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
     A method implements `create_weights`, `parts` and `factors`.
     """
 
+    cast_input_dtype_enabled = True  # for peft.helpers to switch off: here weights are cast, and inputs never are
     lean: ClassVar[bool] = True  # the fast path of lean.py; False takes its plain twin
     prefix: ClassVar[str]
     merge_refusal: ClassVar[str] = ""  # why an adapter of this method has no static ΔW, and what to call instead

@@ -23,7 +23,7 @@ from . import registry
 from .base import AdapterLinear
 from .checks import check_field, is_int, listed
 from .experts import ExpertWeights
-from .inputs import eval_mode, parts, real_rows, removed_after, visit
+from .inputs import base_of, eval_mode, parts, real_rows, removed_after, visit, writes_text
 from .linalg import reduced_rank_regression
 from .lora_file import Lora, check_finite, write_lora
 from .quantization import dequantized, save_plain
@@ -73,7 +73,8 @@ def fit_lora(
             of them, which takes three more of its size. One module takes what it takes.
 
     Raises:
-        ValueError: as `exportable_layers`, or a wrong rank, or numbers that are not finite.
+        ValueError: as `exportable_layers`, or a wrong rank, a module that sees no input, or numbers that are not
+            finite.
     """
     check_field(rank is None or (is_int(rank) and rank >= 1), "rank", rank, "an integer >= 1, or None")
     loras = {}
@@ -104,6 +105,12 @@ def fit_lora(
                 )
             A, C = reduced_rank_regression(xx, xz, min(rank or xz.shape[1], xz.shape[1]), ridge)
             loras[name] = Lora(A.float(), (bases[name] @ C).float())
+    if unseen := [name for name in layers if name not in loras]:
+        raise ValueError(
+            f"{len(unseen)} of {len(layers)} adapted modules saw no input, e.g. {unseen[0]!r}, so that no LoRA can be "
+            "fitted there: give batches that reach them all (a tower needs images), as a list, which can be gone "
+            "through several times."
+        )
     _check_finite(loras.items(), adapter_name)
     return loras
 
@@ -153,10 +160,15 @@ def effect_error(
     are in memory at a time, in the model's dtype.
 
     Raises:
-        ValueError: as `exportable_layers`, or logits that are not finite.
+        ValueError: as `exportable_layers`, a model that writes no text, no token, or logits that are not finite.
     """
     layers = exportable_layers(model, adapter_name)
     _check_linear(layers)
+    if not writes_text(base := base_of(model)):
+        raise ValueError(
+            f"How close a LoRA comes is measured by next tokens, and {type(base).__name__} gives none: compare its "
+            "outputs yourself."
+        )
     missed, effect = torch.zeros(2, 2, dtype=torch.float64)
     count = 0
 
@@ -168,7 +180,7 @@ def effect_error(
 
     with eval_mode(model):
         for batch in batches:
-            real = batch["attention_mask"].flatten().nonzero().squeeze(1)
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().nonzero().squeeze(1)
             adapter = logits(batch)
             with model.disable_adapter():
                 effect += _compared(logits(batch), adapter, real)
@@ -176,6 +188,8 @@ def effect_error(
                 with removed_after(hooks):
                     missed += _compared(logits(batch), adapter, real)
             count += len(real)
+    if not count:
+        raise ValueError("The batches have no token to measure the LoRA's error on.")
     if not (missed.isfinite().all() and effect.isfinite().all()):
         whose = "the LoRA" if effect.isfinite().all() else "the adapter, or the base alone,"
         raise ValueError(
@@ -212,10 +226,15 @@ def save_lora(
         base: the model that it says it is for, a folder or a name; None: the one that the adapter names.
 
     Raises:
-        FileExistsError: the folder exists.
+        ValueError: the LoRAs are not those of the adapter's modules, each one. FileExistsError: the folder exists.
     """
     source = model.peft_config[adapter_name]
     layers = exportable_layers(model, adapter_name)
+    if differs := sorted(layers.keys() ^ loras.keys()):
+        raise ValueError(
+            f"The adapter has {len(layers)} modules, and there are {len(loras)} LoRAs, not alike in {differs[0]!r}: "
+            "what it does there would be lost. Give those of exact_lora or fit_lora as they are."
+        )
     parameters = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertWeights)}
     paths = {id(module): path.removeprefix("base_model.model.") for path, module in model.named_modules()}
     keys = {name: paths[id(layer)] for name, layer in parameters.items()}

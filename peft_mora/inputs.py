@@ -153,11 +153,30 @@ def load_tokenizer(name: Any, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not name:
+        raise ValueError("The model has no tokenizer, as it came from no folder: give one as `tokenizer`.")
     tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
     added = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
     if not set(tokenizer.get_vocab()) - added - {"▁"}:
         raise ValueError(f"{name} has no tokenizer: save it there, or give one as `tokenizer`.")
     return tokenizer
+
+
+def check_length(model: nn.Module, rows: Sequence[Any], answer: int = 0) -> None:
+    """Refuse prompts with more tokens than a model has positions, where it keeps a table of them (GPT-2, BERT).
+
+    Args:
+        answer: tokens that are written behind them.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    there, longest = room(model), max(map(len, rows), default=0)
+    if there is not None and longest + answer > there:
+        more = f" and an answer up to {answer} (`answer_tokens`)" if answer else ""
+        raise ValueError(
+            f"A prompt has {longest} tokens{more}, and the model has {there} positions: give shorter ones."
+        )
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Form(Protocol):
@@ -146,6 +147,7 @@ def can_run(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()  # selective checkpointing keeps what is written into here
     )  # fmt: skip
 
@@ -333,6 +335,8 @@ class _Core:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """dx and the gradients of `tensors`; None where not wanted. x is there where a down is trained."""
         dtype, wanted, scale = self.dtype, self.wanted, self.scale
+        if not (wanted.any_dh or any(wanted.ups) or any(wanted.gate)):  # y0's alone
+            return None, [None] * len(tensors)
         As, Bs, own = self.split(tensors)
         g = _cast(g.reshape(-1, g.shape[-1]), dtype)
         grads: list[Tensor | None] = [None] * len(self.ups)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .base import matching_key
-from .checks import listed
+from .checks import is_number, listed
 from .files import whole_folder
 
 
@@ -332,7 +332,14 @@ def _lora_factors(
         elif not key.endswith(VELORA):
             rest[key] = tensor
     scales = {}
-    ranks = config.get("rank_pattern") or {}
+    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    if not (isinstance(ranks, dict) and isinstance(alphas, dict)) or not all(
+        is_number(alpha) for alpha in (config.get("lora_alpha", 8), *alphas.values())
+    ):
+        raise ValueError(
+            f"{folder / CONFIG} has lora_alpha, rank_pattern or alpha_pattern that are none: numbers, and tables of a "
+            "module's name to its number. Save the adapter again."
+        )
     for name, pair in pairs.items():
         rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r", 8))
         if pair.keys() != {"A", "B"} or not len(pair["A"]) == pair["B"].shape[1] == rank:

@@ -155,13 +155,12 @@ class TaskGate(Gate):
 
 def _by_row(h: Tensor, rows: int) -> Tensor:
     """(T, r) to (rows, T / rows, r)."""
-    return h.reshape(rows, len(h) // rows, h.shape[-1])
+    return h.reshape(rows, -1, h.shape[-1])  # a size that is worked out here would be a constant of a trace
 
 
 def _outer(p: Tensor, z: Tensor) -> Tensor:
     """p_i z of each i side by side: (rows, n) and (rows, S, r) to (rows·S, n·r)."""
-    rows, length, r = z.shape
-    return (z.unsqueeze(2) * p[:, None, :, None]).reshape(rows * length, p.shape[1] * r)
+    return (z.unsqueeze(2) * p[:, None, :, None]).flatten(2).flatten(0, 1)
 
 
 class MtlLoraLinear(AdapterLinear):

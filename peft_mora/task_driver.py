@@ -242,6 +242,8 @@ class Driver:
             return None
         if rows.second is None:
             return args, {**kwargs, "adapter_names": rows.first}
+        if any("adapter_names" in getattr(hook, "keywords", ()) for hook in layer._forward_pre_hooks.values()):
+            return None  # PEFT's, behind this one: names that are given by hand
         x, *rest = args
         return (torch.cat([x, x]), *rest), {**kwargs, "adapter_names": rows.first + rows.second}
 

@@ -34,7 +34,7 @@ from .base import BASE_ADAPTER
 from .checks import check_field, is_indices, is_int, is_number
 from .files import check_own, whole_folder
 from .fingerprint import differences, fingerprint
-from .inputs import base_of, eval_mode, load_tokenizer, text_tokenizer
+from .inputs import base_of, check_length, eval_mode, load_tokenizer, text_tokenizer
 from .lora_file import CONFIG, check_base_kept
 from .lora_file import TENSORS as WEIGHTS
 from .task_driver import Driver, Rows
@@ -201,6 +201,7 @@ class TaskRouter:
                 "TaskRouter.load(folder, model, tokenizer), or give features."
             )
         ids = [self._ids(prompt, i) for i, prompt in enumerate(prompts)]
+        check_length(self.base, ids)
         device = next(p.device for p in self.base.parameters() if p.device.type != "meta")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found: dict[int, Tensor] = {}
@@ -300,18 +301,27 @@ class TaskRouter:
         model = model if model is not None else self._model
         if model is None:
             raise ValueError("There is no model to drive: router.attach(model).")
+        before = None if self._driver is None else (self._model, self._adapters, self._mode, self._none)
         self.detach()
+        try:
+            self._drive(model, dict(adapters or {}), mode, none)
+        except ValueError:
+            if before is not None:  # as it was
+                self._drive(*before)
+            raise
+
+    def _drive(self, model: Any, adapters: dict[str, str], mode: str, none: bool) -> None:
         self._open(model)
         check_base_kept(getattr(self.base, "peft_config", {}))
         assert self._states is not None
         driver = Driver(self.base, self._states, self._rows)
         try:
-            self._adapters = self._row_names(driver.names(), dict(adapters or {}))
-            driver.check(self._adapters.values())
+            names = self._row_names(driver.names(), adapters)
+            driver.check(names.values())
         except ValueError:
             driver.remove()
             raise
-        self._driver, self._mode, self._none = driver, mode, none
+        self._driver, self._adapters, self._mode, self._none = driver, names, mode, none
 
     def detach(self) -> None:
         """Leave the model as it was without the router."""

@@ -343,6 +343,10 @@ def test_torch_export_of_a_layer(make_config):
     x = torch.randn(2, 5, 64)
     exported = torch.export.export(layer, (x,))
     torch.testing.assert_close(exported.module()(x), layer(x))
+    sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
+    exported, other = torch.export.export(layer, (x,), dynamic_shapes=(sizes,)), torch.randn(3, 7, 64)
+    torch.testing.assert_close(exported.module()(other), layer(other))
+    torch.testing.assert_close(torch.jit.trace(layer, (x,))(other), layer(other))
 
 
 # Generation

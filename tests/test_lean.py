@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 from helpers import METHODS, adapted, gradients, quantized, randomize, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -542,6 +543,38 @@ def test_functorch_takes_the_plain_path(make_config):
     layer, x = one_layer(make_config, nn.Linear(16, 12)).eval(), torch.randn(4, 16)
     want = torch.autograd.functional.jacobian(lambda x: layer(x).sum(0), x)
     torch.testing.assert_close(torch.func.jacrev(lambda x: layer(x).sum(0))(x), want)
+
+
+def test_forward_mode_differentiation_takes_the_plain_path(make_config):
+    layer, x, v = one_layer(make_config, nn.Linear(16, 12)).eval(), torch.randn(4, 16), torch.randn(4, 16)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, v))).tangent
+    want = torch.autograd.functional.jacobian(lambda x: (layer(x) @ torch.ones(12)).sum(), x)
+    assert (got @ torch.ones(12)).sum().item() == pytest.approx((want * v).sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("frozen", ["the second adapter", "both, over a trained base"])
+def test_a_frozen_adapter_leaves_the_gradients_of_what_is_trained_beside_it(make_config, frozen, inputs, monkeypatch):
+    """In the first layer nothing of such an adapter's part wants a gradient but the output that it adds to."""
+
+    def gradient():
+        model = adapted(make_config, tiny_llama()).train()
+        model.add_adapter("two", model.peft_config["default"])
+        randomize(model, seed=2)
+        model.base_model.set_adapter(["default", "two"])
+        model.set_requires_grad("two", False)
+        if "both" in frozen:
+            model.set_requires_grad("default", False)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("q_proj.base_layer" in name)
+        model(input_ids=inputs, labels=inputs).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    got = gradient()
+    monkeypatch.setattr(AdapterLinear, "lean", False)
+    want = gradient()
+    assert got.keys() == want.keys() and got
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name, form in METHODS.items() if not form.merges])

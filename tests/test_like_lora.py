@@ -16,6 +16,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -366,6 +367,13 @@ def test_the_reference_of_a_preference_trainer_is_the_adapter_as_it_is(method, m
     want = model.eval()(inputs).logits
     model.set_adapter("ref")
     assert torch.equal(model(inputs).logits, want)
+
+
+def test_peft_s_helper_that_leaves_inputs_in_their_dtype_changes_nothing_here(make_config):
+    model, x = adapted(make_config).eval(), torch.randn(3, 10)
+    want = model(x)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(model(x), want)
 
 
 def test_trl_switches_its_dropout_off_as_a_lora_s(method, make_config, inputs):

@@ -22,6 +22,7 @@ from helpers import (
     jsonl,
     load_recipe,
     quantized,
+    tiny_bert,
     tiny_gpt2,
     tiny_llama,
     tiny_t5,
@@ -37,6 +38,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForSequenceClassification,
 )
 
 from peft_mora import export
@@ -99,6 +101,26 @@ def test_what_a_plain_lora_cannot_hold_is_refused(tmp_path):
         exact_lora(model)
     with pytest.raises(FileExistsError, match="delete it"):
         save_lora(model, exact_lora(model), tmp_path)
+
+
+def test_a_lora_of_a_part_of_the_modules_is_no_export(tmp_path):
+    model = adapted("mora", tiny_llama())
+    for batches in ([], iter(padded(0))):  # a generator is empty after one pass
+        with pytest.raises(ValueError, match="adapted modules saw no input, e.g. 'model.layers.*as a list"):
+            fit_lora(model, batches, gram_bytes=1)
+    loras = fit_lora(model, padded(0))
+    (_, *rest) = loras.items()
+    with pytest.raises(ValueError, match="The adapter has 14 modules, and there are 13 LoRAs, not alike in"):
+        save_lora(model, dict(rest), tmp_path / "part")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="no token to measure"):
+        effect_error(model, loras, [])
+
+
+def test_an_effect_is_measured_by_next_tokens_alone():
+    model = adapted("lori", tiny_bert(BertForSequenceClassification), target_modules=["query"])
+    with pytest.raises(ValueError, match="BertForSequenceClassification gives none"):
+        effect_error(model, exact_lora(model), padded(1))
 
 
 def test_what_is_not_finite_is_never_exported_as_exact_or_close():

@@ -22,6 +22,7 @@ from peft_mora.merging.core import canonical, core_space, reduced, to_lora
 from peft_mora.merging.inputs import Inputs, Spread, Statistics, at_strength, encoded, inputs, output_energy, spread
 from peft_mora.merging.inputs import adapted as put_onto
 from peft_mora.merging.lego import lego, robust
+from peft_mora.quantization import nf4_config
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -987,6 +988,61 @@ def test_prompts_beyond_the_models_positions_are_refused(llama_folder, tmp_path)
         collect_inputs(
             model.unload(), ["the cat " * 40], tmp_path / "one", AutoTokenizer.from_pretrained(llama_folder)
         )
+
+
+def test_answers_have_to_fit_the_model_s_positions_as_well(llama_folder, tmp_path):
+    base, tokenizer = tiny_gpt2(), AutoTokenizer.from_pretrained(llama_folder)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+        randomize(model, seed=seed)
+        model.save_pretrained(folder)
+        base = model.unload()
+    given = {"model": base, "tokenizer": tokenizer, "prompts": {key: ["the cat " * 30] for key in folders}}
+    with pytest.raises(ValueError, match="60 tokens and an answer up to 16 .*, and the model has 64 positions"):
+        merge_adapters(folders, **given)
+    assert merge_adapters(folders, **given, answer_tokens=4).tried
+    assert merge_adapters(folders, **given, strength=0.5).tried == {}
+
+
+def test_sums_of_nothing_are_refused():
+    lora = Lora(torch.ones(1, 3), torch.ones(2, 1))
+    empty, nothing = Inputs(), Inputs()
+    nothing.add(lora, None, weight=0.0)
+    for sums in (empty, nothing):
+        with pytest.raises(ValueError, match="Nothing was added that counts"):
+            sums.result()
+    with pytest.raises(ValueError, match="`weight` must be a number >= 0"):
+        empty.add(lora, None, weight=-1.0)
+    for rank in (0, -1, "a"):
+        with pytest.raises(ValueError, match="`rank` must be an integer >= 1, or None"):
+            sequential.Opcm(rank)
+
+
+@pytest.mark.parametrize("value", [{"lora_alpha": None}, {"lora_alpha": float("nan")}, {"alpha_pattern": ["q"]}])
+def test_a_config_with_no_scale_is_refused_by_its_file(trained, value):
+    _, (folder, *_) = trained
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | value))
+    with pytest.raises(ValueError, match="adapter_config.json has lora_alpha, rank_pattern or alpha_pattern"):
+        read_lora(folder)
+
+
+def test_what_requantising_loses_is_of_the_layers_that_are_quantised_and_in_their_blocks(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4_config())
+    base.save_pretrained(tmp_path / "nf4")
+    fields = {"r": 2, "target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    adapted(LoraConfig, base, **fields).save_pretrained(tmp_path / "adapter")
+    done = merge_into_base(tmp_path / "adapter", tmp_path / "whole", dtype=torch.float32, requantize=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=nf4_config())
+    again = quantised.dequantize(torch.float32)
+    loras = {name: lora for name, lora in read_lora(tmp_path / "adapter").loras.items() if name != "lm_head"}
+    assert done.loss.keys() == loras.keys() and loras
+    for name, (A, B) in loras.items():
+        lost = (again.get_submodule(name).weight - merged.get_submodule(name).weight.T).norm()  # a Linear4bit
+        assert done.loss[name] == pytest.approx(float(lost / (B @ A).norm()), rel=0.02)
 
 
 def test_prompts_are_read_to_their_end_unless_a_length_is_given(trained):

@@ -622,6 +622,34 @@ def test_mistakes_are_refused_by_name():
         saved(TEST, adapter_names=["default/task1"] * 8)
 
 
+@pytest.mark.parametrize("config", [LORA, METHODS["lori"]], ids=["lora", "lori"])
+def test_names_that_are_given_by_hand_win_over_an_attached_router_s_two(config):
+    model = two_adapters(config)
+    router, names = fitted(model), ["b"] * len(TEST)
+    want = model(TEST, adapter_names=names).logits
+    router.attach(mode="top2")
+    routed = model(TEST).logits
+    torch.testing.assert_close(model(TEST, adapter_names=names).logits, want)
+    assert torch.equal(model(TEST).logits, routed) and not torch.allclose(routed, want)
+
+
+def test_an_attachment_that_is_refused_leaves_the_one_before_it():
+    model = two_adapters()
+    router = fitted(model)
+    router.attach()
+    want = model(TEST).logits
+    with pytest.raises(ValueError, match="has no adapter 'nope'"):
+        router.attach(mode="top2", adapters={"b": "nope"})
+    assert torch.equal(model(TEST).logits, want)
+    router.detach()
+    assert "generate" not in vars(model.get_base_model()) and not torch.allclose(model(TEST).logits, want)
+
+
+def test_a_prompt_with_more_tokens_than_the_model_has_positions_is_refused():
+    with pytest.raises(ValueError, match="A prompt has .* tokens, and the model has 64 positions"):
+        TaskRouter(tiny_gpt2(), Numbers()).add_task("a", [*texts(tokens(*A)), " ".join(["5"] * 80)])
+
+
 def test_what_changes_under_an_attached_router_is_refused_where_it_shows():
     model = two_adapters()
     router = fitted(model)

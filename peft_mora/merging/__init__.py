@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import check_field, is_int, is_number, listed
 from ..files import check_new
-from ..inputs import batches_of, check_text, text_tokenizer, writes_text
+from ..inputs import batches_of, check_length, check_text, text_tokenizer, writes_text
 from ..lora_file import Lora, check_finite, write_lora
 from . import distillation, rules, scaling
 from .adapters import Adapters
@@ -34,7 +34,6 @@ from .inputs import (
     Statistics,
     adapted,
     check_base,
-    check_length,
     check_strengths,
     check_system,
     collect_inputs,
@@ -195,7 +194,8 @@ def merge_adapters(
     if model is not None and prompts is not None:
         kept = {"directions": directions, "last": last}
         texts = texts_of(prompts, adapters.folders)
-        look = _Look(model, texts, tokenizer, batch_size, kept, adapters, answer_tokens, progress)
+        asked = answer_tokens if distill or len(strengths) > 1 else 0
+        look = _Look(model, texts, tokenizer, batch_size, kept, adapters, asked, progress)
     later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
     used: dict[str, Any] = {}  # of the arguments that a model brings
     tried: dict[float, list[float]] = {}
@@ -330,7 +330,7 @@ class _Look:
             check_base(model, file)
         open_end = writes_text(model)
         self.prompts = [encoded(each, self.tokenizer, open_end=open_end) for each in texts]
-        check_length(model, list(chain(*self.prompts)))
+        check_length(model, list(chain(*self.prompts)), answer_tokens if open_end else 0)
         self.batches = [batches_of(prompts, batch_size) for prompts in self.prompts]
 
     def alone(self, strength: float) -> list[Statistics]:

@@ -32,11 +32,11 @@ from ..files import whole_file
 from ..inputs import (
     base_of,
     batches_of,
+    check_length,
     check_text,
     load_tokenizer,
     parts,
     real_rows,
-    room,
     seeded,
     shared_inputs,
     text_tokenizer,
@@ -193,6 +193,7 @@ def collect_inputs(
     Raises:
         ValueError: as `read_lora`; the model is not the adapter's base; no texts; a module that saw no input.
     """
+    check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     file = read_lora(folder)
     if not isinstance(model, PeftModel):
         check_base(model, file)
@@ -314,17 +315,6 @@ def encoded(
     return rows
 
 
-def check_length(model: nn.Module, rows: Sequence[Tensor]) -> None:
-    """Refuse prompts with more tokens than a model has positions, where it keeps a table of them (GPT-2, BERT).
-
-    Raises:
-        ValueError: naming both numbers.
-    """
-    positions, longest = room(model), max(map(len, rows))
-    if positions is not None and longest > positions:
-        raise ValueError(f"A prompt has {longest} tokens, and the model has {positions} positions: give shorter ones.")
-
-
 def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
     """By their names in the base model."""
     base: Any = model.get_base_model()
@@ -441,7 +431,11 @@ class Inputs:
             lora: its ΔW. C: None: its inputs are not known, so that it takes part in the ridge only.
             weight: >= 0; of the adapter. output: E‖ΔW_t x‖², by which its error is divided, so that every adapter's
                 output counts alike; None computes it.
+
+        Raises:
+            ValueError: a weight that is none.
         """
+        check_field(is_number(weight) and weight >= 0, "weight", weight, "a number >= 0")
         A, B = lora.A.double(), lora.B.double()
         output = output_energy(lora, C) if output is None else output
         self.weight += weight
@@ -463,7 +457,13 @@ class Inputs:
             self.B = [torch.eye(len(B), dtype=B.dtype)]
 
     def result(self) -> Lora:
-        """A (R, I), B (O, R) float64."""
+        """A (R, I), B (O, R) float64.
+
+        Raises:
+            ValueError: nothing was added, or with weight 0 alone.
+        """
+        if not self.weight > 0:
+            raise ValueError("Nothing was added that counts: add(lora, C) first, with a weight > 0.")
         A, B = torch.cat(self.A), torch.cat(self.B, dim=1)
         size = A.shape[1]
         if self.trace <= 0:  # nothing is known of any input, or all updates are 0: the weighted mean

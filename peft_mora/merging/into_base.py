@@ -103,13 +103,15 @@ def merge_into_base(
         raise ValueError(f"{name} has no {missing[0]!r}: it is no causal language model, which this writes.")
     settings = _four_bit_settings(model)
     quantized = getattr(model, "hf_quantizer", None) is not None
+    coded = _coded(model) if requantize else set()
     model = dequantized(model, dtype)
     losses: dict[str, float] = {}
     off = whole = 0.0
     for module in bar(file.loras, "into the base", progress):
         merged, delta = _add(model, module, file.loras[module], name)
-        if requantize:
-            lost, size = float((_requantized(merged, settings) - merged.float()).norm()), float(delta.norm())
+        if module in coded:
+            rows = merged.T if isinstance(model.get_submodule(module), Conv1D) else merged  # as bitsandbytes has it
+            lost, size = float((_requantized(rows, settings) - rows.float()).norm()), float(delta.norm())
             losses[module] = lost / size if size else float("inf")
             off, whole = off + lost**2, whole + size**2
     for key, tensor in file.saved.items():
@@ -165,6 +167,19 @@ def _own(model: Any, module: str, name: str, base: Any) -> Tensor:
         setattr(owner, name, weight)
         model.config.tie_word_embeddings = False
     return weight.requires_grad_(False)
+
+
+def _coded(model: Any) -> set[str]:
+    """The linear layers whose weights the model's quantisation packs; of a model in 16 bits those that NF4 would, all
+    but the output head."""
+    packed = {name for name, module in model.named_modules() if _is_packed(getattr(module, "weight", None))}
+    head = model.get_output_embeddings()
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    return packed or {name for name, module in linear if module is not head}
+
+
+def _is_packed(weight: Any) -> bool:
+    return type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
 def _four_bit_settings(model: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..checks import check_field, is_number
+from ..checks import check_field, is_int, is_number
 from ..lora_file import Lora
 from .core import core_space, norm_of, reduced, svd, to_lora
 
@@ -32,6 +32,7 @@ class Opcm:
 
     def __init__(self, rank: int | None = None, block: float = 0.5) -> None:
         check_field(is_number(block) and 0 <= block <= 1, "block", block, "a share in [0, 1]")
+        check_field(rank is None or (is_int(rank) and rank >= 1), "rank", rank, "an integer >= 1, or None")
         self.rank, self.block = rank, block
         self.total: Lora | None = None  # unscaled, in its SVD gauge
         self.norms = 0.0
