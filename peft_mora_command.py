@@ -422,9 +422,8 @@ In the training script: OrthogonalProjectionCallback("out/general")."""
     _add_model(parser)
 
     def call(args: Any) -> None:
-        from peft_mora.inputs import load_tokenizer
         from trl_callbacks import protect
-        from trl_callbacks.general_text import TOKENS, read
+        from trl_callbacks.general_text import TOKENS, check_source
         from trl_callbacks.subspace import Subspace
 
         Subspace.check_folder(args.output)
@@ -433,7 +432,7 @@ In the training script: OrthogonalProjectionCallback("out/general")."""
             if not Path(args.source).is_file():
                 raise ValueError(f"--source {args.source}: no such file; give JSON lines, or self.")
             check_base(args.model)
-            read(args.source, load_tokenizer(args.model), args.tokens or TOKENS)
+            check_source(args.source, args.model, args.tokens or TOKENS)
         model = load_model(args)
         found = protect(model, args.source, args.output, **given)
         ranks = [len(basis.T) for basis in found.right.values()]
@@ -581,7 +580,11 @@ def read_texts(path: str, answers: bool = False) -> list[str]:
 
 
 def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, or a byte that was none
+        return False
+    return True
 
 
 def _pairs(given: list[str], flag: str) -> dict[str, str]:

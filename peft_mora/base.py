@@ -356,7 +356,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         """Add an adapter to this layer; PEFT calls this for each module that the config matches."""
         self.r[adapter_name] = r
         self.scaling[adapter_name] = alpha / r
-        self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout[adapter_name] = nn.Dropout(config.dropout)
         self.module_names[adapter_name] = module_name
         self.create_weights(adapter_name, config, module_name, original)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -481,7 +481,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self, result: Tensor, adapter_name: str, x: Tensor, add: Any = plain_add_update, *args: Any,
         parts: Parts | None = None,
     ) -> Tensor:  # fmt: skip
-        dropout = getattr(self.dropout[adapter_name], "p", 0.0) if self.training else 0.0
+        dropout = self.dropout[adapter_name].p if self.training else 0.0
         return add(result, x, *(parts or self.parts(adapter_name)), self.scaling[adapter_name], dropout, *args)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:

@@ -180,8 +180,8 @@ def effect_error(
 
     with eval_mode(model):
         for batch in batches:
-            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().nonzero().squeeze(1)
-            adapter = logits(batch)
+            adapter, mask = logits(batch), batch.get("attention_mask")
+            real = torch.arange(len(adapter)) if mask is None else mask.flatten().nonzero().squeeze(1)
             with model.disable_adapter():
                 effect += _compared(logits(batch), adapter, real)
                 hooks = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]

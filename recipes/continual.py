@@ -34,11 +34,12 @@ from shared.lm_eval_tasks import (
     write_lm_eval_tasks,
 )
 from shared.tasks import find_task
-from shared.training import adapter_config, check_protected, make_trainer
+from shared.training import adapter_config, make_trainer
 from transformers import TrainerCallback, set_seed
 
 from peft_mora import start_task
 from trl_callbacks import OrthogonalProjectionCallback, continual_metrics
+from trl_callbacks.general_text import check_source
 
 
 class Way(NamedTuple):
@@ -235,7 +236,7 @@ def main() -> None:
     if args.perplexity:
         read_passages(args.perplexity)
     if any(WAYS[way].protects for way in args.ways):
-        check_protected(args.protect, base)
+        check_source(args.protect, base)
     content = {"base": Path(base).name, "records": runs.digest(learnt), **runs.files(args, "perplexity", "protect")}
     runs.claim(output, args, "device", "output", "ways", "seeds", "metrics", **content)
     tasks = dict(zip(write_lm_eval_tasks(learnt, output / "tasks"), learnt, strict=True))

@@ -28,9 +28,10 @@ from shared.embedded_tasks import TASKS
 from shared.general_passages import PROTECTED
 from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
-from shared.training import NAMES, adapter_config, check_protected, comparable, protectable, train
+from shared.training import NAMES, adapter_config, comparable, protectable, train
 
 from trl_callbacks import OrthogonalProjectionCallback
+from trl_callbacks.general_text import check_source
 
 
 DEFAULT_TASK = "helpdesk"  # LoRA ends at .97 on two seeds
@@ -87,7 +88,7 @@ def main() -> None:
     text = {EMBEDDED: list(PROTECTED), "none": None}.get(args.protect, args.protect)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     base = find_base(args.model, args.device)
-    check_protected(text, base)
+    check_source(text, base)
 
     def score(adapter: Path | None = None) -> Any:
         """What lm-eval says of the task and of passages that nothing was protected with."""

@@ -46,7 +46,7 @@ from shared import runs, scores
 from shared.base_model import find_base, load_base
 from shared.lm_eval_tasks import write_lm_eval_perplexity, write_lm_eval_tasks
 from shared.tasks import find_task
-from shared.training import NAMES, adapter_config, check_protected, comparable, protectable, train
+from shared.training import NAMES, adapter_config, comparable, protectable, train
 from transformers import set_seed
 
 from peft_mora import METHODS
@@ -62,6 +62,7 @@ from peft_mora.merging import (
 )
 from peft_mora.opening import with_adapter
 from trl_callbacks import OrthogonalProjectionCallback, protect
+from trl_callbacks.general_text import check_source
 
 
 TWO_PASSES = "two-passes"
@@ -469,7 +470,7 @@ def main() -> None:
     for method, r in product(args.methods, args.ranks or [args.r]):
         adapter_config(method, **comparable(method, r))
     base = find_base(args.model, args.device)
-    check_protected(args.protect, base)
+    check_source(args.protect, base)
     free = "device output seeds methods ways weights rules merged_ranks prompts settings metrics score_on reuse"
     records = runs.digest([find_task(name, args.data) for name in args.tasks])  # the same for all seeds
     content = {"base": base, "records": records, **runs.files(args, "perplexity", "protect")}

@@ -139,7 +139,10 @@ def unknown_texts(args: argparse.Namespace) -> dict[str, list[str]]:
 # Routing alone
 
 
-def look(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, output: Path) -> None:
+def look(
+    tasks: list[dict[str, Any]], unknown: dict[str, list[str]], general: list[str], base: str,
+    args: argparse.Namespace, output: Path,
+) -> None:  # fmt: skip
     """Layers and numbers of prompts, each draw a row: how many held-out training prompts go to their task, how many
     are taken for unknown, and of the unknown how many are."""
     model, tokenizer = load_base(base, args.device)
@@ -154,8 +157,8 @@ def look(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, outpu
     pools = {task["name"]: [record["prompt"] for record in task["train"][:POOL]] for task in tasks}
     known = {name: read(prompts) for name, prompts in pools.items()}
     bare = {task["name"]: read([record["passage"] for record in task["train"][:POOL]]) for task in tasks}
-    unknown = {name: read(prompts) for name, prompts in unknown_texts(args).items()}
-    general = read(read_texts(args.general, 64)) if args.general else None
+    strange = {name: read(prompts) for name, prompts in unknown.items()}
+    none = read(general) if general else None
     rows = []
     for i, layer in enumerate(layers):
         for count in args.prompts:
@@ -165,7 +168,7 @@ def look(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, outpu
 
                 def fit(source: dict[str, list[torch.Tensor]], left_out: str = "", i=i, draws=draws, n=count) -> Any:
                     rows = {name: features[i][draws[name][:n]] for name, features in source.items()}
-                    rows |= {} if general is None else {"none": general[i]}
+                    rows |= {} if none is None else {"none": none[i]}
                     return router_of(rows, args.false_alarms, left_out)
 
                 def right(router: Any, source: Any, none: bool, i=i, draws=draws, n=count) -> float:
@@ -189,7 +192,7 @@ def look(tasks: list[dict[str, Any]], base: str, args: argparse.Namespace, outpu
                         "right": right(router, known, none=False), "false alarms": statistics.mean(alarms),
                         "bare": right(router, bare, none=False),
                         "bare, fitted bare": right(fit(bare), bare, none=False),
-                        **{f"none: {name}": share_none(router, features[i]) for name, features in unknown.items()},
+                        **{f"none: {name}": share_none(router, features[i]) for name, features in strange.items()},
                         "none: unseen task": statistics.mean(unseen), "its worst": min(unseen),
                     }
                 )  # fmt: skip
@@ -368,7 +371,7 @@ def main() -> None:
     if max(args.layers or [1]) > depth:
         raise SystemExit(f"--layers {max(args.layers)}: the base has {depth}")
     if args.look:
-        look(tasks, base, args, output)
+        look(tasks, unknown, general, base, args, output)
         return
     folders = adapters(tasks, base, args, output) if args.ways else []
     # Rows of other ways stay, so they have to be of the same records and adapters, and found in the same way.

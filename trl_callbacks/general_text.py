@@ -174,6 +174,19 @@ def read(source: Any, tokenizer: Any, tokens: int, model: Any = None) -> list[Ba
     return batches
 
 
+def check_source(source: Any, base: str, tokens: int = TOKENS) -> None:
+    """Refuse a file that `protect` cannot read, before a model is opened; what is no file is not looked at.
+
+    Args:
+        base: folder or name of the model, for its tokenizer.
+
+    Raises:
+        ValueError: as `read`. FileNotFoundError: nothing is there.
+    """
+    if isinstance(source, (str, Path)) and source != "self":
+        read(source, load_tokenizer(base), tokens)
+
+
 def _length(model: Any) -> int:
     """Tokens of one text, of a model that may have room for fewer."""
     return min(LENGTH, (room(model) if model is not None else None) or LENGTH)

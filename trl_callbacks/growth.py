@@ -13,11 +13,11 @@ from __future__ import annotations
 import copy
 import heapq
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -296,14 +296,13 @@ def _check_reference(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: the reference adapter has the very weights of the one in training.
     """
-    there = dict(model.named_parameters())
-    pairs = [
-        (p, there.get(re.sub(rf"\.{re.escape(adapter_name)}(?=\.|$)", f".{REFERENCE}", name)))
-        for name, p in there.items()
-        if p.requires_grad
-    ]
-    found = [(p, other) for p, other in pairs if other is not None and other is not p]
-    if found and all(p.shape == other.shape and torch.equal(p, other) for p, other in found):
+    if REFERENCE not in getattr(model, "peft_config", {}):
+        return
+    learnt, reference = (
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        for name in (adapter_name, REFERENCE)
+    )
+    if learnt.keys() == reference.keys() and all(torch.equal(t, reference[key]) for key, t in learnt.items()):
         raise ValueError(
             f"The trainer has copied the adapter of the checkpoint as its reference, {REFERENCE!r}, and would compare "
             "it with itself. Where the run began with a fresh adapter its reference was the base: call "

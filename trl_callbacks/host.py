@@ -235,9 +235,15 @@ def keep_stopped(model: Any, args: TrainingArguments, state: TrainerState, alone
     folder = output_folder(args) / f"stopped-{state.global_step}"
     if args.should_save:
         model.save_pretrained(folder)
-    if not alone and dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    if not alone:
+        wait_for_all()
     return folder
+
+
+def wait_for_all() -> None:
+    """Until every process of the run is here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -38,7 +37,7 @@ from peft_mora.linalg import (
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
 from .factors import Factors, are_those, trainable_factors
 from .general_text import TOKENS, add_text
-from .host import KINDS, HostCallback, begin_first, calibration_batches, output_folder
+from .host import KINDS, HostCallback, begin_first, calibration_batches, output_folder, wait_for_all
 from .sources import SOURCES, Run
 from .subspace import SEEN_ENERGY, Subspace
 
@@ -357,8 +356,7 @@ class OrthogonalProjectionCallback(HostCallback):
                 f"subspace of {len(subspace.tasks)} task(s) written to {folder}: {mean:.0f} protected directions a "
                 f"module, at most {max(ranks, default=0)}"
             )
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         _report_room(subspace, "left to the next task")
 
     def leakage(self) -> float:

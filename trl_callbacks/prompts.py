@@ -27,7 +27,7 @@ from peft_mora.inputs import real_rows
 from peft_mora.linalg import leading_directions, orthonormal
 
 from .constraint import Constraint, as_evaluated, averages
-from .host import HostCallback, begin_first, calibration_batches, output_folder
+from .host import HostCallback, begin_first, calibration_batches, output_folder, wait_for_all
 from .subspace import Subspace
 
 
@@ -209,8 +209,7 @@ class PromptProjectionCallback(HostCallback):
                 f"subspace of {len(self._subspace.tasks)} task(s) written to {folder}: {V.shape[1]} of {V.shape[0]} "
                 "directions of the prompt are protected"
             )
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
 
     def _remembered(self, args: TrainingArguments, known: dict[str, Any], prompt: Tensor) -> Subspace:
         output = output_folder(args) / "subspace"

@@ -172,14 +172,11 @@ def _own(model: Any, module: str, name: str, base: Any) -> Tensor:
 def _coded(model: Any) -> set[str]:
     """The linear layers whose weights the model's quantisation packs; of a model in 16 bits those that NF4 would, all
     but the output head."""
-    packed = {name for name, module in model.named_modules() if _is_packed(getattr(module, "weight", None))}
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    packed = {name for name, weight in weights.items() if type(weight).__name__ in ("Params4bit", "Int8Params")}
     head = model.get_output_embeddings()
     linear = ((name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
     return packed or {name for name, module in linear if module is not head}
-
-
-def _is_packed(weight: Any) -> bool:
-    return type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
 def _four_bit_settings(model: Any) -> dict[str, Any]:

@@ -11,12 +11,10 @@ from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from peft_mora import METHODS
 from peft_mora.base import AdapterLinear
-from trl_callbacks.general_text import TOKENS, read
 
 from . import runs
 from .base_model import load_base
@@ -95,16 +93,6 @@ def equal_rank(method: str, r: int, shapes: Counter[tuple[int, int]], **given: A
 def protectable(method: str) -> bool:
     """Whether OrthogonalProjectionCallback can hold it: it trains the A that reads a module's own input."""
     return method == "lora" or METHODS[method].model.tuner_layer_cls.trained is not AdapterLinear.trained
-
-
-def check_protected(source: Any, base: str) -> None:
-    """Refuse what `protect` of the projection callback cannot read, before anything is trained or scored.
-
-    Raises:
-        ValueError, FileNotFoundError: as `trl_callbacks.protect`.
-    """
-    if source not in (None, "self"):
-        read(source, AutoTokenizer.from_pretrained(base), TOKENS)
 
 
 BENCH = (*NAMES, "lori-s")
