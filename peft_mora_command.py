@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # the hosts' to their own callers
                 call(args)
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError, ImportError) as error:  # what the library refuses, with what to do
             raise SystemExit(f"peft-mora {verb}: {' '.join(str(error).split())}") from None
     else:
@@ -495,7 +497,8 @@ def check_device(device: str) -> None:
 
 
 def check_base(name_or_dir: str) -> None:
-    """Refuse what is neither a folder nor can be a name on the Hub.
+    """Refuse what is neither a folder nor can be a name on the Hub, and an adapter's folder, which transformers opens
+    as its base with the adapter in it.
 
     Raises:
         ValueError: with what to give.
@@ -503,6 +506,8 @@ def check_base(name_or_dir: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    if Path(name_or_dir, "adapter_config.json").exists():
+        raise ValueError(f"{name_or_dir} is an adapter: give its base model (peft-mora info {name_or_dir} names it).")
     if not Path(name_or_dir).exists():
         try:
             validate_repo_id(name_or_dir)
@@ -545,46 +550,29 @@ def read_texts(path: str, answers: bool = False) -> list[str]:
     Raises:
         ValueError: there is none, or a record without one; names the file and the line.
     """
-    found = []
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if not _is_unicode(line):
-                raise ValueError(f"{path}:{number} is not UTF-8: save the file as that.")
-            text: Any = line.strip()
-            if path.endswith((".jsonl", ".json")):
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number} is no JSON: {error}.") from error
-                record = record if isinstance(record, dict) else {}
-                text = next((record[name] for name in ("text", "page", "prompt") if name in record), None)
-                if not isinstance(text, str) or not text.strip():
-                    raise ValueError(f"{path}:{number} has no text: write a non-empty 'text' or 'prompt'.")
-                if answers and "prompt" in record:
-                    name = "answer" if "answer" in record else "completion"
-                    answer = record.get(name, "")
-                    if not isinstance(answer, (str, int, float)):
-                        raise ValueError(
-                            f"{path}:{number} has a {type(answer).__name__} as {name!r}: write it as text, as the "
-                            "prompt is."
-                        )
-                    text += f" {answer}" if name == "answer" else str(answer)
-                if not _is_unicode(text):
-                    raise ValueError(f"{path}:{number} has half a character (a surrogate alone): write it whole.")
-            found.append(text)
+    from peft_mora.json_lines import read_jsonl, read_lines
+
+    if path.removesuffix(".gz").endswith((".jsonl", ".json")):
+        found = [_text_of(record, f"{path}:{number}", answers) for number, record in read_jsonl(path)]
+    else:
+        found = [line for _, line in read_lines(path)]
     if not found:
         raise ValueError(f"{path} has no text in it.")
     return found
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a character, or a byte that was none
-        return False
-    return True
+def _text_of(record: Any, place: str, answers: bool) -> str:
+    record = record if isinstance(record, dict) else {}
+    text = next((record[name] for name in ("text", "page", "prompt") if name in record), None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{place} has no text: write a non-empty 'text' or 'prompt'.")
+    if not answers or "prompt" not in record:
+        return text
+    name = "answer" if "answer" in record else "completion"
+    answer = record.get(name, "")
+    if not isinstance(answer, (str, int, float)):
+        raise ValueError(f"{place} has a {type(answer).__name__} as {name!r}: write it as text, as the prompt is.")
+    return text + (f" {answer}" if name == "answer" else str(answer))
 
 
 def _pairs(given: list[str], flag: str) -> dict[str, str]:

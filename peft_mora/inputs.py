@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -411,6 +412,14 @@ def contiguous_head(model: Any) -> AbstractContextManager[None]:
     return removed_after(hooks)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs; of one that accelerate offloads as a whole, where it computes."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    there = (weight.device for weight in model.parameters() if not weight.is_meta)
+    return next(chain(there, (torch.device(place) for place in places if place is not None)), torch.device("cpu"))
+
+
 @torch.no_grad()
 def visit(
     model: nn.Module,
@@ -437,7 +446,7 @@ def visit(
     """
     base = base_of(model)
     accepted = inspect.signature(base.forward).parameters
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    device = device_of(model)
     head = output_head(base)
     options = {"use_cache": False, "logits_to_keep": 1}
     stack = getattr(base, getattr(base, "base_model_prefix", "") or "", base)
@@ -624,7 +633,7 @@ def layer_similarity(
     visit(model, layers, batches, add)
     if dist.is_available() and dist.is_initialized():
         stacked = torch.stack(list(sums.values()))
-        stacked = stacked.to(next(p.device for p in model.parameters()))
+        stacked = stacked.to(device_of(model))
         dist.all_reduce(stacked)
         sums = dict(zip(sums, stacked.cpu(), strict=True))
     return {name: float(total / count) for name, (total, count) in sums.items()}

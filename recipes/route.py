@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from shared import runs, scores
 from shared.base_model import find_base, load_base
-from shared.data import read_jsonl
+from shared.data import read_records
 from shared.tasks import find_task
 from shared.training import adapter_config, train
 from torch.nn.functional import normalize
@@ -106,7 +106,7 @@ def pair(text: str) -> tuple[str, str]:
 
 def read_texts(path: str | Path, words: int) -> list[str]:
     found = []
-    for number, record in read_jsonl(Path(path)):
+    for number, record in read_records(Path(path)):
         text = next((record[key] for key in ("text", "page", "question") if key in record), None)
         if not isinstance(text, str) or not text.strip():
             raise SystemExit(f"{path}:{number}: no text; write a non-empty string as text, page or question")

@@ -94,8 +94,7 @@ def test_it_says_count_columns_and_one_sample(tmp_path, capsys):
 
 GOOD = {"prompt": "p", "answer": "a"}
 BAD = {
-    "an empty line": (GOOD, "", "empty record; delete the line"),
-    "half a line": (GOOD, '{"prompt": "p", "ans', "not JSON"),
+    "half a line": (GOOD, '{"prompt": "p", "ans', "no JSON"),
     "a list": (GOOD, '["p", "a"]', "is no object"),
     "no label": (GOOD, {"prompt": "p"}, "'answer' is missing or empty"),
     "an empty label": (GOOD, {"prompt": "p", "answer": " "}, "'answer' is missing or empty"),
@@ -160,6 +159,15 @@ def test_a_bad_record_is_refused_with_file_and_line(what, tmp_path):
 def test_text_in_another_encoding_is_refused_with_file_and_line(data, line, kind, tmp_path):
     (tmp_path / "train.jsonl").write_bytes(data)
     with pytest.raises(ValueError, match=f"train.jsonl:{line}: the text is {kind}"):
+        read_dataset(tmp_path)
+
+
+def test_empty_lines_windows_line_ends_and_a_byte_order_mark_are_no_part_of_a_record(tmp_path):
+    good = json.dumps(GOOD)
+    (tmp_path / "train.jsonl").write_bytes(f"{good}\r\n\r\n{good}\r\n\n".encode("utf-8-sig"))
+    assert len(read_dataset(tmp_path)) == 2
+    (tmp_path / "train.jsonl").write_text(f"{good}\n\n[3]\n")
+    with pytest.raises(ValueError, match=r"train.jsonl:3: '\[3\]' is no object"):
         read_dataset(tmp_path)
 
 

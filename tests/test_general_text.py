@@ -1,5 +1,6 @@
 """A memory of general text: which texts it takes, what it holds, and that training leaves the model alone there."""
 
+import gzip
 import shutil
 
 import pytest
@@ -93,8 +94,23 @@ def test_what_is_no_text_is_refused(source, message, tokenizer):
 def test_a_file_that_is_not_there_and_a_line_that_is_no_json_are_named(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl.*no such file"):
         read("missing.jsonl", tokenizer, 100)
-    with pytest.raises(ValueError, match=r"bad\.jsonl:2 is no JSON"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: no JSON"):
         read(jsonl(tmp_path / "bad.jsonl", {"text": "the"}, "{oops"), tokenizer, 100)
+
+
+def test_a_file_to_protect_may_have_a_byte_order_mark_or_be_gzipped_and_half_characters_are_named(tokenizer, tmp_path):
+    text = '{"text": "the cat sat"}\n\n"a dog ran"\n'
+    (tmp_path / "marked.jsonl").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    wanted = read(["the cat sat", "a dog ran"], tokenizer, 100)
+    for name in ("marked.jsonl", "packed.jsonl.gz"):
+        found = read(tmp_path / name, tokenizer, 100)
+        assert [batch["input_ids"].tolist() for batch in found] == [batch["input_ids"].tolist() for batch in wanted]
+    (tmp_path / "wide.jsonl").write_text(text, encoding="utf-16")
+    (tmp_path / "half.jsonl").write_text(text + '{"text": "\\ud83d"}\n')
+    for name, message in (("wide.jsonl", "1: the text is UTF-16"), ("half.jsonl", r"4: \\ud83d is half a character")):
+        with pytest.raises(ValueError, match=rf"{name}:{message}"):
+            read(tmp_path / name, tokenizer, 100)
 
 
 def test_the_model_samples_the_same_text_each_time_and_nothing_else_changes(tokenizer):

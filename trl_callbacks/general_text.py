@@ -7,7 +7,6 @@ leave alone. So protected text is a `Subspace` like any other, with the text in 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from peft_mora.fingerprint import fingerprint
 from peft_mora.inputs import (
     base_of,
     contiguous_head,
+    device_of,
     eval_mode,
     generating_by,
     input_statistics,
@@ -38,6 +38,7 @@ from peft_mora.inputs import (
     visit,
     writes_text,
 )
+from peft_mora.json_lines import read_jsonl
 
 from .subspace import Subspace
 
@@ -238,13 +239,7 @@ def _records(source: Any) -> Iterable[Any]:
                 f"`protect` is {str(source)!r}, and there is no such file. Give the path of a JSON Lines file, a list "
                 "of texts, a data set, or 'self' for text that the model samples itself."
             )
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{path}:{number} is no JSON: {error}.") from error
+        yield from (record for _, record in read_jsonl(path))
     else:
         check_field(isinstance(source, Iterable), "protect", source, "texts, a data set, a file, or 'self'")
         yield from source
@@ -305,7 +300,7 @@ def _turns(tokenizer: Any) -> tuple[list[int], list[int]] | None:
 
 def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, stop: bool = False) -> Batch:
     """Sample behind each prompt until it has `length` tokens; with `stop`, only to the end of its text."""
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    device = device_of(model)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     batch = left_padded([torch.tensor(row) for row in prompts], end)
     ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))

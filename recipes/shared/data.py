@@ -7,7 +7,6 @@ my_data/train.jsonl: 500 records, columns prompt, answer
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from inspect import signature
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+
+from peft_mora.json_lines import read_jsonl
 
 from .embedded_tasks import TASKS, make_task
 
@@ -103,7 +104,7 @@ def _open(source: str | Path, split: str, config: str | None) -> tuple[Iterator[
     table = path.is_file() and path.suffix == ".parquet"
     if not table and (path.is_file() or (path / f"{split}.jsonl").is_file()):
         path = path if path.is_file() else path / f"{split}.jsonl"
-        return ((f"{path}:{number}", record) for number, record in read_jsonl(path)), str(path)
+        return ((f"{path}:{number}", record) for number, record in read_records(path)), str(path)
     name = str(path) if table else f"{source}[{split}]"
     if not path.exists() and source in TASKS:
         return ((f"{name}, row {i}", r) for i, r in enumerate(make_task(str(source))[split])), name
@@ -139,37 +140,15 @@ def _open(source: str | Path, split: str, config: str | None) -> tuple[Iterator[
     return ((f"{name}, row {i}", _own_keys(record, dataset.features)) for i, record in enumerate(dataset)), name
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, record) of a file with one JSON object a line, gzipped or not.
 
     Raises:
-        ValueError: a line is empty, not UTF-8, not JSON, or no object; names file and line.
+        ValueError: as `read_jsonl`; a line is no object.
     """
-    data = path.read_bytes()
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path} is gzip, and broken ({error})") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 (byte {data[error.start]:#x})"
-        raise ValueError(f"{path}:{number}: the text is {kind}; save the file as UTF-8") from error
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text.strip() else [], 1):
-        if not line.strip():
-            raise ValueError(f"{path}:{number}: empty record; delete the line")
-        try:
-            record = json.loads(line)
-            if "\\u" in line:
-                json.dumps(record, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); write one object a line") from error
-        except UnicodeEncodeError as error:
-            half = error.object[error.start].encode("ascii", "backslashreplace").decode()
-            raise ValueError(f"{path}:{number}: {half} is half a character, which no text can hold") from error
+    for number, record in read_jsonl(path):
         if not isinstance(record, dict):
+            line = json.dumps(record, ensure_ascii=False)
             raise ValueError(f'{path}:{number}: {line[:40]!r} is no object; write one a line, as {{"text": "…"}}')
         yield number, record
 

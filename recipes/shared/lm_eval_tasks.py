@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .base_model import EMBEDDED
-from .data import read_jsonl
+from .data import read_records
 from .general_passages import HELD_OUT
 
 
@@ -157,7 +157,7 @@ def read_passages(file: str | Path) -> list[str]:
     if str(file) == EMBEDDED:
         return list(HELD_OUT)
     texts = []
-    for number, record in read_jsonl(Path(file)):
+    for number, record in read_records(Path(file)):
         text = record.get("text", record.get("page"))
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{file}:{number}: no passage; write a non-empty string in the field 'text' or 'page'")

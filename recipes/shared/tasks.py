@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .data import check_record, read_jsonl
+from .data import check_record, read_records
 from .embedded_tasks import TASKS, make_task
 
 
@@ -75,7 +75,7 @@ def read_task(data_dir: str | Path, name: str, max_passage_words: int = 48) -> d
     task: dict[str, Any] = {"name": name}
     labels_file = folder / "labels.json"
     try:
-        labels = json.loads(labels_file.read_text(encoding="utf-8")) if labels_file.exists() else None
+        labels = json.loads(labels_file.read_text(encoding="utf-8-sig")) if labels_file.exists() else None
     except ValueError as error:
         raise ValueError(f"{labels_file} is no JSON in UTF-8 ({error})") from error
     if labels is not None and not (isinstance(labels, list) and all(isinstance(x, str) and x.strip() for x in labels)):
@@ -85,7 +85,7 @@ def read_task(data_dir: str | Path, name: str, max_passage_words: int = 48) -> d
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: a task is a folder with train.jsonl, test.jsonl, labels.json")
         task[split] = []
-        for number, record in read_jsonl(path):
+        for number, record in read_records(path):
             check_record(record, ("prompt", "answer"), f"{path}:{number}")
             prompt, answer = record["prompt"], record["answer"].strip()
             if labels is not None and answer not in labels:
