@@ -15,7 +15,7 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
@@ -26,7 +26,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from peft.config import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+    onload_layer,
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     PeftType,
@@ -454,7 +460,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         if mixed is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=mixed, **kwargs)
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            with onload_layer(self):  # accelerate may have the weight elsewhere
+                self.unmerge()
         base_layer = self.base_layer
         if self.disable_adapters or self.merged or not names:
             return base_layer(x, *args, **kwargs)
@@ -531,6 +538,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         """
         if not self.is_static(adapter_name):
             raise ValueError(self.merge_refusal)
+        if self.is_offloaded([adapter_name]):
+            with self.onloaded([adapter_name]):
+                return self.get_delta_weight(adapter_name)
         A, B = self.factors(adapter_name)
         delta = self.scaling[adapter_name] * (B @ A)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
@@ -703,10 +713,14 @@ class AdapterModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's own also copies `weight`, which trained tokens and some quantised layers do not have, and moves the
-        adapter to the base's device, where it has been made; on a base on meta it has not."""
+        adapter to the base's device, where it has been made; on a base on meta it has not. What is drawn stays: a file
+        need not bring it."""
         setattr(parent, child_name, new_module)
         if isinstance(new_module, AdapterLinear) and any(p.is_meta for p in new_module.get_base_layer().parameters()):
-            new_module.to("meta")
+            for part, module in new_module.named_modules():
+                if not part.startswith("base_layer"):
+                    for name, weight in module.named_parameters(recurse=False):
+                        setattr(module, name, nn.Parameter(weight.detach().to("meta"), weight.requires_grad))
 
     def _wrap(
         self, target: nn.Module, config: AdapterConfig, module_name: str, parameter_name: str | None
@@ -905,6 +919,19 @@ def config_of(model: nn.Module, adapter_name: str) -> Any:
             "say the same: pass the model that the adapter was added to, or one that holds it."
         )
     return configs[adapter_name]
+
+
+def check_in_memory(layers: Mapping[str, Any], adapter_name: str) -> None:
+    """Refuse layers whose weights are to be read or changed as a whole, and are not there.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if away := [name for name, layer in layers.items() if layer.is_offloaded([adapter_name])]:
+        raise ValueError(
+            f"Weights of {adapter_name!r} on {away[0]} are on the meta device: accelerate offloads them, or they were "
+            "never loaded. Put the whole model into memory for this (device_map=None)."
+        )
 
 
 def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLinear]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
@@ -111,7 +111,8 @@ class ExpertWeights(AdapterLinear):
                 "model.set_adapter(NAME)."
             )
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            with onload_layer(self):  # accelerate may have the weight elsewhere
+                self.unmerge()
         names = [name for name in self.active_adapters if name in self.r]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)

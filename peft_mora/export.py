@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import registry
-from .base import AdapterLinear
+from .base import AdapterLinear, check_in_memory
 from .checks import check_field, is_int, listed
 from .experts import ExpertWeights
 from .inputs import base_of, eval_mode, parts, real_rows, removed_after, visit, writes_text
@@ -339,6 +339,7 @@ def exportable_layers(model: nn.Module, adapter_name: str = "default") -> dict[s
             "first, unmerged and enabled."
         )
     by_name = {layer.module_names[adapter_name]: layer for layer in layers}
+    check_in_memory(by_name, adapter_name)
     get_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
     shared = getattr(get_embeddings(), "weight", None)
     tied = [n for n, layer in by_name.items() if shared is getattr(layer.get_base_layer(), "weight", layer)]

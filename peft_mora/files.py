@@ -65,6 +65,7 @@ def check_new(folder: str | Path) -> None:
 
     Raises:
         FileExistsError: it exists, or a file is where one of its parents is to be.
+        PermissionError: as `check_writable`.
     """
     folder = Path(folder).resolve()
     if folder.exists():
@@ -76,6 +77,17 @@ def _check_parents(folder: Path) -> None:
     there = next(parent for parent in folder.parents if parent.exists())
     if not there.is_dir():
         raise FileExistsError(f"{there} is a file, so that no folder can be written in it: give another one.")
+    check_writable(there)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse a folder in which nothing can be made: before work whose result is to go there.
+
+    Raises:
+        PermissionError: it is not this user's to write to, or is mounted read-only.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to: give another folder, or change its permissions.")
 
 
 def check_own(folder: str | Path, names: Collection[str]) -> None:
@@ -101,7 +113,8 @@ def check_own(folder: str | Path, names: Collection[str]) -> None:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; at the end of the block it takes `path`'s place in one step, with the mode
     that `open` gives. Nothing changes if the block fails."""
-    path = Path(path).resolve()
+    path = Path(path)
+    path = path.parent.resolve() / path.name  # a link in its place goes, and what it points to stays: the Hub's cache
     written = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     written.touch()
     mode = written.stat().st_mode & 0o777

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor
 
 
 # Of the weights in bfloat16, which files of before have alone; and of what float16 leaves of those.
@@ -31,17 +33,22 @@ def fingerprint(model: Any, vocab_size: int | None = None) -> dict[str, Any]:
     table: Any = model.get_input_embeddings()
     while isinstance(table, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         table = table.get_base_layer() if isinstance(table, BaseTunerLayer) else table.original_module
-    table = table.weight if hasattr(table, "weight") else next(table.parameters())  # pixels go through a convolution
-    rows = len(table) if vocab_size is None else vocab_size
-    weights = [table[:rows][:: max(1, rows // 64)]]
-    for name, module in model.named_modules():
-        if "Norm" in type(module).__name__ and "modules_to_save" not in name:
-            weights += list(module.parameters(recurse=False))
     digests = [hashlib.sha256() for _ in HASHES]
-    for weight in weights:
+
+    def add(weight: Tensor) -> None:
         plain = weight.detach().to("cpu", torch.bfloat16).contiguous()
         for digest, values in zip(digests, (plain, plain.half().bfloat16()), strict=True):
             digest.update(values.view(torch.int16).numpy().tobytes())
+
+    with align_module_device(table):  # accelerate may have it elsewhere
+        first = table.weight if hasattr(table, "weight") else next(table.parameters())  # pixels: a convolution
+        rows = len(first) if vocab_size is None else vocab_size
+        add(first[:rows][:: max(1, rows // 64)])
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and "modules_to_save" not in name:
+            with align_module_device(module):
+                for weight in module.parameters(recurse=False):
+                    add(weight)
     return {
         "model_type": getattr(config, "model_type", type(model).__name__),
         "hidden_size": getattr(config, "hidden_size", None),

@@ -117,7 +117,8 @@ class LoriLinear(SeededLinear):
             nn.init.uniform_(weight, -1 / math.sqrt(self.r[adapter_name]), 1 / math.sqrt(self.r[adapter_name]))
         frozen = config.frozen_entries.get(module_name, 0)
         if frozen:
-            places = torch.arange(self.size(adapter_name)) < frozen  # right in number; the file brings the rest
+            # Right in number; the file brings the rest.
+            places = torch.arange(self.size(adapter_name), device="cpu") < frozen
             self.set_frozen(adapter_name, places, torch.zeros(frozen))
         learnt = (self.lori_frozen_mask, self.lori_frozen_B) if adapter_name == REFERENCE else ()
         for entries in (self.lori_mask, *learnt):
@@ -133,7 +134,7 @@ class LoriLinear(SeededLinear):
     def _random_mask(self, adapter_name: str, config: LoriConfig, module_name: str, kept: int | None) -> Tensor:
         n = self.size(adapter_name)
         kept = round((1 - (config.sparsity or 0)) * n) if kept is None else kept
-        mask = torch.zeros(n, dtype=torch.bool)
+        mask = torch.zeros(n, dtype=torch.bool, device="cpu")  # also where new tensors are made on meta
         mask[torch.from_numpy(generator(config.seed or 0, module_name, "mask").permutation(n)[:kept])] = True
         return mask
 

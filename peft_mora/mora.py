@@ -23,7 +23,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import set_requires_grad
 from torch import Tensor, nn
 
-from .base import REFERENCE, Trained, adapter_layers, config_of, set_config
+from .base import REFERENCE, Trained, adapter_layers, check_in_memory, config_of, set_config
 from .checks import check_field, is_int, is_number, task_names
 from .experts import ExpertModel, ExpertWeights
 from .inputs import unmoved
@@ -480,6 +480,7 @@ def start_task(model: Any, name: str, adapter_name: str = "default") -> TaskSumm
         )
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError("Cannot start a task on a merged adapter: call model.unmerge_adapter() first.")
+    check_in_memory(layers, adapter_name)
     for layer in layers.values():
         layer.grow(adapter_name, name)
     # A copy: TRL gives its reference adapter the same config object, and the reference does not grow.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import AdapterLinear, config_of
+from .base import AdapterLinear, check_in_memory, config_of
 from .checks import check_field, is_number
 from .inputs import eval_mode
 from .routed import record_routing, routed_layers
@@ -67,6 +67,7 @@ def prune_experts(
         raise ValueError(f"Cannot prune adapter {adapter_name!r}: {refusal}")
     if any(layer.merged for layer in model.modules() if isinstance(layer, AdapterLinear)):
         raise ValueError("Cannot prune while an adapter is merged: call model.unmerge_adapter() first.")
+    check_in_memory(layers, adapter_name)
     usage = expert_usage(model, adapter_name)
     batches = [] if inputs is None else [inputs] if isinstance(inputs, Mapping) else list(inputs)
     before = list(_outputs(model, batches, layers, adapter_name))

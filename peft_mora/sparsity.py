@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .base import adapter_layers, config_of
+from .base import adapter_layers, check_in_memory, config_of
 from .checks import check_field, is_number
 from .lori import LoriLinear, record_form, share_projection
 
@@ -64,6 +64,7 @@ def sparsify(
         )
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError("Cannot sparsify a merged adapter: call model.unmerge_adapter() first.")
+    check_in_memory(layers, adapter_name)
     magnitudes = torch.cat(
         [layer.lori_B[adapter_name].weight.float().abs().flatten().cpu() for layer in layers.values()]
     )

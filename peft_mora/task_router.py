@@ -34,7 +34,7 @@ from .base import BASE_ADAPTER
 from .checks import check_field, is_indices, is_int, is_number
 from .files import check_own, whole_folder
 from .fingerprint import differences, fingerprint
-from .inputs import base_of, check_length, eval_mode, load_tokenizer, text_tokenizer
+from .inputs import base_of, check_length, device_of, eval_mode, load_tokenizer, text_tokenizer
 from .lora_file import CONFIG, check_base_kept
 from .lora_file import TENSORS as WEIGHTS
 from .task_driver import Driver, Rows
@@ -154,7 +154,8 @@ class TaskRouter:
         Raises:
             ValueError: the name is taken, there is no prompt or an empty one, or the features do not fit the others'.
         """
-        check_field(isinstance(name, str) and bool(name), "name", name, "a non-empty string")
+        ok = isinstance(name, str) and name not in ("", "__metadata__")  # which safetensors keeps for itself
+        check_field(ok, "name", name, "a non-empty string, and not '__metadata__'")
         if name in self.rows:
             raise ValueError(f"The router has a task {name!r} already: router.remove_task({name!r}) first.")
         rows = self.features(prompts)
@@ -202,7 +203,7 @@ class TaskRouter:
             )
         ids = [self._ids(prompt, i) for i, prompt in enumerate(prompts)]
         check_length(self.base, ids)
-        device = next(p.device for p in self.base.parameters() if p.device.type != "meta")
+        device = device_of(self.base)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found: dict[int, Tensor] = {}
         with eval_mode(self.base), adapters_off(self.base):
@@ -586,7 +587,7 @@ class RouterInModel(nn.Module):
             assert self.driver is not None
             text = self.config.router
             values: Any = self.features
-            values = values.cpu().contiguous().view(torch.float32)
+            values = values.cpu().clone().view(torch.float32)  # torch.save wants one dtype of a storage
             rows = dict(
                 zip(
                     sorted(text["tasks"]), values.split([text["tasks"][n] for n in sorted(text["tasks"])]), strict=True

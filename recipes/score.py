@@ -195,6 +195,8 @@ def main() -> None:
         for found in results.values():
             del found["samples"]
         files["report.html"] = report.page(record["report"])
+    else:
+        (output / "report.html").unlink(missing_ok=True)  # an earlier run's, whose numbers these are not
     files["results.json"] = json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n"
     for name, text in files.items():
         with whole_file(output / name) as file:

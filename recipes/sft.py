@@ -155,7 +155,10 @@ def main() -> None:
         parts = [script_args.dataset_train_split]
         parts += [script_args.dataset_test_split] if args.eval_strategy != "no" else []
         script_args.dataset_name = name  # for the model card
-        return {part: read_dataset(name, part, script_args.dataset_config, **checked) for part in parts}
+        found = {part: read_dataset(name, part, script_args.dataset_config, **checked) for part in parts}
+        if method == "mtllora" and "tasks" not in given and "task" in found[parts[0]].column_names:
+            parser.error(f"the records of {name} name their task: give the tasks' names, --tasks A B")
+        return found
 
     # TRL's main asks its own package for each of these when it runs.
     trls_get_peft_config = trl.get_peft_config

@@ -12,7 +12,6 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import dispatch_model
 from helpers import LORA, METHODS, adapted, ranks, reopened, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -184,7 +183,7 @@ def test_a_model_on_meta_gets_its_adapter_on_meta_and_loads_later(make_config, i
     model.save_pretrained(tmp_path)
     with torch.device("meta"):
         base = tiny_llama()
-    empty = get_peft_model(base, make_config(target_modules="all-linear"))
+        empty = get_peft_model(base, make_config(target_modules="all-linear"))
     assert all(p.is_meta for p in empty.parameters())
     empty = empty.to_empty(device="cpu")
     missing = empty.load_state_dict(model.state_dict(), strict=False)
@@ -194,37 +193,6 @@ def test_a_model_on_meta_gets_its_adapter_on_meta_and_loads_later(make_config, i
         if "rotary" in name:  # not in a state dict; transformers' from_pretrained makes it again
             buffer.copy_(rotary[name])
     assert torch.equal(empty.eval()(inputs).logits, model(inputs).logits)
-
-
-DISK = {"model.layers.1": "disk"}
-CPU = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
-
-
-def test_offloaded_weights_are_there_when_they_are_read_and_are_not_trained(make_config, inputs, tmp_path):
-    model = adapted(make_config).eval()
-    want = model(inputs).logits
-    places = {f"base_model.model.{name}": place for name, place in {**CPU, **DISK}.items()}
-    offloaded = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
-    assert any(p.is_meta for name, p in model.named_parameters() if ".default." in name)
-    assert torch.equal(offloaded(inputs).logits, want)
-    assert torch.equal(offloaded(inputs, adapter_names=["default"] * 3).logits, want)
-    assert any(p.is_meta for name, p in model.named_parameters() if ".default." in name)  # and are away again
-    offloaded.train().requires_grad_(False)
-    assert offloaded(inputs).logits.isfinite().all()  # nothing learns
-    for name, parameter in offloaded.named_parameters():
-        parameter.requires_grad_(".default." in name)
-    with pytest.raises(ValueError, match=r"q_proj are offloaded by accelerate, which drops what they learn"):
-        offloaded(inputs)
-
-
-def test_an_adapter_without_values_is_not_computed_with(family, inputs, tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", device_map={**CPU, **DISK}, offload_folder=tmp_path
-    )
-    model = get_peft_model(model, METHODS[family](target_modules="all-linear")).eval()  # its own is on meta there
-    with pytest.raises(ValueError, match=r"'default' on model.layers.1.self_attn.q_proj are on the meta device"):
-        model(inputs)
 
 
 def test_moving_to_another_device_takes_everything_along(make_config):

@@ -645,6 +645,18 @@ def test_inputs_that_are_not_finite_are_refused_and_leave_no_memory(llama_folder
     assert not (tmp_path / "subspace").exists()
 
 
+def test_the_adapter_is_kept_where_its_subspace_cannot_be_written(llama_folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    model = get_peft_model(tiny_llama(), MoraConfig(r=4, target_modules=["q_proj"]))
+    trainer = sft(model, llama_folder, tmp_path, [OrthogonalProjectionCallback()], max_steps=1)
+    monkeypatch.setattr(Subspace, "save", full)
+    with pytest.raises(RuntimeError, match=r"OSError: No space left on device\. The adapter is in .*stopped-1"):
+        trainer.train()
+    assert (tmp_path / "stopped-1/adapter_model.safetensors").exists()
+
+
 def test_a_task_that_adapts_fewer_modules_is_remembered_in_all(llama_folder, tmp_path):
     """Its inputs to the others go through what the first task made of them, and the third may change that."""
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), adapter_name="one")

@@ -112,13 +112,16 @@ def test_sft_trains_and_saves_the_adapter_that_its_flags_describe(
     assert (config["base_model_name_or_path"], len(config["target_modules"])) == (llama_folder, 14)
 
 
-def test_sft_learns_several_tasks_that_the_records_name(sft, run_recipe, llama_folder, tmp_path):
+def test_sft_learns_several_tasks_that_the_records_name(sft, run_recipe, llama_folder, tmp_path, capsys):
     records = [{"prompt": "the cat", "answer": word, "task": task} for task, word in [("a", "red"), ("b", "big")] * 4]
     source = jsonl(tmp_path / "train.jsonl", *records)
     method = ("--peft_method", "mtllora", "--tasks", "a", "b", "--ups", "2")
     run_recipe(sft, *flags(llama_folder, source, tmp_path / "out"), *method)
     config = PeftConfig.from_pretrained(tmp_path / "out")
     assert (config.tasks, config.default_task, config.ups) == (["a", "b"], None, 2)
+    with pytest.raises(SystemExit):
+        run_recipe(sft, *flags(llama_folder, source, tmp_path / "one"), "--peft_method", "mtllora")
+    assert "name their task: give the tasks' names, --tasks A B" in capsys.readouterr().err
 
 
 def test_sft_reads_a_datasets_folder_and_evaluates_on_its_test_split(sft, run_recipe, llama_folder, tmp_path, task):

@@ -415,6 +415,7 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
         assert TaskRouter.of(other).last == tasks
         got = other.generate(input_ids=TEST, attention_mask=MASK, max_new_tokens=3, do_sample=False)
         assert torch.equal(got, answers)
+    torch.save(opened["peft"], tmp_path / "whole.pt")
     with pytest.raises(ValueError, match="of another base model"):
         PeftModel.from_pretrained(tiny_llama(seed=1), tmp_path / "routed")
     with pytest.raises(ValueError, match="is for inference"):
@@ -591,6 +592,7 @@ def test_mistakes_are_refused_by_name():
         (lambda: router.add_task("c", five), "of task 'c' have 5 dimensions, those of the router's tasks 64"),
         (lambda: router.route(five), "of these prompts have 5 dimensions, those of the router's tasks 64"),
         (lambda: router.add_task("c", "5 6"), "a list of prompts"),
+        (lambda: router.add_task("__metadata__", ["5 6"]), "a non-empty string, and not '__metadata__'"),
         (lambda: router.add_task("c", torch.full((3, 64), float("nan"))), "finite features"),
         (lambda: router.remove_task("c"), "no task 'c'"),
         (lambda: router.attach(adapters={"c": "b"}), "does not have: ['c']"),

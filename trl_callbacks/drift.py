@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_mora import MtlLoraLinear, use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int, is_number, listed
-from peft_mora.inputs import base_of, eval_mode, trainable_as_before, writes_text
+from peft_mora.inputs import base_of, device_of, eval_mode, trainable_as_before, writes_text
 from peft_mora.lora_file import check_base_kept
 
 from .constraint import as_evaluated, averages
@@ -45,7 +45,7 @@ def drift(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """
     check_base_kept(model.peft_config)
     sums, count = torch.zeros(3, dtype=torch.float64), 0
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    device = device_of(model)
     rows = (
         (ids.to(device), mask.to(device))
         for batch in batches
@@ -302,7 +302,7 @@ class DriftCallback(HostCallback):
     def _measure(self, model: Any) -> dict[str, float]:
         found = drift(model, self._batches)
         if dist.is_available() and dist.is_initialized():  # all ranks must decide alike
-            values = torch.tensor(list(found.values()), dtype=torch.float64).to(next(model.parameters()).device)
+            values = torch.tensor(list(found.values()), dtype=torch.float64).to(device_of(model))
             dist.broadcast(values, 0)
             found = dict(zip(found, values.tolist(), strict=True))
         return found

@@ -240,6 +240,16 @@ def keep_stopped(model: Any, args: TrainingArguments, state: TrainerState, alone
     return folder
 
 
+@contextmanager
+def adapter_kept(model: Any, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+    """What one process writes at a run's end: if that fails, the adapter is saved first, and the error says where."""
+    try:
+        yield
+    except Exception as error:
+        kept = keep_stopped(model, args, state, alone=True)
+        raise RuntimeError(f"{type(error).__name__}: {error}. The adapter is in {kept}.") from error
+
+
 def wait_for_all() -> None:
     """Until every process of the run is here."""
     if dist.is_available() and dist.is_initialized():

@@ -25,7 +25,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from peft_mora import use_exact_4bit_kernels
 from peft_mora.base import AdapterLinear
 from peft_mora.checks import check_field, is_int, is_number
-from peft_mora.inputs import base_of, eval_mode, real_rows, removed_after, writes_text
+from peft_mora.inputs import base_of, device_of, eval_mode, real_rows, removed_after, writes_text
 from peft_mora.linalg import shrink_sketch, spectrum
 from peft_mora.routing import at_least_float32
 
@@ -419,7 +419,7 @@ def fisher_directions(run: Run, source: Any, tokens: int, count: int) -> dict[st
             output.register_hook(see)
 
     handles = [pair.layer.register_forward_hook(partial(hook, name)) for name, pair in run.factors.items()]
-    device = next(p.device for p in run.model.parameters() if p.device.type != "meta")
+    device = device_of(run.model)
     with eval_mode(run.model), removed_after(handles), torch.enable_grad():
         for batch in _rows(batches):
             mask = batch["attention_mask"]

@@ -37,7 +37,15 @@ from peft_mora.linalg import (
 from .constraint import Constraint, are_held, as_evaluated, averages, constraints, sharing
 from .factors import Factors, are_those, trainable_factors
 from .general_text import TOKENS, add_text
-from .host import KINDS, HostCallback, begin_first, calibration_batches, output_folder, wait_for_all
+from .host import (
+    KINDS,
+    HostCallback,
+    adapter_kept,
+    begin_first,
+    calibration_batches,
+    output_folder,
+    wait_for_all,
+)
 from .sources import SOURCES, Run
 from .subspace import SEEN_ENERGY, Subspace
 
@@ -349,7 +357,8 @@ class OrthogonalProjectionCallback(HostCallback):
         subspace.tasks.append({"name": name, "energy": self.source.energy, "max_rank": self.source.max_rank})
         if state.is_world_process_zero:
             folder = output_folder(args) / "subspace"
-            subspace.save(folder)
+            with adapter_kept(model, args, state):
+                subspace.save(folder)
             ranks = [V.shape[1] for V in subspace.right.values()]
             mean = sum(ranks) / max(1, len(ranks))
             print(

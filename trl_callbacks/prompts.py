@@ -27,7 +27,7 @@ from peft_mora.inputs import real_rows
 from peft_mora.linalg import leading_directions, orthonormal
 
 from .constraint import Constraint, as_evaluated, averages
-from .host import HostCallback, begin_first, calibration_batches, output_folder, wait_for_all
+from .host import HostCallback, adapter_kept, begin_first, calibration_batches, output_folder, wait_for_all
 from .subspace import Subspace
 
 
@@ -203,7 +203,8 @@ class PromptProjectionCallback(HostCallback):
         self._prompt = self._constraint = self._start = self._optimizer = None
         if state.is_world_process_zero:
             folder = output_folder(args) / "subspace"
-            self._subspace.save(folder)
+            with adapter_kept(model, args, state):
+                self._subspace.save(folder)
             V = self._subspace.right[GROUP]
             print(
                 f"subspace of {len(self._subspace.tasks)} task(s) written to {folder}: {V.shape[1]} of {V.shape[0]} "

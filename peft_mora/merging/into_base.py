@@ -72,8 +72,8 @@ def merge_into_base(
             copy has.
         dtype: of the weights: float32, bfloat16 or float16; a base of a wider one is rounded to it before ΔW is added,
             so that float32 keeps more of a float32 base.
-        requantize: measure what quantising the result again would lose, as the base is quantised, or in NF4 with
-            double quantisation (bitsandbytes).
+        requantize: measure what quantising the result again would lose, in bitsandbytes' 4 bits as the base has them,
+            or else in NF4 with double quantisation (also for a base in 8 bits).
         device: where to compute.
         progress: show a bar; None: in a terminal.
 
@@ -101,6 +101,11 @@ def merge_into_base(
     model, missing = found[0], sorted(found[1]["missing_keys"])
     if missing:
         raise ValueError(f"{name} has no {missing[0]!r}: it is no causal language model, which this writes.")
+    if not_here := [key for key, weight in model.named_parameters() if weight.is_meta]:
+        raise ValueError(
+            f"{device=} leaves {len(not_here)} weights of {name} out of memory ({not_here[0]!r}, …), where nothing "
+            'can be added to them: give a device that has room for all of it, as "cpu".'
+        )
     settings = _four_bit_settings(model)
     quantized = getattr(model, "hf_quantizer", None) is not None
     coded = _coded(model) if requantize else set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -117,14 +118,26 @@ def claim(output: Path, args: argparse.Namespace, *free: str, **content: str) ->
     """
     output.mkdir(parents=True, exist_ok=True)
     given = {key: value for key, value in vars(args).items() if key not in free}
-    there = given
-    if (output / "run.json").exists():
-        there = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    there = check_program(output) or given
+    content["program"] = program()
     differs = {key: (there.get(key), value) for key, value in given.items() if there.get(key) != value}
     differs |= {key: (there[key], value) for key, value in content.items() if there.get(key, value) != value}
     if differs:
         raise SystemExit(f"{output} is a run with other arguments (there, here): {differs}; give another --output")
     write_json(output / "run.json", there | given | content)
+
+
+def check_program(output: Path) -> dict[str, Any]:
+    """What a run's `run.json` says, {} where there is none; refuse another program's, which could not go on then."""
+    path = output / "run.json"
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if there.get("program", program()) != program():
+        raise SystemExit(f"{output} is a run of {there['program']}, not of {program()}; give another --output")
+    return there
+
+
+def program() -> str:
+    return Path(sys.argv[0]).name
 
 
 def digest(what: Any) -> str:
