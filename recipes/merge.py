@@ -75,8 +75,10 @@ SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
 ENDS = {"greedy": "", "label": " label"}  # of the columns of a task
 ARGUMENTS = {"before", "after", "weights", "canonical"}
 ANY_RULE = ARGUMENTS | {*chain.from_iterable(map(options_of, AFTER.values()))}
-LOOK = {"directions", "last", "strength"}
-LOOKING = {"inputs": LOOK, TWO_PASSES: LOOK | {"passes", "distill", "learning_rate", "answer_tokens"}}
+LOOKING = {
+    "inputs": {"directions", "last", "strengths"},
+    TWO_PASSES: {"directions", "last", "strength", "passes", "distill", "learning_rate", "answer_tokens"},
+}
 
 
 def parse() -> argparse.Namespace:
@@ -477,6 +479,7 @@ def main() -> None:
     claim = partial(runs.claim, output, args, *free.split(), **content)
     if args.reuse:
         claim()
+    runs.check_program(output)
     scorers = {seed: Scorer(tasks[seed], output / f"seed-{seed}" / "tasks", args) for seed in args.seeds}
     if not args.reuse:
         clear(output)

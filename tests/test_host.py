@@ -75,7 +75,7 @@ WRONG = {
     TaskColumnCallback: [({"column": ""}, "`column` must be")],
     LoriCalibrationCallback: [({"sparsity": 1.0}, "`sparsity`"), ({"calibration_steps": 0}, "`calibration_steps`")],
     InputStatisticsCallback: [({name: 0}, f"`{name}` must be") for name in ("directions", "prompts")]
-    + [({name: 2}, f"`{name}` must be") for name in ("last", "strength")],
+    + [({name: 2}, f"`{name}` must be") for name in ("last", "strengths")],
     partial(DriftCallback, ["the cat"]): [
         ({"interval": 0}, "interval.*an integer >= 1"),
         ({"tokens": 1}, "tokens.*an integer >= 2"),

@@ -153,3 +153,13 @@ def test_an_adapter_that_diverged_is_kept_and_no_statistics_are_written(llama_fo
     with pytest.raises(ValueError, match=r"not finite.*The adapter is in .*stopped-2"):
         run(llama_folder, tmp_path / "out", lora_config, Break())
     assert (tmp_path / "out/stopped-2/adapter_model.safetensors").exists() and not (tmp_path / "out" / FILE).exists()
+
+
+def test_an_adapter_is_kept_where_its_statistics_cannot_be_written(llama_folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Statistics, "save", full)
+    with pytest.raises(ValueError, match=r"OSError: No space left on device\. The adapter is in .*stopped-2"):
+        run(llama_folder, tmp_path / "out", lora_config)
+    assert (tmp_path / "out/stopped-2/adapter_model.safetensors").exists()

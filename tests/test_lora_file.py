@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from peft_mora.export import exact_lora
 from peft_mora.files import check_new, check_own, whole_folder
 from peft_mora.lora_file import Lora, read_lora, write_lora
-from peft_mora.merging import merge_adapters, merge_into_base
+from peft_mora.merging import collect_inputs, merge_adapters, merge_into_base
 from trl_callbacks.subspace import Subspace
 
 
@@ -115,6 +115,20 @@ def test_a_folder_in_a_file_is_refused_before_there_is_something_to_write(tmp_pa
     with pytest.raises(FileExistsError, match="exists: delete it"):
         check_new(tmp_path / "file")
     check_new(tmp_path / "no" / "where")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    model = adapted(LORA, target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(os, "access", lambda *args: False)  # as root, tests can write everywhere
+    for refused in (
+        lambda: check_new(tmp_path / "new"),
+        lambda: whole_folder(tmp_path / "adapter", replace=True).__enter__(),
+        lambda: merge_adapters([tmp_path / "adapter"], "mean", output=tmp_path / "deep" / "new"),
+        lambda: collect_inputs(model.unload(), ["the cat"], tmp_path / "adapter"),
+    ):
+        with pytest.raises(PermissionError, match="cannot be written to: give another folder"):
+            refused()
 
 
 # Files
@@ -271,7 +285,7 @@ def test_modules_saved_in_full_are_those_whose_path_ends_with_a_name_as_peft_tak
                 parameter.mul_(1.5)
     model.save_pretrained(tmp_path / "one")
     assert len(read_lora(tmp_path / "one").saved) == saved
-    merge_adapters([tmp_path / "one"] * 2, "mean", output=tmp_path / "merged")
+    merge_adapters([tmp_path / "one"], "mean", output=tmp_path / "merged")
     merge_into_base(tmp_path / "merged", tmp_path / "whole", dtype=torch.float32)
     opened = PeftModel.from_pretrained(tiny_llama(), tmp_path / "merged").eval()
     for found in (opened, AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()):

@@ -499,6 +499,12 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
     assert all(row["sky label"] == row["label"] == "" for row in on_train[1:]) and on_train[-1]["learnt"]
     with pytest.raises(SystemExit, match="is a run with other arguments.*'r': "):
         run_recipe(recipe, *command, "--reuse", "--r", 2)
+    run = json.loads((output / "run.json").read_text())
+    assert run["program"] == f"{recipe.__name__}.py"
+    (output / "run.json").write_text(json.dumps(run | {"program": "continual.py"}))
+    with pytest.raises(SystemExit, match=r"is a run of continual\.py, not of .*; give another --output"):
+        run_recipe(recipe, *command)  # which would delete it
+    assert len(csv_rows(output / "merge.csv")) > 5 and "continual.py" in (output / "run.json").read_text()
 
 
 def test_the_merge_recipe_s_adapters_leave_protected_text_alone(llama_folder, tasks, tmp_path, run_recipe):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,7 +204,10 @@ def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
         write_lora(elsewhere / f"head{i}", loras(i), saved={head: torch.full((2, 2), i)}, modules_to_save=["head"])
     with pytest.raises(ValueError, match="modules_to_save of .*head1 and .*head2 differ"):
         merge_adapters([elsewhere / "head1", elsewhere / "head2"], "sum")
-    merge_adapters([elsewhere / "head1"] * 2, "mean", output=tmp_path / "merged")
+    with pytest.raises(ValueError, match="`folders` has .*head1 twice: give it once"):
+        merge_adapters([elsewhere / "head1", elsewhere / "../elsewhere/head1"], "mean")
+    shutil.copytree(elsewhere / "head1", elsewhere / "again")
+    merge_adapters([elsewhere / "head1", elsewhere / "again"], "mean", output=tmp_path / "merged")
     assert set(read_lora(tmp_path / "merged").saved) == {head}
 
 
@@ -803,11 +807,11 @@ def trained(llama_folder, tmp_path) -> tuple[torch.nn.Module, list[Path]]:
     return base, [tmp_path / name for name in TEXTS]
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0, 0.0])
-def test_statistics_are_of_real_tokens_and_last_ones_under_a_share_of_the_adapter(strength, trained, llama_folder):
+@pytest.mark.parametrize("strengths", [(0.0, 0.5, 1.0), (0.5,), (1.0,), (0.0, 1.0)])
+def test_statistics_are_of_real_tokens_and_last_ones_under_shares_of_the_adapter(strengths, trained, llama_folder):
     base, folders = trained
     before = {name: p.clone() for name, p in base.named_parameters()}
-    options = {} if strength == 0.5 else {"strength": strength}
+    options = {} if len(strengths) == 3 else {"strengths": strengths if len(strengths) > 1 else strengths[0]}
     found = collect_inputs(base, TEXTS["task1"], folders[0], directions=64, last=0.25, **options)
     after = dict(base.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
@@ -818,17 +822,18 @@ def test_statistics_are_of_real_tokens_and_last_ones_under_a_share_of_the_adapte
     rows: list[Tensor] = []
     layer = model.get_base_model().model.layers[1].mlp.up_proj
     layer.register_forward_pre_hook(lambda _, args: rows.append(args[0][0].detach().double()))
-    with rescale_adapter_scale(model, strength):
-        for text in TEXTS["task1"]:
-            model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    for strength in strengths:
+        with rescale_adapter_scale(model, strength):
+            for text in TEXTS["task1"]:
+                model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
     every, ends = torch.cat(rows), torch.stack([sample[-1] for sample in rows])
-    want = 0.75 * every.T @ every / len(every) + 0.25 * ends.T @ ends / 3
+    want = 0.75 * every.T @ every / len(every) + 0.25 * ends.T @ ends / len(ends)
     got = found.of("model.layers.1.mlp.up_proj").times(torch.eye(64, dtype=torch.float64))
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-    assert found.tokens == len(every)
+    assert found.tokens * len(strengths) == len(every)
 
     loaded = Statistics.load(folders[0])
-    assert loaded.groups == found.groups and loaded.strength == found.strength == strength
+    assert loaded.groups == found.groups and loaded.strengths == found.strengths == strengths
     for name, one in found.spreads.items():
         torch.testing.assert_close(loaded.spreads[name].Q.float(), one.Q, rtol=0, atol=1e-3)
         assert torch.equal(loaded.spreads[name].values, one.values) and loaded.spreads[name].rest == one.rest
@@ -1094,7 +1099,7 @@ def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merge
     base, folders = trained
     names = set(dict(base.named_modules()))
     for path in folders:
-        collect_inputs(base, TEXTS[path.name], path, directions=8)
+        collect_inputs(base, TEXTS[path.name], path, directions=8, strengths=0.5)
     files = merge_adapters(folders, rank=4, output=tmp_path / "files")
     prompts = {str(path): TEXTS[path.name] for path in folders}
     given = {"rank": 4, "model": base, "prompts": prompts, "directions": 8}

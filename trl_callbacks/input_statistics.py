@@ -7,7 +7,7 @@ afterwards: `peft_mora.merging` merges folders that hold it by least squares (ru
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from peft_mora import use_exact_4bit_kernels
 from peft_mora.checks import check_field, is_int
 from peft_mora.inputs import batches_of, check_text, shared_inputs
 from peft_mora.lora_file import TENSORS, digest, read_lora
-from peft_mora.merging.inputs import check_looking, input_spreads, submodules
+from peft_mora.merging.inputs import STRENGTHS, check_looking, input_spreads, submodules
 
 from .host import HostCallback, behind_ours, calibration_batches, callbacks_that, keep_stopped, output_folder
 
@@ -40,11 +40,11 @@ class InputStatisticsCallback(HostCallback):
     all. A resumed run writes the same one at its end.
 
     Args:
-        directions: leading directions of each module's inputs; the others have one mean. 16 to 32 are enough.
+        directions: leading directions of each module's inputs; the others have one mean. 32 are enough.
         prompts: training records to look at, drawn from the run's seed.
         last: share of C that is over last tokens of prompts alone, 0..1.
-        strength: share of its scale that the adapter has meanwhile, 0..1: under a merged one a module's inputs are
-            nearer to those of half an adapter than to its own.
+        strengths: shares of its scale that the adapter has meanwhile, 0..1, one after the other; C is the mean over
+            them: what a module gets under a merged adapter lies among these.
         adapter_name: which adapter; None is the one in training.
 
     Raises:
@@ -60,16 +60,16 @@ class InputStatisticsCallback(HostCallback):
 
     def __init__(
         self,
-        directions: int = 16,
+        directions: int = 32,
         *,
         prompts: int = 64,
         last: float = 0.5,
-        strength: float = 0.5,
+        strengths: float | Sequence[float] = STRENGTHS,
         adapter_name: str | None = None,
     ) -> None:
-        check_looking(directions, last, strength)
+        check_looking(directions, last, strengths)
         check_field(is_int(prompts) and prompts >= 1, "prompts", prompts, "an integer >= 1")
-        self.directions, self.prompts, self.last, self.strength = directions, prompts, last, strength
+        self.directions, self.prompts, self.last, self.strengths = directions, prompts, last, strengths
         self.adapter_name = adapter_name
         self._batches: list[dict[str, Tensor]] = []
 
@@ -147,13 +147,14 @@ class InputStatisticsCallback(HostCallback):
                 with saved(model, self._name) as folder:
                     modules, weights = list(read_lora(folder).loras), digest(folder)
                 statistics = input_spreads(
-                    model, modules, batches, directions=self.directions, last=self.last, strength=self.strength
+                    model, modules, batches, directions=self.directions, last=self.last, strengths=self.strengths
                 )
                 folder = output_folder(args) / ("" if self._name == "default" else self._name)
                 folder.mkdir(parents=True, exist_ok=True)
                 print(f"what the adapter saw: {statistics.save(folder, weights)}, for peft_mora.merging")
-            except ValueError as error:
-                wrong = f"{error} The adapter is in {keep_stopped(model, args, state, alone=True)}."
+            except Exception as error:  # a full disk, no memory for a look: all that was learnt is kept
+                found = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}."
+                wrong = f"{found} The adapter is in {keep_stopped(model, args, state, alone=True)}."
         if dist.is_available() and dist.is_initialized():  # all processes end alike
             told = [wrong]
             dist.broadcast_object_list(told)

@@ -150,9 +150,9 @@ def merge_adapters(
             it is.
         passes: with a model; 1 solves with what the adapters see on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
-        strength: with a model: the share of its scale at which each adapter is looked at on its own, as in
-            `collect_inputs`. Several: each is tried, and the merge whose answers to the prompts are nearest to the
-            adapters' stays (of a model that writes no text: the first).
+        strength: with a model: the share of its scale at which each adapter is looked at on its own. Several: each is
+            tried, and the merge whose answers to the prompts are nearest to the adapters' stays (of a model that
+            writes no text: the first).
         distill: with a model that writes text, after any rule: steps in which the merged adapter learns to answer the
             prompts as each adapter does on its own, eight prompts each; takes the memory of a training run.
         learning_rate: of that. answer_tokens: the most tokens of an answer, of what is compared too.
@@ -173,7 +173,7 @@ def merge_adapters(
         check_new(output)
     check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
-    strengths = check_strengths(strength)
+    strengths = list(dict.fromkeys(check_strengths("strength", strength)))
     distillation.check_lessons(model, distill, learning_rate, answer_tokens)
     adapters = Adapters(folders)
     weights = adapters.check_weights(weights)
@@ -338,7 +338,7 @@ class _Look:
         found = []
         for file, batches in zip(self.adapters.files, self.batches, strict=True):
             with adapted(self.model, file.folder) as model:
-                found.append(input_spreads(model, list(file.loras), batches, strength=strength, **self.kept))
+                found.append(input_spreads(model, list(file.loras), batches, strengths=strength, **self.kept))
         return found
 
     def under(self, merged: dict[str, Lora]) -> list[Statistics]:

@@ -40,6 +40,9 @@ class Adapters:
             folders,
             "a list of folders, at least one",
         )
+        places = [Path(folder).resolve() for folder in folders]
+        if twice := next((place for place in places if places.count(place) > 1), None):
+            raise ValueError(f"`folders` has {twice} twice: give it once, and a weight if it is to count for more.")
         self.files = [read_lora(folder) for folder in folders]
         self.fields, self.saved = check_together(self.files)
         self.digests = [digest(file.folder) for file in self.files]

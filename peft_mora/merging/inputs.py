@@ -1,7 +1,7 @@
 """What each adapter saw, kept beside it, and the merge that disturbs its outputs there least.
 
-    C_t = E[x xᵀ] of what goes into a module on prompts of adapter t, half over all tokens, half over last ones, at
-          half of its strength: under a merged one inputs are nearer to those than to its own
+    C_t = E[x xᵀ] of what goes into a module on prompts of adapter t, half over all tokens, half over last ones, a
+          third each without the adapter, at half of its strength and at all of it: what comes under a merged one
     ΔW = argmin Σ_t w_t ‖(ΔW - ΔW_t) C_t^½‖² + λ Σ_t ‖ΔW - ΔW_t‖²
        = Σ_t ΔW_t (w_t C_t + λI) · (Σ_t w_t C_t + NλI)⁻¹                      RegMean, arXiv 2212.09849, with this
        ridge
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checks import check_field, is_int, is_number
-from ..files import whole_file
+from ..files import check_writable, whole_file
 from ..inputs import (
     base_of,
     batches_of,
@@ -51,6 +51,7 @@ from ..quantization import use_exact_4bit_kernels
 
 FILE = "input_statistics.safetensors"
 VERSION = 1
+STRENGTHS = (0.0, 0.5, 1.0)  # docs/merging.md has what it gives
 HOOKS = [
     f"_forward_{kind}"
     for kind in ("hooks", "hooks_with_kwargs", "hooks_always_called", "pre_hooks", "pre_hooks_with_kwargs")
@@ -97,14 +98,14 @@ class Statistics:
     Args:
         spreads: group -> C; groups: group -> the modules that share that input.
         prompts, tokens: how many were looked at.
-        strength: of the adapter meanwhile, a share of its scale.
+        strengths: of the adapter meanwhile, shares of its scale; C is the mean over them.
     """
 
     spreads: dict[str, Spread]
     groups: dict[str, tuple[str, ...]]
     prompts: int
     tokens: int
-    strength: float = 1.0
+    strengths: tuple[float, ...] = (1.0,)
 
     def of(self, module: str) -> Spread | None:
         return next((self.spreads[group] for group, modules in self.groups.items() if module in modules), None)
@@ -121,7 +122,7 @@ class Statistics:
             tensors[f"{name}.values"] = torch.cat([values.float(), torch.tensor([rest])])
         text = {
             "version": VERSION, "groups": self.groups, "prompts": self.prompts, "tokens": self.tokens,
-            "strength": self.strength, "adapter_sha256": weights or digest(folder),
+            "strengths": self.strengths, "adapter_sha256": weights or digest(folder),
         }  # fmt: skip
         path = Path(folder) / FILE
         with whole_file(path) as written:
@@ -149,7 +150,8 @@ class Statistics:
                 for name in groups
                 for values in [found[f"{name}.values"]]
             }
-            statistics = cls(spreads, groups, text["prompts"], text["tokens"], text.get("strength", 1.0))
+            strengths = tuple(text.get("strengths", [text.get("strength", 1.0)]))  # files of before: one
+            statistics = cls(spreads, groups, text["prompts"], text["tokens"], strengths)
             version, adapter = text["version"], text["adapter_sha256"]
             if broken := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
                 raise ValueError(f"{broken[0]!r} is not finite")
@@ -167,15 +169,15 @@ def collect_inputs(
     folder: str | Path,
     tokenizer: Any = None,
     *,
-    directions: int = 16,
+    directions: int = 32,
     last: float = 0.5,
-    strength: float = 0.5,
+    strengths: float | Sequence[float] = STRENGTHS,
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> Statistics:
     """See what goes into an adapter's modules on some of its prompts, and keep that beside it.
 
-    Nothing of the texts is kept but `directions` directions of each distinct input (16: about 3 MB for a model of
+    Nothing of the texts is kept but `directions` directions of each distinct input (32: about 6 MB for a model of
     135 M parameters, whose adapter of r = 8 has 5). 8 to 64 prompts of the kind that the adapter is for; no labels.
 
     Args:
@@ -186,15 +188,17 @@ def collect_inputs(
         tokenizer: None takes the one saved with the adapter, or else the model's.
         directions: k of every C; the others have one mean.
         last: share of C that is over last tokens alone, 0..1.
-        strength: share of its scale that the adapter has meanwhile, 0..1.
+        strengths: shares of its scale that the adapter has meanwhile, 0..1, each in turn; C is the mean over them.
         max_length: tokens of a text that are read, from its first on; None: all, for what a prompt asks for is mostly
             its end.
 
     Raises:
         ValueError: as `read_lora`; the model is not the adapter's base; no texts; a module that saw no input.
+        PermissionError: the folder cannot be written to.
     """
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     file = read_lora(folder)
+    check_writable(folder)
     if not isinstance(model, PeftModel):
         check_base(model, file)
     tokenizer = tokenizer or saved_tokenizer(model, folder)
@@ -203,7 +207,7 @@ def collect_inputs(
         check_length(with_adapter.get_base_model(), rows)
         batches = batches_of(rows, batch_size)
         statistics = input_spreads(
-            with_adapter, list(file.loras), batches, directions=directions, last=last, strength=strength
+            with_adapter, list(file.loras), batches, directions=directions, last=last, strengths=strengths
         )
     statistics.save(folder)
     return statistics
@@ -222,6 +226,11 @@ def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> It
         raise ValueError(
             "The model has an adapter in it already (model.add_adapter), which would take part in all that is looked "
             "at: give the bare base model."
+        )
+    if away := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
+        raise ValueError(
+            f"The model's {away!r} is on the meta device (accelerate offloads it), and opening an adapter there would "
+            "change the model for good: put the whole model into memory, or load it in 4 bits."
         )
     before = dict(model.named_modules())
     modes = [(module, module.training) for module in before.values()]
@@ -321,11 +330,11 @@ def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
     return {name: base.get_submodule(name) for name in names}
 
 
-def check_looking(directions: int, last: float, strength: float) -> None:
-    """Refuse arguments of `input_spreads`."""
+def check_looking(directions: int, last: float, strengths: Any) -> tuple[float, ...]:
+    """The strengths; refuse arguments of `input_spreads`."""
     check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
     check_share("last", last)
-    check_share("strength", strength)
+    return check_strengths("strengths", strengths)
 
 
 def check_system(ridge: float = 0.01, floor: float = 0.1) -> None:
@@ -338,14 +347,14 @@ def check_share(name: str, value: Any) -> None:
     check_field(is_number(value) and 0 <= value <= 1, name, value, "a share in [0, 1]")
 
 
-def check_strengths(strength: Any) -> list[float]:
-    """One strength or several, each once; refuse what is none."""
-    several = isinstance(strength, Sequence) and not isinstance(strength, str)
-    found = list(strength) if several else [strength]
-    check_field(bool(found), "strength", strength, "a share in [0, 1], or several")
+def check_strengths(name: str, given: Any) -> tuple[float, ...]:
+    """One strength or several; refuse what is none."""
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    found = tuple(given) if several else (given,)
+    check_field(bool(found), name, given, "a share in [0, 1], or several")
     for one in found:
-        check_share("strength", one)
-    return list(dict.fromkeys(found))
+        check_share(name, one)
+    return found
 
 
 def input_spreads(
@@ -355,21 +364,22 @@ def input_spreads(
     *,
     directions: int = 16,
     last: float = 0.5,
-    strength: float = 1.0,
+    strengths: float | Sequence[float] = 1.0,
     budget_gib: float = 4.0,
 ) -> Statistics:
     """C of the inputs of some modules (by their names in the base model) over prompts.
 
     Args:
         batches: input_ids and attention_mask (B, S), int64.
-        strength: share of their scale that the model's adapters have meanwhile, 0..1.
+        strengths: shares of their scale that the model's adapters have meanwhile, 0..1; C is the mean over them.
 
     Raises:
         ValueError: a module saw no input, or one that is not finite; tokens stand for images; an encoder-decoder.
     """
-    check_looking(directions, last, strength)
+    strengths = check_looking(directions, last, strengths)
     tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
     prompts = sum(len(batch["input_ids"]) for batch in batches)
+    each_token, each_prompt = 1 / tokens / len(strengths), 1 / prompts / len(strengths)
     found = submodules(model, modules)
     if getattr(model.get_base_model().config, "is_encoder_decoder", False):
         raise ValueError(
@@ -385,18 +395,19 @@ def input_spreads(
         if name not in sums:
             sums[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
         if mask is not None and x.shape[:-1] == mask.shape[:1]:  # a pooler, whose rows are prompts
-            sums[name].addmm_(rows.T, rows, alpha=1 / prompts)
+            sums[name].addmm_(rows.T, rows, alpha=each_prompt)
             return
-        sums[name].addmm_(rows.T, rows, alpha=(1 - last) / tokens)
+        sums[name].addmm_(rows.T, rows, alpha=(1 - last) * each_token)
         if last and mask is not None:
             ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1).to(x.device)
             rows = x.reshape(*mask.shape, -1)[torch.arange(len(ends), device=x.device), ends].float()
-            sums[name].addmm_(rows.T, rows, alpha=last / prompts)
+            sums[name].addmm_(rows.T, rows, alpha=last * each_prompt)
 
     spreads = {}
     for part in parts({name: 4 * size**2 for name, size in sizes.items()}, budget_gib * 2**30):
-        with at_strength(model, strength):
-            visit(model, {name: found[name] for name in part}, batches, add)
+        for share in strengths:
+            with at_strength(model, share):
+                visit(model, {name: found[name] for name in part}, batches, add)
         for name in part:
             if not sums[name].isfinite().all():
                 raise ValueError(
@@ -404,7 +415,7 @@ def input_spreads(
                     "has diverged, or the base does not go with it."
                 )
             spreads[name] = spread(sums.pop(name), directions)
-    return Statistics(spreads, groups, prompts, tokens, strength)
+    return Statistics(spreads, groups, prompts, tokens, strengths)
 
 
 class Inputs:

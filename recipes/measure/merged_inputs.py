@@ -77,7 +77,7 @@ def main() -> None:
             merged = input_spreads(under, modules, batches, directions=DIRECTIONS)
         with adapted(model, folder) as under:
             for strength in args.strengths:
-                own = input_spreads(under, modules, batches, directions=DIRECTIONS, strength=strength)
+                own = input_spreads(under, modules, batches, directions=DIRECTIONS, strengths=strength)
                 table.add_row(name, f"{strength:g}", *(f"{gap:.3f}" for gap in distances(own, merged, modules)))
     Console(width=100).print(table)
 
