@@ -84,6 +84,23 @@ def test_an_offloaded_adapter_is_not_changed_or_exported(inputs, tmp_path):
     assert torch.equal(offloaded(inputs).logits, want)
 
 
+@pytest.mark.parametrize("method", ["mora", "lori"])
+def test_a_router_drives_offloaded_adapters(method, inputs, tmp_path):
+    def answer(offloaded):
+        model = adapted(method)
+        model.add_adapter("b", METHODS[method](target_modules="all-linear"))
+        randomize(model)
+        model = dispatched(model.eval(), tmp_path) if offloaded else model.eval()
+        router = TaskRouter(model)
+        for seed, name in enumerate(("default", "b")):
+            router.add_task(name, torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)))
+        router.attach()
+        return model(inputs).logits, router.last
+
+    (want, tasks), (found, same) = map(answer, (False, True))
+    assert torch.equal(found, want) and same == tasks
+
+
 def test_what_looks_at_a_base_works_offloaded_or_refuses_it(inputs, tmp_path, llama_folder):
     base, whole = offloaded_base(tmp_path / "base")
     tokenizer, texts = AutoTokenizer.from_pretrained(llama_folder), ["the cat sat", "a dog ran under"]
