@@ -479,7 +479,8 @@ def main() -> None:
     claim = partial(runs.claim, output, args, *free.split(), **content)
     if args.reuse:
         claim()
-    runs.check_program(output)
+    else:
+        runs.check_program(output)  # before it is deleted
     scorers = {seed: Scorer(tasks[seed], output / f"seed-{seed}" / "tasks", args) for seed in args.seeds}
     if not args.reuse:
         clear(output)

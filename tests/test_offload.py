@@ -15,8 +15,6 @@ from trl_callbacks import protect
 
 DISK = {"model.layers.1": "disk"}
 CPU = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
-
-
 PLACES = {f"base_model.model.{name}": place for name, place in {**CPU, **DISK}.items()}
 
 
@@ -119,10 +117,7 @@ def test_what_looks_at_a_base_works_offloaded_or_refuses_it(inputs, tmp_path, ll
 
 
 def test_an_adapter_without_values_is_not_computed_with(family, inputs, tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", device_map={**CPU, **DISK}, offload_folder=tmp_path
-    )
-    model = get_peft_model(model, METHODS[family](target_modules="all-linear")).eval()  # its own is on meta there
+    base, _ = offloaded_base(tmp_path / "base")
+    model = get_peft_model(base, METHODS[family](target_modules="all-linear")).eval()  # its own is on meta there
     with pytest.raises(ValueError, match=r"'default' on model.layers.1.self_attn.q_proj are on the meta device"):
         model(inputs)
