@@ -27,6 +27,7 @@ in choosing among the labels, or 1 / labels where that is more. Perplexity of "e
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import shutil
@@ -56,10 +57,13 @@ from peft_mora.merging import (
     RULES,
     MergeReport,
     check_arguments,
+    check_looks,
     collect_inputs,
     merge_adapters,
     options_of,
 )
+from peft_mora.merging.adapters import check_weights
+from peft_mora.merging.inputs import check_looking
 from peft_mora.opening import with_adapter
 from trl_callbacks import OrthogonalProjectionCallback, protect
 from trl_callbacks.general_text import check_source
@@ -75,10 +79,7 @@ SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
 ENDS = {"greedy": "", "label": " label"}  # of the columns of a task
 ARGUMENTS = {"before", "after", "weights", "canonical"}
 ANY_RULE = ARGUMENTS | {*chain.from_iterable(map(options_of, AFTER.values()))}
-LOOKING = {
-    "inputs": {"directions", "last", "strengths"},
-    TWO_PASSES: {"directions", "last", "strength", "passes", "distill", "learning_rate", "answer_tokens"},
-}
+LOOKING = {"inputs": check_looking, TWO_PASSES: check_looks}  # what a rule looks with is what these take
 
 
 def parse() -> argparse.Namespace:
@@ -129,7 +130,7 @@ def parse() -> argparse.Namespace:
             parser.error(f"--settings {json.dumps(settings)}: no rule of --rules takes that, but {known}")
         for rule in args.rules:
             try:
-                check_settings(rule, settings)
+                check_settings(rule, settings, len(args.tasks))
             except (TypeError, ValueError) as error:
                 parser.error(f"--settings {json.dumps(settings)}: {error}")
     return args
@@ -139,21 +140,30 @@ def numbers(text: str) -> list[int]:
     return [runs.count(part) for part in text.split(",")]
 
 
+def looks_with(rule: str) -> set[str]:
+    """What a rule takes to look at the adapters with."""
+    return set(inspect.signature(LOOKING[rule]).parameters) - {"model"} if rule in LOOKING else set()
+
+
 def names_of(rule: str) -> set[str]:
     """What a rule takes as its settings."""
-    return ANY_RULE | set(RULES["inputs" if rule == TWO_PASSES else rule].options()) | LOOKING.get(rule, set())
+    return ANY_RULE | set(RULES["inputs" if rule == TWO_PASSES else rule].options()) | looks_with(rule)
 
 
 def takes(rule: str, settings: Mapping[str, Any]) -> bool:
     return settings.keys() <= names_of(rule)
 
 
-def check_settings(rule: str, settings: Mapping[str, Any]) -> None:
+def check_settings(rule: str, settings: Mapping[str, Any], tasks: int) -> None:
     """Refuse values that no merge takes, in settings that the rule does."""
     if takes(rule, settings):
         before, after = settings.get("before", ()), settings.get("after", ())
-        options = {name: value for name, value in settings.items() if name not in ARGUMENTS | LOOKING.get(rule, set())}
+        check_weights(settings.get("weights"), tasks)
+        looks = looks_with(rule)
+        options = {name: value for name, value in settings.items() if name not in ARGUMENTS | looks}
         check_arguments("inputs" if rule == TWO_PASSES else rule, "sum", before, after, options)
+        if looks:
+            LOOKING[rule](**{name: value for name, value in settings.items() if name in looks})
 
 
 class Scorer:
@@ -373,7 +383,7 @@ class Run:
             prompts = dict(zip(self.folders, texts, strict=True))
             given = {"model": model, "tokenizer": tokenizer, "prompts": prompts, "passes": 2, **given}
         elif rule == "inputs":
-            look = {name: given.pop(name) for name in LOOKING[rule] & given.keys()}
+            look = {name: given.pop(name) for name in looks_with(rule) & given.keys()}
             if self.looked != (count, *look.items()):
                 model, tokenizer = self.bare()
                 for adapter, own in zip(self.folders, texts, strict=True):

@@ -102,17 +102,15 @@ def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list
 
 def make_report(
     args: argparse.Namespace, results: dict[str, Any], names: list[str], general: set[str], base: str, model: Any,
-    tokenizer: Any,
+    passages: list[Any],
 ) -> dict[str, Any]:  # fmt: skip
     """All that report.html shows, as results.json has it."""
     names = sorted(names, key=general.__contains__)  # what is to be kept comes last
     found = report.rows(results["base"], results["adapter"], names, general)
     drifts = None
-    if args.perplexity:
-        texts = read_passages(args.perplexity)[: args.limit]
-        batches = read(texts, tokenizer, sys.maxsize, model)
-        tokens = sum(int(batch["attention_mask"][:, 1:].sum()) for batch in batches)
-        drifts = drift(model, batches) | {"tokens": tokens, "passages": len(texts)}
+    if passages:
+        tokens = sum(int(batch["attention_mask"][:, 1:].sum()) for batch in passages)
+        drifts = drift(model, passages) | {"tokens": tokens, "passages": len(passages)}
     config = model.peft_config["default"]
     fields = ("r", "alpha", "lora_alpha", "top_k", "routing", "sparsity", "density")
     method = {field: getattr(config, field) for field in fields if getattr(config, field, None) is not None}
@@ -166,6 +164,9 @@ def main() -> None:
         revision = revision_of(args.adapter, base)
     base = find_base(base, args.device, args.bits, **revision)
     model, tokenizer = scores.load(base, args.adapter, args.device)
+    passages = []
+    if args.report and args.perplexity:
+        passages = read(read_passages(args.perplexity)[: args.limit], tokenizer, sys.maxsize, model)
 
     def score() -> dict[str, Any]:
         options = {"limit": args.limit, "apply_chat_template": args.apply_chat_template, "log_samples": args.report}
@@ -191,7 +192,7 @@ def main() -> None:
     record = {"model": base, "adapter": args.adapter, "limit": args.limit, **results}
     files = {}
     if args.report:
-        record["report"] = make_report(args, results, names, general, base, model, tokenizer)
+        record["report"] = make_report(args, results, names, general, base, model, passages)
         for found in results.values():
             del found["samples"]
         files["report.html"] = report.page(record["report"])

@@ -80,7 +80,7 @@ def test_no_more_tokens_are_read_than_asked_for(tokenizer):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([], "has no text in it"),
+        ([], "no text of two tokens and more"),
         ([{"label": 1}], r"Record 0 of `protect` \(fields \['label'\]\) is no text"),
         ([TEXT[0], 7], r"Record 1 of `protect` \(type int\)"),
         (3, "`protect` must be texts, a data set, a file, or 'self', got 3"),

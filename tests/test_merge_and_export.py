@@ -530,6 +530,11 @@ def test_the_merge_recipe_s_adapters_leave_protected_text_alone(llama_folder, ta
         (["--metrics", "label"], "greedy has to be there"),
         (["--ranks", "8,4"], "--ranks has 2 ranks for 3 tasks"),
         (["--settings", '{"density": 0.1}', "--rules", "two-passes"], "no rule of --rules takes that"),
+        (["--settings", '{"strength": 2}'], "`strength` must be a share in [0, 1]"),
+        (["--settings", '{"passes": 0}'], "`passes` must be an integer >= 1"),
+        (["--settings", '{"distill": -1}'], "`distill` must be a number of steps >= 0"),
+        (["--settings", '{"strengths": []}', "--rules", "inputs"], "`strengths` must be a share in [0, 1]"),
+        (["--settings", '{"weights": [1, 2]}', "--rules", "mean"], "3 adapters need 3 weights, got 2"),
         (["--protect", "self", "--methods", "lora", "lori"], "--protect: the projection cannot hold lori"),
     ],
 )

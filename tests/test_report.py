@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from helpers import adapted, load_recipe, quantized
+from helpers import adapted, jsonl, load_recipe, quantized
 from shared import report, scores
 
 
@@ -155,3 +155,14 @@ def test_a_report_that_cannot_be_made_is_refused(arguments, message, run_recipe,
     with pytest.raises(SystemExit) as end:
         run_recipe(load_recipe("score"), *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_passages_in_which_nothing_is_predicted_are_refused_before_anything_is_scored(
+    run_recipe, llama_folder, tmp_path, monkeypatch
+):
+    adapted("mora-dense", quantized(llama_folder)).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(scores, "lm_eval", lambda *_, **__: pytest.fail("scored"))
+    passages = jsonl(tmp_path / "short.jsonl", {"page": "the"}, {"page": "cat"})
+    arguments = ["--adapter", tmp_path / "adapter", "--perplexity", passages, "--report", "--device", "cpu"]
+    with pytest.raises(ValueError, match="no text of two tokens and more"):
+        run_recipe("score", *arguments, "--output", tmp_path / "out")

@@ -171,7 +171,9 @@ def read(source: Any, tokenizer: Any, tokens: int, model: Any = None) -> list[Ba
         if left <= 1:
             break
     if not batches:
-        raise ValueError("`protect` has no text in it: nothing would be protected. Give texts, or 'self'.")
+        raise ValueError(
+            "There is no text of two tokens and more: nothing would be looked at. Give texts, or, to protect, 'self'."
+        )
     return batches
 
 

@@ -28,12 +28,13 @@ from ..files import check_new
 from ..inputs import batches_of, check_length, check_text, text_tokenizer, writes_text
 from ..lora_file import Lora, check_finite, write_lora
 from . import distillation, rules, scaling
-from .adapters import Adapters
+from .adapters import Adapters, check_weights
 from .core import core_space, reduced, single, to_lora
 from .inputs import (
     Statistics,
     adapted,
     check_base,
+    check_looking,
     check_strengths,
     check_system,
     collect_inputs,
@@ -171,12 +172,11 @@ def merge_adapters(
     check_field(is_int(seed), "seed", seed, "an integer")
     if output is not None:
         check_new(output)
-    check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
-    strengths = list(dict.fromkeys(check_strengths("strength", strength)))
-    distillation.check_lessons(model, distill, learning_rate, answer_tokens)
+    taught = {"distill": distill, "learning_rate": learning_rate, "answer_tokens": answer_tokens}
+    strengths = check_looks(model, passes=passes, directions=directions, last=last, strength=strength, **taught)
     adapters = Adapters(folders)
-    weights = adapters.check_weights(weights)
+    weights = check_weights(weights, len(adapters))
     said: list[str] = []
     statistics: list[Statistics] = []
     look = None
@@ -479,6 +479,29 @@ def check_arguments(
         check_field(is_number(value) and above < value <= most, name, value, wanted)
     if rule == "inputs":
         check_system(**{name: options[name] for name in RULES[rule].options() if name in options})
+
+
+def check_looks(
+    model: Any = None,
+    *,
+    passes: int = 2,
+    directions: int = 32,
+    last: float = 0.5,
+    strength: float | Sequence[float] = (0.5, 1.0),
+    distill: int = 0,
+    learning_rate: float = 3e-4,
+    answer_tokens: int = 16,
+) -> list[float]:
+    """Refuse arguments with which `merge_adapters` looks through a model, given or not; the strengths, each once.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_field(is_int(passes) and passes >= 1, "passes", passes, "an integer >= 1")
+    strengths = check_strengths("strength", strength)
+    check_looking(directions, last, strengths)
+    distillation.check_lessons(model, distill, learning_rate, answer_tokens)
+    return list(dict.fromkeys(strengths))
 
 
 def _check_used(used: bool, by: str, given: Mapping[str, Any]) -> None:

@@ -83,21 +83,22 @@ class Adapters:
         O, I = self.sizes[module]  # noqa: E741
         return Lora(torch.zeros(0, I), torch.zeros(O, 0))
 
-    def check_weights(self, weights: Sequence[float] | None) -> list[float]:
-        """One number an adapter; 1 by default.
 
-        Raises:
-            ValueError: another count, or a value that is no finite number.
-        """
-        if weights is None:
-            return [1.0] * len(self)
-        several = isinstance(weights, Sequence) and not isinstance(weights, str)
-        check_field(several, "weights", weights, "a list of numbers, one an adapter")
-        for weight in weights:
-            check_field(is_number(weight), "weights", weights, "finite numbers")
-        if len(weights) != len(self):
-            raise ValueError(f"{len(self)} adapters need {len(self)} weights, got {len(weights)}.")
-        return [float(weight) for weight in weights]
+def check_weights(weights: Sequence[float] | None, adapters: int) -> list[float]:
+    """One number an adapter; 1 by default.
+
+    Raises:
+        ValueError: another count, or a value that is no finite number.
+    """
+    if weights is None:
+        return [1.0] * adapters
+    several = isinstance(weights, Sequence) and not isinstance(weights, str)
+    check_field(several, "weights", weights, "a list of numbers, one an adapter")
+    for weight in weights:
+        check_field(is_number(weight), "weights", weights, "finite numbers")
+    if len(weights) != adapters:
+        raise ValueError(f"{adapters} adapters need {adapters} weights, got {len(weights)}.")
+    return [float(weight) for weight in weights]
 
 
 def _content(path: Path) -> Any:
