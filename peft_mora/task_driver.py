@@ -188,6 +188,8 @@ class Driver:
         if known is not None:
             self.rows = known.repeated(batch)
             return
+        if not length:
+            raise ValueError("The batch has no tokens: there is nothing to route its rows by.")
         self._hook_layers()
         mask = self._mask(kwargs, batch, length)
         counted = mask

@@ -604,6 +604,13 @@ class RouterInModel(nn.Module):
         return self.router._rows(features)
 
 
+def _refuse_more(*_: Any) -> Any:
+    raise ValueError(
+        "A model that was opened from a folder of adapters and their router takes no adapter more. Open the adapters "
+        "one by one, add the tasks to one router (router.add_task), attach and save that."
+    )
+
+
 class TaskRouterModel:
     """What PEFT makes of a `TaskRouterConfig`: the adapters' own tuner, with all of them, and the router's hooks."""
 
@@ -639,6 +646,7 @@ class TaskRouterModel:
         for layer in layers:
             layer.requires_grad_(False)
         tuner.peft_config[adapter_name] = config
+        tuner._check_new_adapter_config = _refuse_more  # the first of what PEFT asks of an adapter that is added
         # Of the states between layers; embeddings are narrower in some models, which then widen them (OPT-350m).
         width = config.router["model"]["hidden_size"] or model.get_input_embeddings().weight.shape[1]
         holder = RouterInModel(config, width)

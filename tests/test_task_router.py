@@ -422,6 +422,10 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
         PeftModel.from_pretrained(base(), tmp_path / "routed", is_trainable=True)
     with pytest.raises(ValueError, match="saved by its router"):
         opened["peft"].save_pretrained(tmp_path / "refused")
+    with pytest.raises(ValueError, match="takes no adapter more"):
+        opened["peft"].load_adapter(tmp_path / "routed", "second")
+    with pytest.raises(ValueError, match="no tokens"):
+        opened["peft"](TEST[:, :0])
     TaskRouter.of(opened["peft"]).save_pretrained(tmp_path / "again")
     assert torch.equal(
         PeftModel.from_pretrained(base(), tmp_path / "again").eval()(TEST).logits, opened["peft"](TEST).logits
