@@ -146,15 +146,16 @@ prompts. The rules: docs/merging.md."""
     parser.add_argument(
         "--rank", default="sum", type=merged_rank, help="sum, a number, or a share of the energy (%(default)s)"
     )
-    parser.add_argument("--weights", nargs="+", type=finite, metavar="W", help="one a folder (1)")
-    parser.add_argument("--before", nargs="+", default=[], metavar="STEP", help="norm, pico")
-    parser.add_argument("--after", nargs="+", default=[], metavar="STEP", help="match, svc, lines")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--weights", **several, type=finite, metavar="W", help="one a folder (1)")
+    parser.add_argument("--before", **several, default=[], metavar="STEP", help="norm, pico")
+    parser.add_argument("--after", **several, default=[], metavar="STEP", help="match, svc, lines")
     parser.add_argument("--seed", type=int, default=0, help="of rules that draw (%(default)s)")
     parser.add_argument(
         "--options", type=_options, default={}, metavar="JSON", help="of the rule: '{\"density\": 0.1}'"
     )
     parser.add_argument(
-        "--prompts", nargs="+", metavar="FILE",
+        "--prompts", **several, metavar="FILE",
         help="one a folder, in their order: JSON lines (prompt or text) or lines of text; needs --model",
     )  # fmt: skip
     parser.add_argument(
@@ -278,6 +279,12 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
         if args.model is None:
             raise ValueError(f"{args.folder} does not say which base it is for: give it as --model NAME_OR_DIR.")
         if found.merges:
+            fitted = {"--texts": args.texts, "--test-texts": args.test_texts, "--rank": args.rank}
+            if idle := [option for option, value in fitted.items() if value is not None]:
+                raise ValueError(
+                    f"{args.folder} ({found.method}) leaves exactly, at its own rank: {', '.join(idle)} would change "
+                    "nothing. Leave that out; peft-mora merge FOLDER --rank R cuts an adapter to a rank."
+                )
             there = load() if args.base_to else _without_weights(args.model, args.folder)
             write(model := with_adapter(there, args.folder), exact_lora(model), "exact; ")
             return
@@ -288,10 +295,15 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
                 f"{args.folder} ({found.method}) chooses experts for every token, so no LoRA equals it: give --texts "
                 "FILE, texts of its task, to fit the closest one on."
             )
-        texts = read_texts(args.texts, answers=True)
-        test = read_texts(args.test_texts, answers=True) if args.test_texts else texts[::4]
-        texts = texts if args.test_texts else [text for i, text in enumerate(texts) if i % 4]
-        if not texts:
+        texts = list(dict.fromkeys(read_texts(args.texts, answers=True)))  # one that is fitted is no measure
+        if args.test_texts:
+            given = read_texts(args.test_texts, answers=True)
+            test = [text for text in dict.fromkeys(given) if text not in texts]
+            if not test:
+                raise ValueError(f"All of {args.test_texts} is in {args.texts} too: give texts that are not fitted.")
+        elif len(texts) > 1:
+            test, texts = texts[::4], [text for i, text in enumerate(texts) if i % 4]
+        else:
             raise ValueError(f"{args.texts} has one text: give at least two, to fit on and to measure.")
         base = load()
         if not writes_text(base):
@@ -338,11 +350,10 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
         "prompts", nargs="*", metavar="PROMPT", help="to route: each is printed with its task, or none"
     )
     parser.add_argument("--file", help="of prompts to route: JSON lines (prompt, text) or lines of text")
-    parser.add_argument(
-        "--add", nargs="+", default=[], metavar="TASK=FILE", help="learn tasks from a few prompts each"
-    )
-    parser.add_argument("--remove", nargs="+", default=[], metavar="TASK", help="forget tasks")
-    parser.add_argument("--adapters", nargs="+", default=[], metavar="TASK=DIR", help="an adapter for each task")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("--add", **several, metavar="TASK=FILE", help="learn tasks from a few prompts each")
+    parser.add_argument("--remove", **several, metavar="TASK", help="forget tasks")
+    parser.add_argument("--adapters", **several, metavar="TASK=DIR", help="an adapter for each task")
     parser.add_argument("--output", metavar="DIR", help="with --adapters: the folder of them all and the router")
     parser.add_argument(
         "--false-alarms", type=below_one, metavar="SHARE", help="of a new router: known prompts that may be none"
@@ -562,7 +573,8 @@ def read_texts(path: str, answers: bool = False) -> list[str]:
 
 
 def _text_of(record: Any, place: str, answers: bool) -> str:
-    record = record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is no object; write one a line, with 'text' or 'prompt'.")
     text = next((record[name] for name in ("text", "page", "prompt") if name in record), None)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{place} has no text: write a non-empty 'text' or 'prompt'.")

@@ -143,6 +143,10 @@ def export(args: argparse.Namespace) -> None:
     if args.base_to and getattr(model.get_base_model(), "hf_quantizer", None) is None:
         raise SystemExit(f"{base} is not quantised: a server loads it as it is. Leave out --base-to")
     exact = all(layer.is_static("default") for layer in exportable_layers(model).values())
+    if exact and args.rank is not None:
+        raise SystemExit(
+            f"{args.adapter} leaves exactly, at its own rank: leave out --rank (peft-mora merge cuts one)"
+        )
     if not writes_text(model.get_base_model()):
         kind = type(model.get_base_model()).__name__
         if not exact:
@@ -152,7 +156,10 @@ def export(args: argparse.Namespace) -> None:
             )
         print(f"exact, but for rounding in 16 bits; not measured, as a {kind} gives no next tokens")
         return write(model, exact_lora(model), args, exact)
-    seen, unseen = (batches(tokenizer, task[split], args.batch_size, args.device) for split in ("train", "test"))
+    test = [record for record in task["test"] if record not in task["train"]]  # what is fitted is no measure
+    if not test:
+        raise SystemExit(f"all test texts of {args.task} are training texts too: give others to measure with")
+    seen, unseen = (batches(tokenizer, part, args.batch_size, args.device) for part in (task["train"], test))
     loras = exact_lora(model) if exact else fit_lora(model, seen, rank=args.rank, ridge=args.ridge)
     how = "exact, but for rounding in 16 bits" if exact else f"fitted on {len(task['train'])} texts"
     if config.target_parameters:
@@ -160,7 +167,7 @@ def export(args: argparse.Namespace) -> None:
         return write(model, loras, args, exact)
     Console(width=120).print(error_table(lora_errors(model, loras, unseen)))
     effect = effect_error(model, loras, unseen)
-    print(f"{how}; error of the adapter's effect on logits, {len(task['test'])} other texts: {effect.error:.2g}")
+    print(f"{how}; error of the adapter's effect on logits, {len(test)} other texts: {effect.error:.2g}")
     print(f"next token as the adapter's: LoRA {effect.same_token:.1%}, base alone {effect.same_token_base:.1%}")
     if not exact and not effect.error <= args.max_error and not args.force:
         raise SystemExit(

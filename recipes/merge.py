@@ -4,7 +4,7 @@ python recipes/merge.py                                  # three embedded tasks,
 python recipes/merge.py --methods lora --rules two-passes inputs iso-c mean --ways cat ties svd --merged-ranks sum 16 8
 python recipes/merge.py --methods lora --data DIR --tasks agnews,museum --ranks 8,4 --seeds 0 100 --perplexity FILE
 python recipes/merge.py --methods lora --reuse --rules two-passes --settings '{"floor": 0}' '{"passes": 3}' \\
-    --score-on train                                     # the same adapters again; choose settings on training records
+    --score-on train                          # the second line's adapters again; choose settings on training records
 
 One set of adapters is trained for each seed and method, task i from seed S + i, and merged by every rule, rank,
 setting and number of prompts; a row of OUTPUT/merge.csv each, as it comes. --reuse takes what is there already. With

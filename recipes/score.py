@@ -66,6 +66,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--task, --general: {error}")
     if not args.task and not args.general and not args.perplexity:
         args.task = ["helpdesk"]
+    if args.perplexity not in (None, EMBEDDED) and not Path(args.perplexity).is_file():
+        parser.error(f"--perplexity {args.perplexity}: no such file; give JSON lines of passages, or {EMBEDDED}")
     args.report = args.report or args.max_drift is not None
     args.baseline = args.baseline or args.report
     if args.report and not args.adapter:
@@ -155,7 +157,14 @@ def main() -> None:
     general = set(chain.from_iterable(meant.get(name, [name]) for name in general))
     base, revision = args.model or EMBEDDED, {}
     if args.adapter:
-        config = PeftConfig.from_pretrained(args.adapter)
+        try:
+            config = PeftConfig.from_pretrained(args.adapter)
+        except ValueError as error:
+            raise SystemExit(f"--adapter {args.adapter}: {error}") from error
+        if config.task_type not in (None, "CAUSAL_LM"):
+            raise SystemExit(
+                f"{args.adapter} is of {config.task_type}, and language models (CAUSAL_LM) are scored here"
+            )
         if args.baseline:
             check_base_kept({args.adapter: config})
         base = args.model or config.base_model_name_or_path

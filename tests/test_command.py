@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from helpers import LORA, METHODS, STATIC, adapted, randomize, tiny_llama, tiny_t5
+from helpers import LORA, METHODS, STATIC, adapted, jsonl, randomize, tiny_llama, tiny_t5
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -270,11 +270,25 @@ def test_export_writes_the_base_in_4_bits_as_a_server_is_to_load_it(llama_folder
     assert "the disk is full" in command(*how, "base") and not (here / "other").exists()
 
 
+@pytest.mark.parametrize("idle", [("--rank", 2), ("--texts", "pets.jsonl"), ("--test-texts", "walks.txt")])
+def test_an_exact_export_refuses_what_is_of_a_fitted_one(idle, llama_folder, here, command):
+    trained("lori", llama_folder, here / "one")
+    assert f"{idle[0]} would change nothing" in command("export", "one", "--output", "lora", *idle)
+    assert not (here / "lora").exists()
+
+
 def test_export_of_a_routed_adapter_is_fitted_measured_and_refused_where_it_is_far(llama_folder, here, command):
     trained("mora", llama_folder, here / "one")
     assert "give --texts FILE" in command("export", "one", "--output", "lora")
     arguments = ("export", "one", "--output", "lora", "--texts", "pets.jsonl", "--test-texts", "walks.txt")
     assert "Nothing written: fitted on 4 texts" in command(*arguments) and not (here / "lora").exists()
+    both = ("export", "one", "--output", "lora", "--texts", "twice.jsonl", "--device", "cpu", "--max-error")
+    jsonl(
+        here / "twice.jsonl", *[{"text": text} for text in ("a cat", "a dog", "the log", "my mat") for _ in range(4)]
+    )
+    assert "fitted on 3 texts; error of the effect on logits, 1 others" in command(*both, 0)
+    fitted = command(*both, 9, "--test-texts", "twice.jsonl")
+    assert "All of twice.jsonl is in twice.jsonl too" in fitted and not (here / "lora").exists()
     said = command(*arguments, "--max-error", 9, "--device", "cpu")
     assert "LoRA of rank 4 in lora; vLLM: --enable-lora --max-lora-rank 8\n" in said
     assert adapter_info("lora").lora == "is"
@@ -310,7 +324,7 @@ def test_merge_writes_what_the_library_writes(llama_folder, here, command, capsy
     assert "'half' is not sum, an integer >= 1, or a share of the energy" in capsys.readouterr().err
     same_tensors(here / "wanted", here / "merged")
     looked = command("merge", "a0", "a1", "--output", "both", "--model", llama_folder, "--prompts", "pets.jsonl",
-                     "walks.txt", "--options", '{"passes": 1}', "--distill", 1)  # fmt: skip
+                     "--prompts", "walks.txt", "--options", '{"passes": 1}', "--distill", 1)  # fmt: skip
     assert looked.startswith("inputs → distill, rank 8") and set(adapter_info("both").ranks.values()) == {8}
     told = json.loads((here / "both/merge_report.json").read_text())["options"]
     assert (told["passes"], told["distill"]) == (1, 1)
@@ -436,7 +450,7 @@ def test_a_folder_with_something_else_is_refused_before_the_model_is_loaded(llam
     model = trained("lori", llama_folder, here / "lori")
     save_lora(model, exact_lora(model), here / "lora")  # two files, of the names of a routed folder's
     how = ("--model", llama_folder, "--device", "cpu")
-    command("route", "out/router", *how, "--add", "pets=pets.jsonl", "walks=walks.txt")
+    command("route", "out/router", *how, "--add", "pets=pets.jsonl", "--add", "walks=walks.txt")
     before = sorted(here.rglob("*"))
     adapters = ("--model", "nowhere", "--adapters", "pets=out/pets", "walks=out/walks", "--output")
     for arguments, said in (

@@ -964,6 +964,12 @@ def test_a_folder_without_a_tokenizer_has_none_though_transformers_makes_one_up(
         load_tokenizer(tmp_path)
 
 
+def test_a_folder_of_which_transformers_makes_no_tokenizer_is_said_to_have_none(tmp_path):
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer: save it there"):
+        load_tokenizer(tmp_path)
+
+
 def test_no_tokenizer_that_knows_no_word_goes_beside_a_merged_model(tmp_path):
     base = tiny_gpt2()
     base.save_pretrained(tmp_path / "base")

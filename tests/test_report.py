@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from helpers import adapted, jsonl, load_recipe, quantized
+from helpers import LORA, adapted, jsonl, load_recipe, quantized
 from shared import report, scores
 
 
@@ -147,8 +147,9 @@ def test_score_exits_with_1_beyond_the_budget_when_all_is_written(
     ("arguments", "message"),
     [
         (["--adapter", "x", "--max-drift", "0.02"], "nothing here measures that: give --perplexity FILE"),
-        (["--adapter", "x", "--max-drift", "nan", "--perplexity", "p"], "'nan' is not a finite number >= 0"),
+        (["--adapter", "x", "--max-drift", "nan", "--perplexity", "embedded"], "'nan' is not a finite number >= 0"),
         (["--report"], "a report is of an adapter and its base: give --adapter DIR"),
+        (["--perplexity", "no.jsonl"], "--perplexity no.jsonl: no such file"),
     ],
 )
 def test_a_report_that_cannot_be_made_is_refused(arguments, message, run_recipe, capsys):
@@ -166,3 +167,15 @@ def test_passages_in_which_nothing_is_predicted_are_refused_before_anything_is_s
     arguments = ["--adapter", tmp_path / "adapter", "--perplexity", passages, "--report", "--device", "cpu"]
     with pytest.raises(ValueError, match="no text of two tokens and more"):
         run_recipe("score", *arguments, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("task_type", "message"), [("SEQ_CLS", "is of SEQ_CLS, and language models"), (None, "--adapter ")]
+)
+def test_score_says_what_it_scores(task_type, message, run_recipe, tmp_path):
+    if task_type:
+        LORA(task_type=task_type, base_model_name_or_path="x").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match=message):
+        run_recipe(
+            "score", "--adapter", tmp_path / "adapter", "--perplexity", "embedded", "--output", tmp_path / "out"
+        )

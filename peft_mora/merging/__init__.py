@@ -212,10 +212,12 @@ def merge_adapters(
                 missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
                 how = f"rule={rule!r}{f' {needs}' if needs else ''}"
                 options = needs | {name: options[name] for names in later.values() for name in names}
-                said.append(
-                    f"No input statistics in {listed(missing, 'and')}: merged by {how}, which "
-                    "keeps less of what each adapter can do. collect_inputs(model, texts, folder) writes them."
-                )
+                if len(adapters) > 1:  # of one it is exact
+                    said.append(
+                        f"No input statistics in {listed(missing, 'and')}: merged by {how}, which keeps less of what "
+                        "each adapter can do. collect_inputs(model, texts, folder) writes them; a run with "
+                        "InputStatisticsCallback has them in its output_dir, from where they can be copied."
+                    )
                 statistics = []
     chosen = RULES[rule]
     gauge = canonical and rule != "slao"

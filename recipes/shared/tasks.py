@@ -83,7 +83,9 @@ def read_task(data_dir: str | Path, name: str, max_passage_words: int = 48) -> d
     for split in ("train", "test"):
         path = folder / f"{split}.jsonl"
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: a task is a folder with train.jsonl, test.jsonl, labels.json")
+            raise FileNotFoundError(
+                f"{path} is missing: a task is a folder with train.jsonl and test.jsonl (and labels.json, if you like)"
+            )
         task[split] = []
         for number, record in read_records(path):
             check_record(record, ("prompt", "answer"), f"{path}:{number}")
