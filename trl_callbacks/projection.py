@@ -563,14 +563,12 @@ def _check_protectable(
     own = {id(p) for pair in factors.values() for p in (pair.A, pair.B, *pair.through)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
-        head = next((name for name in others if ".modules_to_save." in name), "base_model.model.classifier.").split(
-            ".modules_to_save."
-        )[0].rstrip(".")  # fmt: skip
+        heads = [name.partition(".modules_to_save.")[0] for name in others if ".modules_to_save." in name]
         raise ValueError(
             f"{len(others)} more parameters are trainable, e.g. {others[0]!r}, and change the model for old inputs. "
             "Leave out modules_to_save and trainable_token_indices, and freeze earlier adapters; a classifier's head, "
-            f"which PEFT saves with the adapter and a first task trains without `protect`, by "
-            f"model.{head}.requires_grad_(False)."
+            "which PEFT saves with the adapter and a first task trains without `protect`, by "
+            f"model.{next(iter(heads), 'base_model.model.classifier')}.requires_grad_(False)."
         )
     for name, pair in factors.items():
         if pair.A.dtype != torch.float32:
