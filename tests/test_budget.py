@@ -191,17 +191,20 @@ def put_into_trainer_state(sidecar: Path) -> None:
     place.write_text(json.dumps(state))
 
 
-def test_a_budget_of_another_run_with_a_checkpoint_of_that_step_is_not_taken(llama_folder, tmp_path):
-    def run(output, start):
-        return trainer(llama_folder, output, ActivationBudgetCallback(2, start=start), config(), save_steps=2)
+@pytest.mark.parametrize("budget", [True, False])
+def test_a_checkpoint_without_the_budget_s_file_is_refused_and_another_run_s_not_taken(budget, llama_folder, tmp_path):
+    """The disk was full when it was to be written, or the run had no budget."""
 
-    run(tmp_path / "a", 6).train()
-    run(tmp_path / "b", 3).train()
-    (tmp_path / "a" / "checkpoint-2" / "activation_budget-default.safetensors").unlink()
-    resumed, watch = run(tmp_path / "b", 6), Watch()
-    resumed.add_callback(watch)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert sum(watch.seen[0]) == math.floor(annealed(6, 2, 2 / 4, "cosine") * MODULES + 0.5)
+    def run(output, callback):
+        return trainer(llama_folder, output, callback, config(), save_steps=2)
+
+    run(tmp_path / "a", ActivationBudgetCallback(2, start=6) if budget else Watch()).train()
+    run(tmp_path / "b", ActivationBudgetCallback(2, start=3)).train()
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    (checkpoint / "activation_budget-default.safetensors").unlink(missing_ok=not budget)
+    resumed = run(tmp_path / "b", ActivationBudgetCallback(2, start=6))
+    with pytest.raises(ValueError, match="has no activation_budget-default.safetensors.*a checkpoint that is whole"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_run_that_begins_anew_with_a_smaller_batch_anneals_from_the_beginning(llama_folder, tmp_path):

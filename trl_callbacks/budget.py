@@ -207,8 +207,8 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         meter = UsageMeter(model, self.adapter_name, training_only=True)
         self._logged = meter.hits.clone()
         try:
-            if state.global_step > 0 and (kept := self.saved(args, state)) is not None:
-                self._restore(kept, meter)
+            if state.global_step > 0:
+                self._restore(self.saved_here(args, state), meter)
             for name, mean in (("target", self.target), ("start", self._begin_mean)):
                 self._check_mean(name, mean)
         except ValueError:
