@@ -66,8 +66,6 @@ def parse() -> argparse.Namespace:
         parser.error(f"--task, --general: {error}")
     if not args.task and not args.general and not args.perplexity:
         args.task = ["helpdesk"]
-    if args.perplexity not in (None, EMBEDDED) and not Path(args.perplexity).is_file():
-        parser.error(f"--perplexity {args.perplexity}: no such file; give JSON lines of passages, or {EMBEDDED}")
     args.report = args.report or args.max_drift is not None
     args.baseline = args.baseline or args.report
     if args.report and not args.adapter:
@@ -137,6 +135,8 @@ def make_report(
 
 def main() -> None:
     args = parse()
+    if args.perplexity not in (None, EMBEDDED) and not Path(args.perplexity).is_file():
+        raise SystemExit(f"--perplexity {args.perplexity}: no such file; give JSON lines of passages, or {EMBEDDED}")
     from lm_eval.tasks import TaskManager
 
     output = Path(args.output).resolve()

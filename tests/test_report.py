@@ -149,7 +149,6 @@ def test_score_exits_with_1_beyond_the_budget_when_all_is_written(
         (["--adapter", "x", "--max-drift", "0.02"], "nothing here measures that: give --perplexity FILE"),
         (["--adapter", "x", "--max-drift", "nan", "--perplexity", "embedded"], "'nan' is not a finite number >= 0"),
         (["--report"], "a report is of an adapter and its base: give --adapter DIR"),
-        (["--perplexity", "no.jsonl"], "--perplexity no.jsonl: no such file"),
     ],
 )
 def test_a_report_that_cannot_be_made_is_refused(arguments, message, run_recipe, capsys):
@@ -170,12 +169,14 @@ def test_passages_in_which_nothing_is_predicted_are_refused_before_anything_is_s
 
 
 @pytest.mark.parametrize(
-    ("task_type", "message"), [("SEQ_CLS", "is of SEQ_CLS, and language models"), (None, "--adapter ")]
+    ("adapter", "passages", "message"),
+    [
+        ("classifier", "embedded", "is of SEQ_CLS, and language models"),
+        ("nowhere", "embedded", "^--adapter .*nowhere"),
+        ("classifier", "no.jsonl", "^--perplexity no.jsonl: no such file"),
+    ],
 )
-def test_score_says_what_it_scores(task_type, message, run_recipe, tmp_path):
-    if task_type:
-        LORA(task_type=task_type, base_model_name_or_path="x").save_pretrained(tmp_path / "adapter")
+def test_score_says_in_a_line_what_it_cannot_score(adapter, passages, message, run_recipe, tmp_path):
+    LORA(task_type="SEQ_CLS", base_model_name_or_path="x").save_pretrained(tmp_path / "classifier")
     with pytest.raises(SystemExit, match=message):
-        run_recipe(
-            "score", "--adapter", tmp_path / "adapter", "--perplexity", "embedded", "--output", tmp_path / "out"
-        )
+        run_recipe("score", "--adapter", tmp_path / adapter, "--perplexity", passages, "--output", tmp_path / "out")
