@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 ABOUT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 START = ["index.md", "demo.md", "second-task.md", "command.md", "programs.md", "sft.md"]
-ADAPTERS = ["merging.md", "serving.md", "routing.md"]
+ADAPTERS = ["merging.md", "merging-measured.md", "serving.md", "routing.md"]
 LEARNING = ["projection.md", "budget.md", "penalties.md"]
 REFERENCE = {  # package -> what it is; its names, where they are not its __all__
     "peft_mora": ("The adapters, and what is done with them", ""),
