@@ -158,8 +158,11 @@ def load_tokenizer(name: Any, **options: Any) -> Any:
         raise ValueError("The model has no tokenizer, as it came from no folder: give one as `tokenizer`.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
-    except ValueError as error:  # there are no files that it is made of
-        raise ValueError(f"{name} has no tokenizer: save it there, or give one as `tokenizer`.") from error
+    except ValueError as error:  # mostly, there are no files that it is made of
+        why = str(error).partition("\n")[0].rstrip(" :.")
+        raise ValueError(
+            f"{name} has no tokenizer that opens ({why}): save it there, or give one as `tokenizer`."
+        ) from error
     added = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
     if not set(tokenizer.get_vocab()) - added - {"▁"}:
         raise ValueError(f"{name} has no tokenizer: save it there, or give one as `tokenizer`.")

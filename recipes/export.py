@@ -156,7 +156,8 @@ def export(args: argparse.Namespace) -> None:
             )
         print(f"exact, but for rounding in 16 bits; not measured, as a {kind} gives no next tokens")
         return write(model, exact_lora(model), args, exact)
-    test = [record for record in task["test"] if record not in task["train"]]  # what is fitted is no measure
+    fitted = set() if exact else {(record["prompt"], record["answer"]) for record in task["train"]}  # is no measure
+    test = [record for record in task["test"] if (record["prompt"], record["answer"]) not in fitted]
     if not test:
         raise SystemExit(f"all test texts of {args.task} are training texts too: give others to measure with")
     seen, unseen = (batches(tokenizer, part, args.batch_size, args.device) for part in (task["train"], test))
