@@ -173,8 +173,10 @@ def merge_adapters(
     if output is not None:
         check_new(output)
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
-    taught = {"distill": distill, "learning_rate": learning_rate, "answer_tokens": answer_tokens}
-    strengths = check_looks(model, passes=passes, directions=directions, last=last, strength=strength, **taught)
+    strengths = check_looks(
+        model, passes=passes, directions=directions, last=last, strength=strength,
+        distill=distill, learning_rate=learning_rate, answer_tokens=answer_tokens,
+    )  # fmt: skip
     adapters = Adapters(folders)
     weights = check_weights(weights, len(adapters))
     said: list[str] = []
