@@ -297,8 +297,8 @@ adapter was trained over: of a base in 4 bits, those that --base-to writes (docs
             )
         texts = list(dict.fromkeys(read_texts(args.texts, answers=True)))  # one that is fitted is no measure
         if args.test_texts:
-            given = read_texts(args.test_texts, answers=True)
-            test = [text for text in dict.fromkeys(given) if text not in texts]
+            given, fit_on = read_texts(args.test_texts, answers=True), set(texts)
+            test = [text for text in dict.fromkeys(given) if text not in fit_on]
             if not test:
                 raise ValueError(f"All of {args.test_texts} is in {args.texts} too: give texts that are not fitted.")
         elif len(texts) > 1:

@@ -159,7 +159,7 @@ def load_tokenizer(name: Any, **options: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
     except ValueError as error:  # mostly, there are no files that it is made of
-        why = str(error).partition("\n")[0].rstrip(" :.")
+        why = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
             f"{name} has no tokenizer that opens ({why}): save it there, or give one as `tokenizer`."
         ) from error

@@ -604,11 +604,12 @@ class RouterInModel(nn.Module):
         return self.router._rows(features)
 
 
-def _refuse_more(*_: Any) -> Any:
-    raise ValueError(
-        "A model that was opened from a folder of adapters and their router takes no adapter more. Open the adapters "
-        "one by one, add the tasks to one router (router.add_task), attach and save that."
-    )
+def _refuse_second(config: Any) -> None:
+    if isinstance(config, TaskRouterConfig):  # not what add_weighted_adapter makes of the adapters that are there
+        raise ValueError(
+            "A model that was opened from a folder of adapters and their router takes no second one. Open the "
+            "adapters one by one, add the tasks to one router (router.add_task), attach and save that."
+        )
 
 
 class TaskRouterModel:
@@ -646,7 +647,7 @@ class TaskRouterModel:
         for layer in layers:
             layer.requires_grad_(False)
         tuner.peft_config[adapter_name] = config
-        tuner._check_new_adapter_config = _refuse_more  # the first of what PEFT asks of an adapter that is added
+        tuner._check_new_adapter_config = _refuse_second  # the first of what PEFT asks of an adapter that comes
         # Of the states between layers; embeddings are narrower in some models, which then widen them (OPT-350m).
         width = config.router["model"]["hidden_size"] or model.get_input_embeddings().weight.shape[1]
         holder = RouterInModel(config, width)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -191,20 +192,27 @@ def put_into_trainer_state(sidecar: Path) -> None:
     place.write_text(json.dumps(state))
 
 
-@pytest.mark.parametrize("budget", [True, False])
-def test_a_checkpoint_without_the_budget_s_file_is_refused_and_another_run_s_not_taken(budget, llama_folder, tmp_path):
-    """The disk was full when it was to be written, or the run had no budget."""
+@pytest.mark.parametrize("case", ["start", "begin", "rebalance", "plain"])
+def test_a_checkpoint_without_the_budget_s_file_resumes_where_k_is_known_without_it(case, llama_folder, tmp_path):
+    """The disk was full when it was to be written, or the run had no budget; another run's is not taken."""
 
     def run(output, callback):
         return trainer(llama_folder, output, callback, config(), save_steps=2)
 
-    run(tmp_path / "a", ActivationBudgetCallback(2, start=6) if budget else Watch()).train()
+    budget = partial(ActivationBudgetCallback, 2, start=None if case == "begin" else 6, rebalance=case == "rebalance")
+    run(tmp_path / "a", Watch() if case == "plain" else budget()).train()
     run(tmp_path / "b", ActivationBudgetCallback(2, start=3)).train()
     checkpoint = tmp_path / "a" / "checkpoint-2"
-    (checkpoint / "activation_budget-default.safetensors").unlink(missing_ok=not budget)
-    resumed = run(tmp_path / "b", ActivationBudgetCallback(2, start=6))
-    with pytest.raises(ValueError, match="has no activation_budget-default.safetensors.*a checkpoint that is whole"):
+    (checkpoint / "activation_budget-default.safetensors").unlink(missing_ok=case == "plain")
+    resumed, watch = run(tmp_path / "b", budget()), Watch()
+    resumed.add_callback(watch)
+    if case != "start":
+        with pytest.raises(ValueError, match="has no activation_budget-default.safetensors.*from a checkpoint"):
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+        return
+    with pytest.warns(UserWarning, match="usage is counted from step 2 on"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert sum(watch.seen[0]) == math.floor(annealed(6, 2, 2 / 4, "cosine") * MODULES + 0.5)
 
 
 def test_a_run_that_begins_anew_with_a_smaller_batch_anneals_from_the_beginning(llama_folder, tmp_path):

@@ -624,7 +624,7 @@ def no_base(monkeypatch):
 def test_score_looks_at_the_adapter_before_the_base(run_recipe, llama_folder, task, tmp_path, no_base):
     common = ["--device", "cpu", "--data", task, "--task", "colours", "--output", tmp_path / "out"]
     common += ["--model", llama_folder, "--adapter"]
-    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at '.*nowhere'"):
+    with pytest.raises(SystemExit, match="^--adapter .*: Can't find 'adapter_config.json' at '.*nowhere'"):
         run_recipe("score", *common, tmp_path / "nowhere")
     LoraConfig(init_lora_weights="pissa").save_pretrained(tmp_path / "pissa")
     with pytest.raises(ValueError, match="pissa' was initialised by 'pissa', which changes the base model's weights"):

@@ -169,14 +169,15 @@ def test_passages_in_which_nothing_is_predicted_are_refused_before_anything_is_s
 
 
 @pytest.mark.parametrize(
-    ("adapter", "passages", "message"),
+    ("passages", "message"),
     [
-        ("classifier", "embedded", "is of SEQ_CLS, and language models"),
-        ("nowhere", "embedded", "^--adapter .*nowhere"),
-        ("classifier", "no.jsonl", "^--perplexity no.jsonl: no such file"),
+        ("embedded", "is of SEQ_CLS, and language models"),
+        ("no.jsonl", "^--perplexity no.jsonl: no such file"),
     ],
 )
-def test_score_says_in_a_line_what_it_cannot_score(adapter, passages, message, run_recipe, tmp_path):
+def test_score_says_in_a_line_what_it_cannot_score(passages, message, run_recipe, tmp_path):
     LORA(task_type="SEQ_CLS", base_model_name_or_path="x").save_pretrained(tmp_path / "classifier")
     with pytest.raises(SystemExit, match=message):
-        run_recipe("score", "--adapter", tmp_path / adapter, "--perplexity", passages, "--output", tmp_path / "out")
+        run_recipe(
+            "score", "--adapter", tmp_path / "classifier", "--perplexity", passages, "--output", tmp_path / "out"
+        )

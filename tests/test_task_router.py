@@ -422,8 +422,14 @@ def test_a_folder_of_adapters_and_router_opens_as_an_adapter_does(case, llama_fo
         PeftModel.from_pretrained(base(), tmp_path / "routed", is_trainable=True)
     with pytest.raises(ValueError, match="saved by its router"):
         opened["peft"].save_pretrained(tmp_path / "refused")
-    with pytest.raises(ValueError, match="takes no adapter more"):
+    with pytest.raises(ValueError, match="takes no second one"):
         opened["peft"].load_adapter(tmp_path / "routed", "second")
+    if case in ("lora", "lori"):
+        names = [name for name in opened["peft"].peft_config if name != "default"]
+        ways = {"combination_type": "cat"} if case == "lora" else {}
+        opened["peft"].base_model.add_weighted_adapter(names, [0.5, 0.5], "sum", **ways)
+        opened["peft"].save_pretrained(tmp_path / "sums", selected_adapters=["sum"])
+        assert load_file(tmp_path / "sums/sum/adapter_model.safetensors")
     with pytest.raises(ValueError, match="no tokens"):
         opened["peft"](TEST[:, :0])
     TaskRouter.of(opened["peft"]).save_pretrained(tmp_path / "again")

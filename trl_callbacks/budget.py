@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -208,7 +209,16 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         self._logged = meter.hits.clone()
         try:
             if state.global_step > 0:
-                self._restore(self.saved_here(args, state), meter)
+                own = type(self).__name__ in (state.stateful_callbacks or {})  # else of a run without a budget
+                known = own and bool(self.start or self.schedule == "constant")
+                free = known and not self.rebalance and self.prune_below is None  # K, and the weights, do without it
+                if (kept := (self.saved if free else self.saved_here)(args, state)) is not None:
+                    self._restore(kept, meter)
+                else:
+                    warnings.warn(
+                        f"The checkpoint has no {self.sidecar}: usage is counted from step {state.global_step} on.",
+                        stacklevel=2,
+                    )
             for name, mean in (("target", self.target), ("start", self._begin_mean)):
                 self._check_mean(name, mean)
         except ValueError:

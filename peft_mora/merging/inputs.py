@@ -51,7 +51,7 @@ from ..quantization import use_exact_4bit_kernels
 
 FILE = "input_statistics.safetensors"
 VERSION = 1
-STRENGTHS = (0.0, 0.5, 1.0)  # docs/merging.md has what it gives
+STRENGTHS = (0.0, 0.5, 1.0)  # docs/merging-measured.md has what they give
 HOOKS = [
     f"_forward_{kind}"
     for kind in ("hooks", "hooks_with_kwargs", "hooks_always_called", "pre_hooks", "pre_hooks_with_kwargs")
