@@ -79,7 +79,10 @@ SHOWN = ("greedy", "label", "kept", "kept_rest", "perplexity")
 ENDS = {"greedy": "", "label": " label"}  # of the columns of a task
 ARGUMENTS = {"before", "after", "weights", "canonical"}
 ANY_RULE = ARGUMENTS | {*chain.from_iterable(map(options_of, AFTER.values()))}
-LOOKING = {"inputs": check_looking, TWO_PASSES: check_looks}  # what a rule looks with is what these take
+LOOKING = {  # a rule looks with what the first takes, by default as the second does
+    "inputs": (check_looking, collect_inputs),
+    TWO_PASSES: (check_looks, merge_adapters),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -142,7 +145,7 @@ def numbers(text: str) -> list[int]:
 
 def looks_with(rule: str) -> set[str]:
     """What a rule takes to look at the adapters with."""
-    return set(inspect.signature(LOOKING[rule]).parameters) - {"model"} if rule in LOOKING else set()
+    return set(inspect.signature(LOOKING[rule][0]).parameters) - {"model"} if rule in LOOKING else set()
 
 
 def names_of(rule: str) -> set[str]:
@@ -162,8 +165,10 @@ def check_settings(rule: str, settings: Mapping[str, Any], tasks: int) -> None:
         looks = looks_with(rule)
         options = {name: value for name, value in settings.items() if name not in ARGUMENTS | looks}
         check_arguments("inputs" if rule == TWO_PASSES else rule, "sum", before, after, options)
-        if looks:
-            LOOKING[rule](**{name: value for name, value in settings.items() if name in looks})
+        if rule in LOOKING:
+            check, looking = LOOKING[rule]
+            defaults = inspect.signature(looking).parameters
+            check(**{name: settings.get(name, defaults[name].default) for name in looks})
 
 
 class Scorer:

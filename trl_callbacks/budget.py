@@ -209,16 +209,7 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
         self._logged = meter.hits.clone()
         try:
             if state.global_step > 0:
-                own = type(self).__name__ in (state.stateful_callbacks or {})  # else of a run without a budget
-                known = own and bool(self.start or self.schedule == "constant")
-                free = known and not self.rebalance and self.prune_below is None  # K, and the weights, do without it
-                if (kept := (self.saved if free else self.saved_here)(args, state)) is not None:
-                    self._restore(kept, meter)
-                else:
-                    warnings.warn(
-                        f"The checkpoint has no {self.sidecar}: usage is counted from step {state.global_step} on.",
-                        stacklevel=2,
-                    )
+                self._resume(args, state, meter)
             for name, mean in (("target", self.target), ("start", self._begin_mean)):
                 self._check_mean(name, mean)
         except ValueError:
@@ -304,6 +295,23 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
             if entry["args"]["adapter_name"] == self.adapter_name:
                 old = entry["attributes"].get("_saved")  # of several the last: the trainer appends
         return _unpacked(old) if old is not None else None
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, meter: UsageMeter) -> None:
+        """Go on as the checkpoint has it, or without its file where K and the weights do not depend on that.
+
+        Raises:
+            ValueError: it lacks the file that they depend on, or is of a run without a budget.
+        """
+        budgeted = type(self).__name__ in (state.stateful_callbacks or {})
+        known = self.start or self.schedule == "constant"
+        by_counts = self.rebalance or self.prune_below is not None
+        find = self.saved if budgeted and known and not by_counts else self.saved_here
+        kept = find(args, state)
+        if kept is not None:
+            self._restore(kept, meter)
+        else:
+            step = state.global_step
+            warnings.warn(f"The checkpoint has no {self.sidecar}: usage is counted from step {step} on.", stacklevel=3)
 
     def _check_mean(self, name: str, mean: float) -> None:
         least, most = self._fixed + len(self._limits), self._fixed + sum(self._limits.values())

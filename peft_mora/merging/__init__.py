@@ -174,8 +174,8 @@ def merge_adapters(
         check_new(output)
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     strengths = check_looks(
-        model, passes=passes, directions=directions, last=last, strength=strength,
-        distill=distill, learning_rate=learning_rate, answer_tokens=answer_tokens,
+        passes=passes, directions=directions, last=last, strength=strength, distill=distill,
+        learning_rate=learning_rate, answer_tokens=answer_tokens, model=model,
     )  # fmt: skip
     adapters = Adapters(folders)
     weights = check_weights(weights, len(adapters))
@@ -486,16 +486,9 @@ def check_arguments(
 
 
 def check_looks(
-    model: Any = None,
-    *,
-    passes: int = 2,
-    directions: int = 32,
-    last: float = 0.5,
-    strength: float | Sequence[float] = (0.5, 1.0),
-    distill: int = 0,
-    learning_rate: float = 3e-4,
-    answer_tokens: int = 16,
-) -> list[float]:
+    *, passes: int, directions: int, last: float, strength: Any, distill: int, learning_rate: float,
+    answer_tokens: int, model: Any = None,
+) -> list[float]:  # fmt: skip
     """Refuse arguments with which `merge_adapters` looks through a model, given or not; the strengths, each once.
 
     Raises:

@@ -330,7 +330,7 @@ def submodules(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
     return {name: base.get_submodule(name) for name in names}
 
 
-def check_looking(directions: int = 32, last: float = 0.5, strengths: Any = STRENGTHS) -> tuple[float, ...]:
+def check_looking(directions: int, last: float, strengths: Any) -> tuple[float, ...]:
     """The strengths; refuse arguments of `input_spreads`."""
     check_field(is_int(directions) and directions >= 1, "directions", directions, "an integer >= 1")
     check_share("last", last)
