@@ -58,6 +58,7 @@ from peft_mora.merging import (
     MergeReport,
     check_arguments,
     check_looks,
+    check_rule,
     collect_inputs,
     merge_adapters,
     options_of,
@@ -161,10 +162,11 @@ def check_settings(rule: str, settings: Mapping[str, Any], tasks: int) -> None:
     """Refuse values that no merge takes, in settings that the rule does."""
     if takes(rule, settings):
         before, after = settings.get("before", ()), settings.get("after", ())
-        check_weights(settings.get("weights"), tasks)
-        looks = looks_with(rule)
+        weights, looks = check_weights(settings.get("weights"), tasks), looks_with(rule)
         options = {name: value for name, value in settings.items() if name not in ARGUMENTS | looks}
-        check_arguments("inputs" if rule == TWO_PASSES else rule, "sum", before, after, options)
+        named = "inputs" if rule == TWO_PASSES else rule
+        check_arguments(named, "sum", before, after, options)
+        check_rule(named, weights, {name: options[name] for name in RULES[named].options() if name in options})
         if rule in LOOKING:
             check, looking = LOOKING[rule]
             defaults = inspect.signature(looking).parameters

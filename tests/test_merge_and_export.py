@@ -537,6 +537,12 @@ def test_the_merge_recipe_s_adapters_leave_protected_text_alone(llama_folder, ta
         (["--settings", '{"distill": -1}'], "`distill` must be a number of steps >= 0"),
         (["--settings", '{"strengths": []}', "--rules", "inputs"], "`strengths` must be a share in [0, 1]"),
         (["--settings", '{"weights": [1, 2]}', "--rules", "mean"], "3 adapters need 3 weights, got 2"),
+        (["--settings", '{"weights": [1, 1, -2]}', "--rules", "mean"], "The weights add up to 0"),
+        (["--settings", '{"weights": [1, 1, -2]}', "--rules", "inputs"], "This rule weighs squared errors"),
+        (["--settings", '{"factor": "two"}', "--rules", "iso-c"], "`factor` must be a number"),
+        (["--settings", '{"then": "mean"}', "--rules", "dare"], "`then` must be 'sum' or 'ties'"),
+        (["--settings", '{"block": 2}', "--rules", "opcm"], "`block` must be"),
+        (["--settings", '{"ridge": 0}', "--rules", "least-squares"], "`ridge` must be a number > 0"),
         (["--protect", "self", "--methods", "lora", "lori"], "--protect: the projection cannot hold lori"),
     ],
 )

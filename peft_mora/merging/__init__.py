@@ -179,6 +179,9 @@ def merge_adapters(
     )  # fmt: skip
     adapters = Adapters(folders)
     weights = check_weights(weights, len(adapters))
+    later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
+    own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
+    check_rule(rule, weights, own)
     said: list[str] = []
     statistics: list[Statistics] = []
     look = None
@@ -198,11 +201,9 @@ def merge_adapters(
         texts = texts_of(prompts, adapters.folders)
         asked = answer_tokens if distill or len(strengths) > 1 else 0
         look = _Look(model, texts, tokenizer, batch_size, kept, adapters, asked, progress)
-    later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
     used: dict[str, Any] = {}  # of the arguments that a model brings
     tried: dict[float, list[float]] = {}
     if rule == "inputs":
-        rules.check_losses(weights)
         if look is not None:
             strengths = strengths if writes_text(look.model) else strengths[:1]
             used |= {"passes": passes, **kept}
@@ -213,6 +214,7 @@ def merge_adapters(
                 rule, needs = ("sum", {}) if len(adapters) < 3 else ("iso-c", {"factor": 2.0})
                 missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
                 how = f"rule={rule!r}{f' {needs}' if needs else ''}"
+                own = needs
                 options = needs | {name: options[name] for names in later.values() for name in names}
                 if len(adapters) > 1:  # of one it is exact
                     said.append(
@@ -223,7 +225,6 @@ def merge_adapters(
                 statistics = []
     chosen = RULES[rule]
     gauge = canonical and rule != "slao"
-    own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
     merge = _Merge(chosen, rank, weights, own, seed, statistics)
 
     extreme = f"weights={weights} and options={options} of rule={rule!r} lead out of float32: give less extreme ones"
@@ -411,6 +412,7 @@ class _Merge:
         self.space = options.get("space", rule.space)
         self.density = options.get("density", 0.2)
         self.thresholds: list[float] = []
+        self.digests: list[str] = []
 
     def prepare(self, adapters: Adapters, updates: Callable[[str], list[Lora]]) -> None:
         """What a rule needs to know of all modules: TIES in the core space keeps the largest entries of them all."""
@@ -481,8 +483,22 @@ def check_arguments(
     ):
         value = options.get(name, 0.2)
         check_field(is_number(value) and above < value <= most, name, value, wanted)
+
+
+def check_rule(rule: str, weights: list[float], options: Mapping[str, Any]) -> None:
+    """Refuse weights and values of its own options that a rule does not take: it merges updates of one number.
+
+    Raises:
+        ValueError: as the rule says it.
+    """
     if rule == "inputs":
-        check_system(**{name: options[name] for name in RULES[rule].options() if name in options})
+        rules.check_losses(weights)
+        check_system(**options)
+        return
+    merge = _Merge(RULES[rule], "sum", weights, options, 0, [])
+    merge.digests, merge.thresholds = [""] * len(weights), [0.0] * len(weights)
+    small = torch.full((1, 1), 1e-6, dtype=torch.float64)  # large weights are the real updates' to judge
+    merge("", [Lora(small, small)] * len(weights))
 
 
 def check_looks(
