@@ -10,7 +10,7 @@ from peft_mora import METHODS
 HOUSE = f"""
     peft_mora: checks files fingerprint json_lines linalg inputs registry model_card packed kernels
     peft_mora: routing task_scores task_features row_tasks
-    peft_mora: lean
+    peft_mora: lean sampling
     peft_mora: quantization bases
     peft_mora: base
     peft_mora: seeded routed experts lora_file

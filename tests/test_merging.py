@@ -220,7 +220,7 @@ def test_adapters_that_have_no_common_sum_are_refused_by_name(three, tmp_path):
         ({"folders": iter("ab")}, "`folders` must be a list of folders"),
         ({"weights": 0.5}, "`weights` must be a list of numbers"),
         ({"seed": "abc"}, "`seed` must be an integer"),
-        ({"prompts": ["the cat"]}, "`prompts` must be a mapping of each folder to its texts"),
+        ({"prompts": ["the cat"]}, "`prompts` must be a mapping of each folder to its texts, or 'self'"),
         ({"rule": "inputs", "ridge": "much"}, "`ridge` must be a number > 0"),  # though there are no statistics
         ({"weights": [1.0]}, "3 adapters need 3 weights, got 1"),
         ({"weights": [1.0, 2.0, float("nan")]}, "finite numbers"),

@@ -15,7 +15,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft_mora import use_exact_4bit_kernels
@@ -24,11 +23,8 @@ from peft_mora.fingerprint import fingerprint
 from peft_mora.inputs import (
     base_of,
     contiguous_head,
-    device_of,
     eval_mode,
-    generating_by,
     input_statistics,
-    left_padded,
     load_tokenizer,
     placeholders,
     right_padded,
@@ -39,6 +35,7 @@ from peft_mora.inputs import (
     writes_text,
 )
 from peft_mora.json_lines import read_jsonl
+from peft_mora.sampling import continued, start_of
 
 from .subspace import Subspace
 
@@ -264,8 +261,7 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
             "texts in its place."
         )
     tokenizer = text_tokenizer(tokenizer_for(model, tokenizer))
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    check_field(start is not None, "protect", "self", "text: the tokenizer has no token that begins or ends one")
+    start = start_of(tokenizer)
     length, turns = _length(model), _turns(tokenizer)
     if turns is not None and sum(map(len, turns)) > length // 2:  # no room for what is said
         turns = None
@@ -274,12 +270,12 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
         while left > 0:
             rows = min(ROWS, left)
             talks = rows // 2 if turns is not None else 0
-            batches.append(_go_on(model, tokenizer, [[start]] * (rows - talks), length))
+            batches.append(right_padded(continued(model, tokenizer, [[start]] * (rows - talks), length)))
             if turns is not None and talks:
                 before, between = turns
-                asked = _go_on(model, tokenizer, [before] * talks, len(before) + length // 4, stop=True)
-                ids = [ids[mask.bool()].tolist() + between for ids, mask in zip(*asked.values(), strict=True)]
-                batches.append(_go_on(model, tokenizer, ids, length))
+                asked = continued(model, tokenizer, [before] * talks, len(before) + length // 4, stop=True)
+                ids = [row.tolist() + between for row in asked]
+                batches.append(right_padded(continued(model, tokenizer, ids, length)))
             left -= rows
     return batches
 
@@ -298,29 +294,6 @@ def _turns(tokenizer: Any) -> tuple[list[int], list[int]] | None:
         return None
     before, between = (tokenizer(part, add_special_tokens=False).input_ids for part in text.split(mark))
     return (before, between) if before and between else None
-
-
-def _go_on(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, stop: bool = False) -> Batch:
-    """Sample behind each prompt until it has `length` tokens; with `stop`, only to the end of its text."""
-    device = device_of(model)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    batch = left_padded([torch.tensor(row) for row in prompts], end)
-    ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-    new = length - min(map(len, prompts))
-    base = base_of(model)
-    plain = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=end, max_new_tokens=new,
-        min_new_tokens=None if stop else new, suppress_tokens=placeholders(base) or None,
-        eos_token_id=base.generation_config.eos_token_id, use_cache=True,
-    )  # fmt: skip
-    with generating_by(model, plain):
-        out = model.generate(input_ids=ids, attention_mask=mask)
-    rows = []
-    for row, prompt in zip(out.tolist(), prompts, strict=True):
-        added = row[ids.shape[1] :]
-        added = added[: added.index(end)] if stop and end in added else added
-        rows.append((prompt + added)[:length])
-    return right_padded(rows, end)
 
 
 def linear_layers(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:

@@ -27,10 +27,12 @@ from ..checks import check_field, is_int, is_number, listed
 from ..files import check_new
 from ..inputs import batches_of, check_length, check_text, text_tokenizer, writes_text
 from ..lora_file import Lora, check_finite, write_lora
+from ..sampling import own_texts
 from . import distillation, rules, scaling
 from .adapters import Adapters, check_weights
 from .core import core_space, reduced, single, to_lora
 from .inputs import (
+    LAST,
     Statistics,
     adapted,
     check_base,
@@ -115,11 +117,11 @@ def merge_adapters(
     *,
     canonical: bool = True,
     model: nn.Module | None = None,
-    prompts: Mapping[str | Path, Sequence[str]] | None = None,
+    prompts: Mapping[str | Path, Sequence[str]] | str | None = None,
     tokenizer: Any = None,
     passes: int = 2,
     directions: int = 32,
-    last: float = 0.5,
+    last: float = LAST,
     strength: float | Sequence[float] = (0.5, 1.0),
     distill: int = 0,
     learning_rate: float = 3e-4,
@@ -148,7 +150,8 @@ def merge_adapters(
         model, prompts, tokenizer: the base model; {folder: texts}, a few dozen prompts of each adapter's task; None
             for the tokenizer that was saved with the first adapter, or the model's. With them "inputs" looks at what
             goes into the modules itself, and in each further pass again, under the merged adapter. The model stays as
-            it is.
+            it is. Without data prompts="self": what each adapter writes itself, where it has learnt whole texts and
+            not answers alone (256 texts of up to 256 tokens, drawn by `seed`).
         passes: with a model; 1 solves with what the adapters see on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
         strength: with a model: the share of its scale at which each adapter is looked at on its own. Several: each is
@@ -167,8 +170,9 @@ def merge_adapters(
         FileExistsError: `output` exists.
     """
     check_arguments(rule, rank, before, after, options)
-    ok = prompts is None or isinstance(prompts, Mapping)
-    check_field(ok, "prompts", prompts, "a mapping of each folder to its texts")
+    own_words = isinstance(prompts, str) and prompts == "self"
+    ok = prompts is None or isinstance(prompts, Mapping) or own_words
+    check_field(ok, "prompts", prompts, "a mapping of each folder to its texts, or 'self'")
     check_field(is_int(seed), "seed", seed, "an integer")
     if output is not None:
         check_new(output)
@@ -180,6 +184,7 @@ def merge_adapters(
     adapters = Adapters(folders)
     weights = check_weights(weights, len(adapters))
     later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
+    used: dict[str, Any] = {}  # of the arguments that a model brings
     own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
     check_rule(rule, weights, own)
     said: list[str] = []
@@ -188,20 +193,22 @@ def merge_adapters(
     if (model is None) != (prompts is None) or (model is not None and rule != "inputs" and not distill):
         raise ValueError(
             "`model` and `prompts` go together, and with rule='inputs' or `distill`: the base model and {folder: "
-            "texts} of every folder."
+            "texts} of every folder, or prompts='self'."
         )
     if distill and model is None:
         raise ValueError("`distill` learns from prompts: give `model` and `prompts`, or leave it out.")
     looks, seen = model is not None, "`model` and `prompts`"
-    of_inputs = {"passes": passes, "directions": directions, "last": last, "strength": tuple(strengths)}
+    of_inputs = {"passes": passes, "directions": directions, "strength": tuple(strengths)}
     _check_used(looks and rule == "inputs", f"rule='inputs' with {seen}", of_inputs)
-    _check_used(looks, seen, {"tokenizer": tokenizer, "answer_tokens": answer_tokens, "batch_size": batch_size})
+    _check_used(looks and rule == "inputs" and not own_words, f"rule='inputs' with {seen} of yours", {"last": last})
+    _check_used(looks, seen, {"tokenizer": tokenizer, "batch_size": batch_size})
+    _check_used(looks and not own_words, f"{seen} of yours", {"answer_tokens": answer_tokens})
     if model is not None and prompts is not None:
-        kept = {"directions": directions, "last": last}
-        texts = texts_of(prompts, adapters.folders)
+        kept = {"directions": directions, "last": 0.0 if own_words else last}
+        texts = None if isinstance(prompts, str) else texts_of(prompts, adapters.folders)
         asked = answer_tokens if distill or len(strengths) > 1 else 0
-        look = _Look(model, texts, tokenizer, batch_size, kept, adapters, asked, progress)
-    used: dict[str, Any] = {}  # of the arguments that a model brings
+        look = _Look(model, texts, tokenizer, batch_size, kept, adapters, asked, distill > 0, seed, progress)
+        used |= {"prompts": "self"} if own_words else {}
     tried: dict[float, list[float]] = {}
     if rule == "inputs":
         if look is not None:
@@ -253,6 +260,8 @@ def merge_adapters(
             check_finite(module, factors, "The merged update", extreme)
         return _cut_by_energy(merged, rank) if isinstance(rank, float) else merged
 
+    answers = {} if own_words else {"answer_tokens": answer_tokens}
+
     def looked(look: _Look) -> dict[str, Lora]:
         """From each strength in all passes; of several, that whose answers are nearest to the adapters'."""
         nearest, best = math.inf, None
@@ -265,7 +274,7 @@ def merge_adapters(
             if len(strengths) == 1:
                 used["strength"] = share
                 return merged
-            used["answer_tokens"] = answer_tokens
+            used.update(answers)
             tried[share] = look.divergences(merged)
             far = sum(weight * x for weight, x in zip(weights, tried[share], strict=True) if weight)
             if far < nearest:
@@ -282,8 +291,7 @@ def merge_adapters(
         warnings.simplefilter("always")
         merged = looked(look) if look is not None and rule == "inputs" else run()
         if look is not None and distill:
-            told: dict[str, Any] = {"distill": distill, "learning_rate": learning_rate, "answer_tokens": answer_tokens}
-            used |= told
+            used |= {"distill": distill, "learning_rate": learning_rate, **answers}
             counts = weights if rule == "inputs" else [1.0] * len(weights)
             merged = look.taught(merged, counts, seed, distill, learning_rate)
     said += dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
@@ -318,24 +326,33 @@ class _Look:
     def __init__(
         self,
         model: nn.Module,
-        texts: list[Sequence[str]],
+        texts: list[Sequence[str]] | None,
         tokenizer: Any,
         batch_size: int,
         kept: dict[str, Any],
         adapters: Adapters,
         answer_tokens: int,
+        distills: bool,
+        seed: int,
         progress: bool | None,
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
         self.model, self.adapters, self.kept, self.batch_size = model, adapters, kept, batch_size
-        self.answer_tokens, self.progress = answer_tokens, progress
+        self.answer_tokens, self.distills, self.progress = answer_tokens, distills, progress
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
         for file in adapters.files:
             check_base(model, file)
         open_end = writes_text(model)
-        self.prompts = [encoded(each, self.tokenizer, open_end=open_end) for each in texts]
-        check_length(model, list(chain(*self.prompts)), answer_tokens if open_end else 0)
+        self.written = texts is None
+        if texts is None:
+            self.prompts = []
+            for folder in bar(adapters.folders, "texts", progress):
+                with adapted(model, folder) as with_it:
+                    self.prompts.append(own_texts(with_it, self.tokenizer, seed=seed))
+        else:
+            self.prompts = [encoded(each, self.tokenizer, open_end=open_end) for each in texts]
+            check_length(model, list(chain(*self.prompts)), answer_tokens if open_end else 0)
         self.batches = [batches_of(prompts, batch_size) for prompts in self.prompts]
 
     def alone(self, strength: float) -> list[Statistics]:
@@ -364,13 +381,19 @@ class _Look:
 
     @cached_property
     def courses(self) -> list[list[distillation.Lesson]]:
-        """What each adapter answers its prompts."""
+        """What each adapter answers its prompts; of a text of its own, what it says of all but the first token."""
         found = []
+        blocks = distillation.blocks_of(self.adapters.sizes) if self.distills else []
         each = list(zip(self.adapters.folders, self.prompts, self.batches, strict=True))
         for folder, prompts, batches in bar(each, "answers", self.progress):
             check_text(self.model, batches, "give prompts without images, or leave `distill` out.")
             with adapted(self.model, folder) as model:
-                found.append(distillation.lessons(model, prompts, self.tokenizer, self.answer_tokens, self.batch_size))
+                if self.written:
+                    lengths = [len(text) - 1 for text in prompts]
+                    found.append(distillation.lessons_of(model, prompts, lengths, self.batch_size))
+                    continue
+                asked = (prompts, self.tokenizer, self.answer_tokens, self.batch_size, blocks)
+                found.append(distillation.lessons(model, *asked))
         return found
 
     def divergences(self, merged: dict[str, Lora]) -> list[float]:

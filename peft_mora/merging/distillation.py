@@ -1,28 +1,32 @@
 """The merged adapter, taught to answer as each adapter answers its own prompts: each is a teacher, no label is needed.
 
-    loss = Σ_t w_t KL(p_t ‖ p) / Σ_t w_t, mean over the tokens of adapter t's own greedy answer to a prompt of its own
+    loss = Σ_t w_t (KL(p_t ‖ p) + mean_l ‖h_l - h_tl‖² / E‖h_tl - h_0l‖²) / Σ_t w_t
 
-p_t and p are the next token's probabilities under adapter t and under the merged one. Distillation: arXiv 1503.02531;
-of merged models, layer by layer: 2502.12706. Each adapter answers once, before the first step, and what is kept of p_t
-is its `TOP` likeliest tokens and the mass of all others, so that no second model is in memory while one is trained.
+over the tokens of adapter t's own greedy answer to a prompt of its own. p_t and p are the next token's probabilities
+under adapter t and under the merged one; h_tl, h_l and h_0l what block l puts out there under adapter t, the merged
+one and none; E is the mean over adapter t's answers. Distillation: arXiv 1503.02531; of merged models, layer by layer:
+2502.12706. Each adapter answers once, before the first step, and what is kept of p_t is its `TOP` likeliest tokens and
+the mass of all others, so that no second model is in memory while one is trained; of h_tl, as many bytes as it has.
 """
 
 from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import GenerationConfig
 
 from ..checks import check_field, is_int, is_number
-from ..inputs import contiguous_head, eval_mode, generating_by, left_padded, placeholders, writes_text
+from ..inputs import contiguous_head, eval_mode, generating_by, left_padded, placeholders, removed_after, writes_text
 from ..lora_file import Lora
 from .report import bar
 
@@ -39,11 +43,16 @@ class Lesson(NamedTuple):
         ids: (S,) int64, prompt and answer.
         top: (n, k) int64, the likeliest tokens at each of the answer's n.
         mass: (n, k + 1) float32, their probabilities, and that of all others together.
+        states: (L, n, H) in the model's dtype, what each of L blocks puts out where it says them; none is compared
+            where there is none.
+        moved: (L,) float32, what the adapter changes of them: mean of ‖h_t - h_0‖² over all its answers.
     """
 
     ids: Tensor
     top: Tensor
     mass: Tensor
+    states: Tensor | None = None
+    moved: Tensor | None = None
 
 
 def check_lessons(model: Any, steps: int, learning_rate: float, answer_tokens: int) -> None:
@@ -64,16 +73,22 @@ def check_lessons(model: Any, steps: int, learning_rate: float, answer_tokens: i
 
 @torch.no_grad()
 def lessons(
-    model: PeftModel, prompts: Sequence[Tensor], tokenizer: Any, answer_tokens: int, batch_size: int = 8
+    model: PeftModel,
+    prompts: Sequence[Tensor],
+    tokenizer: Any,
+    answer_tokens: int,
+    batch_size: int = 8,
+    blocks: Sequence[str] = (),
 ) -> list[Lesson]:
     """What a model with its adapter answers: greedily, up to what ends a text for the tokenizer or the model.
 
     Args:
         prompts: ids (S,) int64 of each.
         answer_tokens: most tokens of an answer.
-        batch_size: prompts at a time.
+        batch_size, blocks: as in `lessons_of`.
     """
-    found = []
+    texts: list[Tensor] = []
+    lengths: list[int] = []
     of_model = getattr(model.generation_config, "eos_token_id", None)
     known = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
     ends = sorted({end for end in known if end is not None})
@@ -90,11 +105,36 @@ def lessons(
                 **{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
             )
             answers = [_until(row, ends) for row in written[:, batch["input_ids"].shape[1] :].cpu()]
-            texts = [torch.cat(pair) for pair in zip(some, answers, strict=True)]
-            for ids, logits in zip(texts, answer_logits(model, texts, [len(a) for a in answers]), strict=True):
+            texts += [torch.cat(pair) for pair in zip(some, answers, strict=True)]
+            lengths += map(len, answers)
+    return lessons_of(model, texts, lengths, batch_size, blocks)
+
+
+@torch.no_grad()
+def lessons_of(
+    model: PeftModel, texts: Sequence[Tensor], lengths: Sequence[int], batch_size: int = 8, blocks: Sequence[str] = ()
+) -> list[Lesson]:
+    """What a model with its adapter says of the last tokens of texts, as many as `lengths`.
+
+    Args:
+        texts: ids (S,) int64 of each.
+        batch_size: texts at a time.
+        blocks: modules of the base model whose outputs are kept.
+    """
+    found: list[Lesson] = []
+    moved: list[Tensor] = []
+    with eval_mode(model), contiguous_head(model):
+        for start in range(0, len(texts), batch_size):
+            asked = texts[start : start + batch_size], lengths[start : start + batch_size], blocks
+            each, states = answer_states(model, *asked)
+            with model.disable_adapter():
+                plain = answer_states(model, *asked)[1] if blocks else states
+            for ids, logits, with_it, without in zip(asked[0], each, states, plain, strict=True):
                 top = logits.topk(min(TOP, logits.shape[-1] - 1), dim=-1).indices
-                found.append(Lesson(ids, top.cpu(), log_mass(logits, top).exp().cpu()))
-    return found
+                found.append(Lesson(ids, top.cpu(), log_mass(logits, top).exp().cpu(), with_it.cpu()))
+                moved.append((with_it.float() - without.float()).square().sum(-1).mean(-1).cpu())
+    mean = torch.stack(moved).mean(0)
+    return [lesson._replace(moved=mean) for lesson in found]
 
 
 def _until(answer: Tensor, ends: Sequence[int]) -> Tensor:
@@ -117,6 +157,38 @@ def answer_logits(model: PeftModel, texts: Sequence[Tensor], lengths: Sequence[i
     return [row[-n - 1 : -1].float() for row, n in zip(logits, lengths, strict=True)]
 
 
+def answer_states(
+    model: PeftModel, texts: Sequence[Tensor], lengths: Sequence[int], blocks: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`answer_logits`, and (L, n, H) of each text: what the blocks put out where the logits are of."""
+    base: Any = model.get_base_model()
+    with outputs_of(base.get_submodule(block) for block in blocks) as seen:
+        logits = answer_logits(model, texts, lengths)
+    width = max(map(len, texts))
+    rows = [x for x in seen if x.dim() == 3 and x.shape[:2] == (len(texts), width)]  # of text, a row a token
+    if not rows:
+        return logits, [logits[0].new_zeros(0, 1, 1)] * len(texts)
+    return logits, [torch.stack([x[i, -n - 1 : -1].to(model.device) for x in rows]) for i, n in enumerate(lengths)]
+
+
+def blocks_of(names: Iterable[str]) -> list[str]:
+    """The numbered modules that modules are in, each once: model.layers.3 of model.layers.3.mlp.up_proj."""
+    found = (re.match(r"(?:.*?\.)?\d+(?=\.)", name) for name in names)
+    return list(dict.fromkeys(match[0] for match in found if match))
+
+
+@contextmanager
+def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list that gets what the modules put out (the first, where it is several), in the order in which they run."""
+    seen: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _, args, out: seen.append(out if isinstance(out, Tensor) else out[0]))
+        for module in modules
+    ]
+    with removed_after(handles):
+        yield seen
+
+
 def log_mass(logits: Tensor, top: Tensor) -> Tensor:
     """Log-probabilities (n, k + 1) of the tokens `top` (n, k) and of all others together, of logits (n, V)."""
     each = logits.log_softmax(-1)
@@ -128,6 +200,16 @@ def divergence(logits: Tensor, lesson: Lesson) -> Tensor:
     """KL(p_t ‖ p) in nats, mean over the answer's tokens."""
     found = log_mass(logits, lesson.top.to(logits.device))
     return kl_div(found, lesson.mass.to(found.device), reduction="batchmean")
+
+
+def distance(states: Tensor, lesson: Lesson) -> Tensor:
+    """‖h - h_t‖² over what the adapter changes, mean over tokens and over the blocks where it changes something."""
+    if lesson.states is None or lesson.moved is None or not lesson.moved.any():
+        return states.new_zeros(())
+    moved = lesson.moved.to(states.device)
+    far = (states.float() - lesson.states.to(states.device).float()).square().sum(-1).mean(-1)
+    there = moved > 0
+    return (far[there] / moved[there]).mean()
 
 
 @torch.no_grad()
@@ -184,6 +266,7 @@ def distill(
         ValueError: it diverges.
     """
     base: Any = model.get_base_model()
+    blocks = blocks_of(names)
     layers = {name: base.get_submodule(name) for name in names}
     parameters = [x["default"].weight for layer in layers.values() for x in (layer.lora_A, layer.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -196,9 +279,10 @@ def distill(
             total = max(1e-12, sum(weights[t] for t, _ in turns))
             for start in range(0, PROMPTS, batch_size):
                 some = turns[start : start + batch_size]
-                logits = answer_logits(model, [x.ids for _, x in some], [len(x.top) for _, x in some])
-                losses = [weights[t] / total * divergence(rows, x) for rows, (t, x) in zip(logits, some, strict=True)]
-                loss = torch.stack(losses).sum()
+                texts, lengths = [x.ids for _, x in some], [len(x.top) for _, x in some]
+                loss = torch.zeros((), device=model.device)
+                for logits, states, (t, x) in zip(*answer_states(model, texts, lengths, blocks), some, strict=True):
+                    loss = loss + weights[t] / total * (divergence(logits, x) + distance(states, x))
                 if not loss.isfinite():
                     raise ValueError(f"Distillation diverged at step {step + 1}: give a lower learning_rate.")
                 scaler.scale(loss).backward()

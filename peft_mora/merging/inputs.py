@@ -47,11 +47,13 @@ from ..inputs import (
 )
 from ..lora_file import Lora, LoraFile, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
+from ..sampling import own_texts
 
 
 FILE = "input_statistics.safetensors"
 VERSION = 1
 STRENGTHS = (0.0, 0.5, 1.0)  # docs/merging-measured.md has what they give
+LAST = 0.5
 HOOKS = [
     f"_forward_{kind}"
     for kind in ("hooks", "hooks_with_kwargs", "hooks_always_called", "pre_hooks", "pre_hooks_with_kwargs")
@@ -165,12 +167,12 @@ class Statistics:
 
 def collect_inputs(
     model: nn.Module,
-    texts: Sequence[str],
+    texts: Sequence[str] | str,
     folder: str | Path,
     tokenizer: Any = None,
     *,
     directions: int = 32,
-    last: float = 0.5,
+    last: float = LAST,
     strengths: float | Sequence[float] = STRENGTHS,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -183,7 +185,8 @@ def collect_inputs(
     Args:
         model: the base model, onto which the adapter is put for the length of the call; or a PeftModel with the
             adapter active.
-        texts: prompts, as the model is given them.
+        texts: prompts, as the model is given them; or "self": what an adapter that has learnt whole texts, and not
+            answers alone, writes itself. All of their tokens count alike.
         folder: the saved adapter; FOLDER/input_statistics.safetensors is written.
         tokenizer: None takes the one saved with the adapter, or else the model's.
         directions: k of every C; the others have one mean.
@@ -201,9 +204,15 @@ def collect_inputs(
     check_writable(folder)
     if not isinstance(model, PeftModel):
         check_base(model, file)
+    own = isinstance(texts, str) and texts == "self"
+    if own and (last != LAST or max_length is not None):
+        raise ValueError("`last` and `max_length` are of texts that are given, not of 'self': leave them out.")
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
-        rows = encoded(texts, tokenizer, max_length, writes_text(with_adapter.get_base_model()))
+        if own:
+            rows, last = own_texts(with_adapter, tokenizer), 0.0
+        else:
+            rows = encoded(texts, tokenizer, max_length, writes_text(with_adapter.get_base_model()))
         check_length(with_adapter.get_base_model(), rows)
         batches = batches_of(rows, batch_size)
         statistics = input_spreads(
