@@ -139,7 +139,7 @@ def merge(parser: argparse.ArgumentParser) -> Callable[[Any], None]:
 
 With prompts of each adapter's task, or input statistics beside the adapters, the merged update is the one that
 disturbs least what each adapter computes on its own inputs; with --distill it then learns each one's answers to its
-prompts. The rules: docs/merging.md."""
+prompts. The rules, and --prompts self, which needs no data: docs/merging.md."""
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of saved adapters")
     parser.add_argument("--output", required=True, metavar="DIR", help="the merged LoRA; must not exist yet")
     parser.add_argument("--rule", default="inputs", help="of peft_mora.merging.RULES (%(default)s)")
@@ -156,7 +156,8 @@ prompts. The rules: docs/merging.md."""
     )
     parser.add_argument(
         "--prompts", **several, metavar="FILE",
-        help="one a folder, in their order: JSON lines (prompt or text) or lines of text; needs --model",
+        help="one a folder, in their order: JSON lines (prompt or text) or lines of text; or self: what each adapter "
+        "writes, where it has learnt whole texts; needs --model",
     )  # fmt: skip
     parser.add_argument(
         "--distill", type=number, default=0, metavar="STEPS",
@@ -174,9 +175,11 @@ prompts. The rules: docs/merging.md."""
         if (args.prompts is None) != (args.model is None):
             raise ValueError("--model and --prompts go together: give both, or neither.")
         if args.prompts is not None:
-            if len(args.prompts) != len(args.folders):
-                raise ValueError(f"--prompts has {len(args.prompts)} files for {len(args.folders)} folders.")
-            texts = {folder: read_texts(file) for folder, file in zip(args.folders, args.prompts, strict=True)}
+            texts: Any = "self"
+            if args.prompts != ["self"]:
+                if len(args.prompts) != len(args.folders):
+                    raise ValueError(f"--prompts has {len(args.prompts)} files for {len(args.folders)} folders.")
+                texts = {folder: read_texts(file) for folder, file in zip(args.folders, args.prompts, strict=True)}
             for folder in args.folders:
                 read_config(folder)
             more = signature(merge_adapters).parameters

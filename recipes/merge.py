@@ -13,9 +13,10 @@ data they keep more.
 
 LoRA, LORI and FURINA are merged into one plain LoRA by the rules of peft_mora.merging (--rules): "inputs" from
 statistics of --prompts training prompts that lie beside each adapter, "two-passes" by looking again under the merged
-adapter; with --settings '{"distill": 64}' it learns each one's answers to these prompts then. LoRAs are also
-combined by PEFT's add_weighted_adapter (--ways), of which only "cat" is the exact sum of the updates, and LORIs by
-their own, which always is. FLYLORA, SMORA and MORA choose experts for every token, so no single file equals their
+adapter; with --settings '{"distill": 64}' it learns each one's answers to these prompts then. With --prompts self they
+need no data: each adapter writes what it is looked at with, for which --whole lets it learn whole texts. LoRAs are
+also combined by PEFT's add_weighted_adapter (--ways), of which only "cat" is the exact sum of the updates, and LORIs
+by their own, which always is. FLYLORA, SMORA and MORA choose experts for every token, so no single file equals their
 sum: all adapters are active together, each chooses on its own, and the updates add up. Their weights go into the
 adapters' scaling, which the choice does not depend on.
 
@@ -71,6 +72,7 @@ from trl_callbacks.general_text import check_source
 
 
 TWO_PASSES = "two-passes"
+SELF = "self"
 LORA_WAYS = ("cat", "linear", "ties", "dare_ties")
 PRUNED = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 EVERY_WAY = ("cat", "linear", "svd", *PRUNED, *(f"{way}_svd" for way in PRUNED))  # with svd: minutes on a CPU
@@ -105,7 +107,11 @@ def parse() -> argparse.Namespace:
         "--merged-ranks", "--rank", nargs="+", default=["sum"], type=runs.merged_rank, metavar="RANK",
         help="of the merged, also in the ways with svd: sum, numbers, or energies; a row each (%(default)s)",
     )  # fmt: skip
-    add("--prompts", nargs="+", type=runs.count, default=[64], help="training prompts a task to look at (%(default)s)")
+    add("--whole", action="store_true", help="adapters learn whole texts, and not answers alone: they write prompts")
+    add(
+        "--prompts", nargs="+", type=prompts, default=[64], metavar="N",
+        help=f"training prompts a task to look at, or {SELF}: what each adapter writes (%(default)s)",
+    )  # fmt: skip
     add(
         "--settings", nargs="+", action="extend", type=runs.fields, metavar="JSON",
         help="arguments of merge_adapters, a row each for every rule that takes them all ({})",
@@ -138,6 +144,10 @@ def parse() -> argparse.Namespace:
             except (TypeError, ValueError) as error:
                 parser.error(f"--settings {json.dumps(settings)}: {error}")
     return args
+
+
+def prompts(text: str) -> int | str:
+    return text if text == SELF else runs.count(text)
 
 
 def numbers(text: str) -> list[int]:
@@ -216,7 +226,7 @@ class Scorer:
 
 def held_out(task: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:
     """The last training records, as many as test ones, without those that are looked at as prompts."""
-    rest = task["train"][max(args.prompts) :]
+    rest = task["train"][max([0, *(count for count in args.prompts if count != SELF)]) :]
     if not rest:
         raise SystemExit(f"--score-on train: all {len(task['train'])} records of {task['name']} are --prompts")
     return rest[-(args.limit or len(task["test"])) :]
@@ -314,7 +324,8 @@ class Run:
             set_seed(seed)  # A is drawn before the trainer sets its own
             config = adapter_config(self.method, seed=seed, **comparable(self.method, self.ranks[i]))
             own = argparse.Namespace(**{**vars(self.args), "seed": seed})
-            train(self.base, config, task["train"], folder, own, self.callbacks())
+            options = {"completion_only_loss": False} if self.args.whole else {}
+            train(self.base, config, task["train"], folder, own, self.callbacks(), **options)
 
     def callbacks(self) -> list[Any]:
         """With --protect, A anywhere outside of what the text needs; all adapters of a run share its memory."""
@@ -368,7 +379,7 @@ class Run:
             for k, weight in product(cuts if "svd" in way else [None], self.args.weights):
                 yield self.key(way, weight=f"{weight:.3g}", rank="" if k is None else k), way, weight, k
 
-    def merged(self) -> Iterator[tuple[dict[str, Any], str, Any, int, dict[str, Any]]]:
+    def merged(self) -> Iterator[tuple[dict[str, Any], str, Any, int | str, dict[str, Any]]]:
         """The rows of our rules: key, rule, rank, prompts, settings."""
         for rule in self.args.rules if merges(self.method) else ():
             counts = self.args.prompts if rule in LOOKING else [0]
@@ -377,24 +388,26 @@ class Run:
                     shown = json.dumps(settings) if settings else ""
                     yield self.key(rule, rank=k, prompts=count or "", settings=shown), rule, k, count, settings
 
-    def merge(self, rule: str, k: Any, count: int, settings: dict[str, Any]) -> tuple[Path, float]:
+    def merge(self, rule: str, k: Any, count: int | str, settings: dict[str, Any]) -> tuple[Path, float]:
         """Merge by one rule into a folder of its own; (it, seconds of looking and merging)."""
         short = sha256(json.dumps(settings).encode()).hexdigest()[:8] if settings else ""
         parts = (self.method, "merged", rule, k, count or "", short)
         folder = self.output / "-".join(str(part) for part in parts if part != "")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-        texts = [[record["prompt"] for record in task["train"][:count]] for task in self.tasks]
+        texts: Any = SELF
+        if isinstance(count, int):
+            texts = [[record["prompt"] for record in task["train"][:count]] for task in self.tasks]
+            texts = dict(zip(self.folders, texts, strict=True))
         start, given = time.perf_counter(), dict(settings)
         if rule == TWO_PASSES:
             model, tokenizer = self.bare()
-            prompts = dict(zip(self.folders, texts, strict=True))
-            given = {"model": model, "tokenizer": tokenizer, "prompts": prompts, "passes": 2, **given}
+            given = {"model": model, "tokenizer": tokenizer, "prompts": texts, "passes": 2, **given}
         elif rule == "inputs":
             look = {name: given.pop(name) for name in looks_with(rule) & given.keys()}
             if self.looked != (count, *look.items()):
                 model, tokenizer = self.bare()
-                for adapter, own in zip(self.folders, texts, strict=True):
-                    collect_inputs(model, own, adapter, tokenizer, **look)
+                for adapter in self.folders:
+                    collect_inputs(model, texts if texts == SELF else texts[adapter], adapter, tokenizer, **look)
                 self.looked = (count, *look.items())
         name = "inputs" if rule == TWO_PASSES else rule
         report = merge_adapters(self.folders, name, k, seed=self.seed, output=folder, **given)

@@ -328,6 +328,9 @@ def test_merge_writes_what_the_library_writes(llama_folder, here, command, capsy
     assert looked.startswith("inputs → distill, rank 8") and set(adapter_info("both").ranks.values()) == {8}
     told = json.loads((here / "both/merge_report.json").read_text())["options"]
     assert (told["passes"], told["distill"]) == (1, 1)
+    own = ("--model", llama_folder, "--prompts", "self", "--options", '{"passes": 1, "strength": 1}', "--rank", 2)
+    assert command("merge", "a0", "a1", "--output", "own", *own).startswith("inputs, rank 2")
+    assert json.loads((here / "own/merge_report.json").read_text())["options"]["prompts"] == "self"
 
 
 def test_merge_opens_the_base_as_the_first_adapter_was_trained_over_it(llama_folder, here, command):

@@ -509,6 +509,23 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
     assert len(csv_rows(output / "merge.csv")) > 5 and "continual.py" in (output / "run.json").read_text()
 
 
+def test_the_merge_recipe_s_adapters_learn_whole_texts_and_write_prompts(llama_folder, tasks, tmp_path, run_recipe):
+    command = ["--model", llama_folder, "--data", tasks, "--output", tmp_path / "out", "--whole"]
+    command += "--tasks sky,way --steps 4 --device cpu --methods lora --ways --rank 2 --metrics greedy".split()
+    run_recipe("merge", *command, *"--rules two-passes inputs mean --prompts self 2 --score-on train".split())
+    rows = [(row["combined by"], row["prompts"]) for row in csv_rows(tmp_path / "out/merge.csv")[-5:]]
+    assert rows == [(rule, n) for rule in ("two-passes", "inputs") for n in ("self", "2")] + [("mean", "")]
+    told = json.loads((tmp_path / "out/seed-0/lora-merged-two-passes-2-self/merge_report.json").read_text())
+    assert told["options"]["prompts"] == "self"
+    own = load_file(tmp_path / "out/seed-0/lora-sky/adapter_model.safetensors")
+    answers = [x for x in command if x != "--whole"]
+    run_recipe("merge", *answers[:5], tmp_path / "answers", *answers[6:], "--rules", "mean")
+    other = load_file(tmp_path / "answers/seed-0/lora-sky/adapter_model.safetensors")
+    assert own.keys() == other.keys() and not any(
+        torch.equal(x, other[name]) for name, x in own.items() if "lora_B" in name
+    )
+
+
 def test_the_merge_recipe_s_adapters_leave_protected_text_alone(llama_folder, tasks, tmp_path, run_recipe):
     pages = jsonl(
         tmp_path / "pages.jsonl", {"text": "the cat sat on the red mat"}, {"text": "a dog ran under the log"}

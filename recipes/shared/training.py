@@ -147,13 +147,16 @@ def make_trainer(
 
 
 def train(
-    base: str, peft_config: Any, records: list[dict[str, str]], folder: Path, args: Any, callbacks: Iterable[Any] = ()
-) -> SFTTrainer:
-    """Train one adapter on a fresh base and save it in `folder`; args has device, steps, batch_size, lr and seed."""
+    base: str, peft_config: Any, records: list[dict[str, str]], folder: Path, args: Any, callbacks: Iterable[Any] = (),
+    **options: Any,
+) -> SFTTrainer:  # fmt: skip
+    """Train one adapter on a fresh base and save it in `folder`; args has device, steps, batch_size, lr and seed, and
+    `options` are SFTConfig's."""
     model, tokenizer = load_base(base, args.device)
     trainer = make_trainer(
-        model, tokenizer, records, folder, args.steps, args.batch_size, args.lr, args.seed, peft_config, callbacks
-    )
+        model, tokenizer, records, folder, args.steps, args.batch_size, args.lr, args.seed, peft_config, callbacks,
+        **options,
+    )  # fmt: skip
     trainer.train()
     trainer.save_model()
     return trainer
