@@ -339,12 +339,13 @@ class _Look:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
         self.model, self.adapters, self.kept, self.batch_size = model, adapters, kept, batch_size
-        self.answer_tokens, self.distills, self.progress = answer_tokens, distills, progress
+        self.answer_tokens, self.progress = answer_tokens, progress
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
         for file in adapters.files:
             check_base(model, file)
         open_end = writes_text(model)
         self.written = texts is None
+        self.blocks = distillation.blocks_of(adapters.sizes) if distills and texts is not None else []
         if texts is None:
             self.prompts = []
             for folder in bar(adapters.folders, "texts", progress):
@@ -383,7 +384,6 @@ class _Look:
     def courses(self) -> list[list[distillation.Lesson]]:
         """What each adapter answers its prompts; of a text of its own, what it says of all but the first token."""
         found = []
-        blocks = distillation.blocks_of(self.adapters.sizes) if self.distills else []
         each = list(zip(self.adapters.folders, self.prompts, self.batches, strict=True))
         for folder, prompts, batches in bar(each, "answers", self.progress):
             check_text(self.model, batches, "give prompts without images, or leave `distill` out.")
@@ -392,7 +392,7 @@ class _Look:
                     lengths = [len(text) - 1 for text in prompts]
                     found.append(distillation.lessons_of(model, prompts, lengths, self.batch_size))
                     continue
-                asked = (prompts, self.tokenizer, self.answer_tokens, self.batch_size, blocks)
+                asked = (prompts, self.tokenizer, self.answer_tokens, self.batch_size, self.blocks)
                 found.append(distillation.lessons(model, *asked))
         return found
 
@@ -410,7 +410,7 @@ class _Look:
         with self.onto(merged, trainable=True) as model:
             taught = distillation.distill(
                 model, list(merged), courses, weights, steps=distill, learning_rate=learning_rate,
-                batch_size=self.batch_size, seed=seed, progress=self.progress,
+                blocks=self.blocks, batch_size=self.batch_size, seed=seed, progress=self.progress,
             )  # fmt: skip
         return {name: single(reduced(lora)) for name, lora in taught.items()}
 

@@ -250,6 +250,7 @@ def distill(
     *,
     steps: int,
     learning_rate: float,
+    blocks: Sequence[str] = (),
     batch_size: int = 8,
     seed: int = 0,
     progress: bool | None = None,
@@ -260,13 +261,13 @@ def distill(
     Args:
         model: with the merged adapter, trainable. names: its modules in the base model.
         courses: the lessons of each adapter. weights: what each adapter's count, >= 0.
+        blocks: those that the lessons have states of.
         batch_size: prompts that are in memory at a time; the gradients of a step's prompts add up.
 
     Raises:
         ValueError: it diverges.
     """
     base: Any = model.get_base_model()
-    blocks = blocks_of(names)
     layers = {name: base.get_submodule(name) for name in names}
     parameters = [x["default"].weight for layer in layers.values() for x in (layer.lora_A, layer.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
