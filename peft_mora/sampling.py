@@ -8,58 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .inputs import (
-    base_of,
-    contiguous_head,
-    device_of,
-    eval_mode,
-    generating_by,
-    left_padded,
-    placeholders,
-    room,
-    seeded,
-    text_tokenizer,
-    writes_text,
-)
-
-
-ROWS = 64  # texts at a time
-TEXTS = 256
-LENGTH = 256  # tokens of one, at most
-
-
-@torch.no_grad()
-def own_texts(model: Any, tokenizer: Any, count: int = TEXTS, length: int = LENGTH, seed: int = 0) -> list[Tensor]:
-    """Token ids (S,) int64, 2 <= S <= `length`, of `count` texts that a model writes at temperature 1: as its
-    tokenizer gives them, and with the token that ends one where it has come to that. Shorter ones are left out.
-
-    Raises:
-        ValueError: the model writes no text, or none of two tokens; as `start_of`.
-    """
-    base = base_of(model)
-    if not writes_text(base):
-        raise ValueError(
-            f"'self' is text that a causal language model writes itself, and {type(base).__name__} writes none. Give "
-            "texts in its place."
-        )
-    tokenizer = text_tokenizer(tokenizer)
-    start, end = start_of(tokenizer), tokenizer.eos_token_id
-    begins = list(tokenizer("a")["input_ids"])[:1] == [start]
-    most = min(length, room(base) or length) + (not begins)
-    found = []
-    with seeded(seed), eval_mode(model), contiguous_head(model):
-        for done in range(0, count, ROWS):
-            prompts = [[start]] * min(ROWS, count - done)
-            for row in continued(model, tokenizer, prompts, most, stop=True):
-                ended = len(row) < most and end is not None
-                text = torch.cat([row, torch.tensor([end])]) if ended else row
-                found.append(text if begins else text[1:])
-    found = [text for text in found if len(text) > 1]
-    if not found:
-        raise ValueError(
-            f"The adapter writes no text of its own, all of {count} end at once. Give texts in their place."
-        )
-    return found
+from .inputs import base_of, device_of, generating_by, left_padded, placeholders
 
 
 def start_of(tokenizer: Any) -> int:

@@ -314,7 +314,7 @@ def test_the_ranks_that_vllm_takes_are_named(exact, what_to_do):
     assert re.search(f"^no: it takes ranks up to 512, .*{what_to_do}", vllm_options(513, exact))
 
 
-def test_merge_writes_what_the_library_writes(llama_folder, here, command, capsys):
+def test_merge_writes_what_the_library_writes(llama_folder, here, command, capsys, monkeypatch):
     for seed, method in enumerate(("lora", "mora-dense")):
         trained(method, llama_folder, here / f"a{seed}", seed + 1)
     merge_adapters(["a0", "a1"], "ties", 6, [1.0, 0.5], after=["match"], density=0.3, output="wanted")
@@ -328,8 +328,15 @@ def test_merge_writes_what_the_library_writes(llama_folder, here, command, capsy
     assert looked.startswith("inputs → distill, rank 8") and set(adapter_info("both").ranks.values()) == {8}
     told = json.loads((here / "both/merge_report.json").read_text())["options"]
     assert (told["passes"], told["distill"]) == (1, 1)
-    own = ("--model", llama_folder, "--prompts", "self", "--options", '{"passes": 1, "strength": 1}', "--rank", 2)
-    assert command("merge", "a0", "a1", "--output", "own", *own).startswith("inputs, rank 2")
+    own = ("--model", llama_folder, "--prompts", "self", "--rank", 2)
+    assert re.search(
+        "^peft-mora merge: What the adapter writes itself is no prompt",
+        command("merge", "a0", "a1", "--output", "own", *own),
+    )
+    monkeypatch.setattr("peft_mora.merging.written.LIKELIER", -9.0)
+    assert command("merge", "a0", "a1", "--output", "own", *own, "--options", '{"passes": 1}').startswith(
+        "inputs, rank 2"
+    )
     assert json.loads((here / "own/merge_report.json").read_text())["options"]["prompts"] == "self"
 
 

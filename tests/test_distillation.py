@@ -8,17 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import WORDS, quantized, randomize, tiny_gpt2
+from helpers import WORDS, quantized, randomize
 from peft import LoraConfig, get_peft_model
-from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from peft_mora.inputs import batches_of, left_padded
-from peft_mora.merging import collect_inputs, distillation, merge_adapters
+from peft_mora.inputs import left_padded
+from peft_mora.merging import distillation, merge_adapters
 from peft_mora.merging.distillation import Lesson, blocks_of, distance, divergence, in_turn, lessons
-from peft_mora.merging.inputs import Statistics, adapted, input_spreads
-from peft_mora.sampling import own_texts
+from peft_mora.merging.inputs import adapted
 
 
 TEXTS = {name: [" ".join(WORDS[i : i + 2 + i % 3]) for i in range(start, start + 6)] for name, start in
@@ -330,133 +328,3 @@ def test_what_cannot_be_taught_is_refused(trained, llama_folder, tmp_path):
         merge_adapters(folders, model=classifier, prompts=prompts, distill=2)
     assert not (tmp_path / "out").exists() and math.isfinite(sum(p.sum().item() for p in base.parameters()))
     assert not any("lora" in name for name, _ in base.named_modules()) and base.lm_head.weight.requires_grad
-
-
-@pytest.fixture
-def writers(trained, llama_folder) -> tuple[torch.nn.Module, list, dict]:
-    """A base model, two adapters that have learnt whole texts from their start to their end, and these texts."""
-    _, folders, _ = trained
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    texts = {folder: [" ".join(WORDS[i : i + 3]) for i in starts] for folder, starts in
-             zip(folders, ((0, 3), (8, 11)), strict=True)}  # fmt: skip
-
-    def decided() -> torch.nn.Module:
-        base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-        base.lm_head.weight.data *= 20
-        return base
-
-    for i, folder in enumerate(folders):
-        base = decided()
-        torch.manual_seed(i)
-        model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj", "down_proj"]))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        ids = torch.tensor([[start, *tokenizer(text).input_ids, end] for text in texts[folder]])
-        for _ in range(80):
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.save_pretrained(folder)
-    return decided(), folders, texts
-
-
-def test_an_adapter_that_has_learnt_whole_texts_writes_such(writers, llama_folder):
-    base, folders, texts = writers
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    end = tokenizer.eos_token_id
-    learnt = [[*tokenizer(text).input_ids, end] for text in texts[folders[0]]]
-    state = torch.random.get_rng_state()
-    with adapted(base, folders[0]) as model:
-        found = own_texts(model, tokenizer, count=70)
-        again, other = own_texts(model, tokenizer, count=70), own_texts(model, tokenizer, count=70, seed=1)
-        cut = own_texts(model, tokenizer, count=8, length=2)
-        tokenizer.eos_token, tokenizer.bos_token = None, "</s>"
-        endless = own_texts(model, tokenizer, count=8, length=6)
-    assert torch.equal(torch.random.get_rng_state(), state) and len(found) > 60
-    assert sum(row.tolist() in learnt for row in found) > 0.8 * len(found)
-    assert {tuple(row.tolist()) for row in found} >= set(map(tuple, learnt))
-    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
-    assert [x.tolist() for x in found] != [x.tolist() for x in other]
-    assert cut and all(len(row) == 2 and row.tolist() in [x[:2] for x in learnt] for row in cut if end not in row)
-    assert endless and all(len(row) <= 6 for row in endless)
-
-
-def test_texts_begin_as_the_tokenizer_begins_them_and_fit_the_model_s_positions(llama_folder):
-    model, tokenizer = tiny_gpt2(), AutoTokenizer.from_pretrained(llama_folder)
-    rows = own_texts(model, tokenizer, count=20, length=100)
-    assert max(map(len, rows)) == 64 and any(row[0] != tokenizer.bos_token_id for row in rows)
-    start = ("<s>", tokenizer.bos_token_id)
-    tokenizer._tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[start])
-    rows = own_texts(model, tokenizer, count=20, length=100)
-    assert max(map(len, rows)) == 64 and all(row[0] == tokenizer.bos_token_id for row in rows)
-    tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="the tokenizer has no token that begins or ends one"):
-        own_texts(model, tokenizer)
-
-
-def test_what_adapters_write_themselves_stands_for_prompts(writers, llama_folder, tmp_path):
-    base, folders, texts = writers
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-
-    def loss(adapter, texts) -> float:
-        ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts])
-        with adapted(base, adapter) as model, torch.no_grad():
-            return model(input_ids=ids, labels=ids).loss.item()
-
-    given = {"rank": 4, "model": base, "prompts": "self"}
-    report = merge_adapters(folders, output=tmp_path / "seen", **given)
-    taught = merge_adapters(folders, output=tmp_path / "taught", distill=40, learning_rate=3e-3, **given)
-    merge_adapters(folders, "mean", 4, output=tmp_path / "mean")
-    own = sum(loss(folder, texts[folder]) for folder in folders)
-    found = {
-        name: sum(loss(tmp_path / name, texts[folder]) for folder in folders) for name in ("mean", "seen", "taught")
-    }
-    assert own < found["taught"] < found["seen"] < found["mean"], (own, found)
-    assert found["taught"] - own < 0.5 * (found["mean"] - own)
-    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
-    assert {"prompts": "self", "last": 0.0}.items() <= report.options.items() and len(report.tried) == 2
-    assert "answer_tokens" not in taught.options and taught.options["distill"] == 40
-    again = merge_adapters(folders, seed=1, strength=report.options["strength"], **given)
-    same = merge_adapters(folders, strength=report.options["strength"], **given)
-    for name, (A, B) in report.loras.items():
-        torch.testing.assert_close(same.loras[name].B @ same.loras[name].A, B @ A)
-    assert any(
-        not torch.allclose(again.loras[name].B @ again.loras[name].A, B @ A) for name, (A, B) in report.loras.items()
-    )
-
-
-def test_statistics_of_what_an_adapter_writes_are_those_of_such_texts(writers, llama_folder):
-    base, (folder, _), _ = writers
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    collect_inputs(base, "self", folder)
-    found = Statistics.load(folder)
-    with adapted(base, folder) as model:
-        rows = own_texts(model, tokenizer)
-        want = input_spreads(model, list(found.groups), batches_of(rows, 8), last=0.0, strengths=(0.0, 0.5, 1.0))
-    assert found.tokens == sum(map(len, rows)) and found.groups == want.groups
-    for group, spread in found.spreads.items():
-        assert spread.trace() == pytest.approx(want.spreads[group].trace(), rel=1e-3)
-
-
-def test_where_nothing_can_be_written_prompts_are_asked_for(writers, llama_folder, tmp_path):
-    base, folders, _ = writers
-    classifier = AutoModelForSequenceClassification.from_pretrained(llama_folder)
-    for arguments, message in (
-        ({"prompts": "them"}, "`prompts` must be a mapping of each folder to its texts, or 'self'"),
-        ({"model": classifier}, "LlamaForSequenceClassification writes none. Give texts"),
-        (
-            {"last": 0.0},
-            "last would change nothing: what reads it is rule='inputs' with `model` and `prompts` of yours",
-        ),
-        ({"answer_tokens": 4}, "answer_tokens would change nothing: what reads it is `model` and `prompts` of yours"),
-        ({"rule": "mean"}, "go together, and with rule='inputs' or `distill`"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            merge_adapters(folders, output=tmp_path / "out", **{"model": base, "prompts": "self", **arguments})
-    for arguments in ({"last": 0.0}, {"max_length": 9}):
-        with pytest.raises(ValueError, match="`last` and `max_length` are of texts that are given"):
-            collect_inputs(base, "self", folders[0], **arguments)
-    with pytest.raises(ValueError, match="writes none"):
-        collect_inputs(classifier, "self", folders[0])
-    assert not (tmp_path / "out").exists() and Statistics.load(folders[0]) is None

@@ -59,7 +59,8 @@ def test_arrows_point_down_and_make_no_circle():
     between = [(a, b) for a in arrows for b in arrows[a] if room(a) != room(b)]
     assert not [f"{a} imports {b}" for a, b in between if FLOOR[room(b)] >= FLOOR[room(a)]]
     seen = {room(b) for a, b in between if room(a) == "peft_mora.merging" and FLOOR[room(b)]}
-    assert seen == {"peft_mora.lora_file", "peft_mora.quantization"}  # files, and a 4-bit base that is looked at
+    # files, a 4-bit base that is looked at, and what is written over it
+    assert seen == {"peft_mora.lora_file", "peft_mora.quantization", "peft_mora.sampling"}
     TopologicalSorter(arrows).prepare()  # also inside of a room
 
 

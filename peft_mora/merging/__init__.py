@@ -27,7 +27,6 @@ from ..checks import check_field, is_int, is_number, listed
 from ..files import check_new
 from ..inputs import batches_of, check_length, check_text, text_tokenizer, writes_text
 from ..lora_file import Lora, check_finite, write_lora
-from ..sampling import own_texts
 from . import distillation, rules, scaling
 from .adapters import Adapters, check_weights
 from .core import core_space, reduced, single, to_lora
@@ -52,6 +51,7 @@ from .into_base import IntoBase, merge_into_base
 from .lego import lego, robust
 from .report import Adapter, Measures, MergeReport, bar
 from .sequential import opcm, slao
+from .written import own_texts
 
 
 __all__ = ["RULES", "IntoBase", "MergeReport", "collect_inputs", "merge_adapters", "merge_into_base"]
@@ -150,8 +150,8 @@ def merge_adapters(
         model, prompts, tokenizer: the base model; {folder: texts}, a few dozen prompts of each adapter's task; None
             for the tokenizer that was saved with the first adapter, or the model's. With them "inputs" looks at what
             goes into the modules itself, and in each further pass again, under the merged adapter. The model stays as
-            it is. Without data prompts="self": what each adapter writes itself, where it has learnt whole texts and
-            not answers alone (256 texts of up to 256 tokens, drawn by `seed`).
+            it is. Without data prompts="self": what each adapter writes itself, which is refused of one that has not
+            learnt whole texts (256 of up to 256 tokens, drawn by `seed`).
         passes: with a model; 1 solves with what the adapters see on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
         strength: with a model: the share of its scale at which each adapter is looked at on its own. Several: each is
@@ -350,7 +350,7 @@ class _Look:
             self.prompts = []
             for folder in bar(adapters.folders, "texts", progress):
                 with adapted(model, folder) as with_it:
-                    self.prompts.append(own_texts(with_it, self.tokenizer, seed=seed))
+                    self.prompts.append(own_texts(with_it, self.tokenizer, batch_size, seed))
         else:
             self.prompts = [encoded(each, self.tokenizer, open_end=open_end) for each in texts]
             check_length(model, list(chain(*self.prompts)), answer_tokens if open_end else 0)

@@ -47,7 +47,7 @@ from ..inputs import (
 )
 from ..lora_file import Lora, LoraFile, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
-from ..sampling import own_texts
+from .written import own_texts
 
 
 FILE = "input_statistics.safetensors"
@@ -185,8 +185,8 @@ def collect_inputs(
     Args:
         model: the base model, onto which the adapter is put for the length of the call; or a PeftModel with the
             adapter active.
-        texts: prompts, as the model is given them; or "self": what an adapter that has learnt whole texts, and not
-            answers alone, writes itself. All of their tokens count alike.
+        texts: prompts, as the model is given them; or "self": what the adapter writes itself, which is refused of
+            one that has not learnt whole texts; all of their tokens count alike.
         folder: the saved adapter; FOLDER/input_statistics.safetensors is written.
         tokenizer: None takes the one saved with the adapter, or else the model's.
         directions: k of every C; the others have one mean.
@@ -210,7 +210,7 @@ def collect_inputs(
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
         if own:
-            rows, last = own_texts(with_adapter, tokenizer), 0.0
+            rows, last = own_texts(with_adapter, tokenizer, batch_size), 0.0
         else:
             rows = encoded(texts, tokenizer, max_length, writes_text(with_adapter.get_base_model()))
         check_length(with_adapter.get_base_model(), rows)

@@ -1,0 +1,185 @@
+"""What an adapter that has learnt whole texts writes itself, in the place of prompts."""
+
+import pytest
+import torch
+from helpers import WORDS, randomize, tiny_gpt2
+from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from peft_mora.inputs import batches_of
+from peft_mora.merging import collect_inputs, merge_adapters
+from peft_mora.merging.inputs import Statistics, adapted, input_spreads
+from peft_mora.merging.written import LIKELIER, likelier, own_texts, written
+
+
+@pytest.fixture
+def writers(llama_folder, tmp_path) -> tuple[torch.nn.Module, list, dict]:
+    """A base model, two adapters that have learnt whole texts from their start to their end, and these texts."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    texts = {tmp_path / name: [" ".join(WORDS[i : i + 3]) for i in starts] for name, starts in
+             (("a", (0, 3)), ("b", (8, 11)))}  # fmt: skip
+
+    def decided() -> torch.nn.Module:
+        base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+        base.lm_head.weight.data *= 20
+        return base
+
+    for i, folder in enumerate(texts):
+        base = decided()
+        torch.manual_seed(i)
+        model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj", "down_proj"]))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        ids = torch.tensor([[start, *tokenizer(text).input_ids, end] for text in texts[folder]])
+        for _ in range(80):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(folder)
+    return decided(), [*texts], texts
+
+
+def test_an_adapter_that_has_learnt_whole_texts_writes_such(writers, llama_folder):
+    base, folders, texts = writers
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    end = tokenizer.eos_token_id
+    learnt = [[*tokenizer(text).input_ids, end] for text in texts[folders[0]]]
+    state = torch.random.get_rng_state()
+    with adapted(base, folders[0]) as model:
+        found, again, other = (written(model, tokenizer, 70, 9, seed) for seed in (0, 0, 1))
+        cut = written(model, tokenizer, 8, 2)
+        tokenizer.eos_token, tokenizer.bos_token = None, "</s>"
+        endless = written(model, tokenizer, 8, 6)
+    assert torch.equal(torch.random.get_rng_state(), state) and len(found) > 60
+    assert sum(row.tolist() in learnt for row in found) > 0.8 * len(found)
+    assert {tuple(row.tolist()) for row in found} >= set(map(tuple, learnt))
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+    assert [x.tolist() for x in found] != [x.tolist() for x in other]
+    assert cut and all(len(row) == 2 and row.tolist() in [x[:2] for x in learnt] for row in cut if end not in row)
+    assert endless and all(len(row) <= 6 for row in endless)
+
+
+def test_texts_begin_as_the_tokenizer_begins_them_and_fit_the_model_s_positions(llama_folder):
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True))
+    rows = written(model, tokenizer, 20, 100)
+    assert max(map(len, rows)) == 64 and any(row[0] != tokenizer.bos_token_id for row in rows)
+    start = ("<s>", tokenizer.bos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[start])
+    rows = written(model, tokenizer, 20, 100)
+    assert max(map(len, rows)) == 64 and all(row[0] == tokenizer.bos_token_id for row in rows)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no token that begins or ends one"):
+        written(model, tokenizer, 20, 100)
+
+
+def test_how_much_likelier_a_text_is_under_the_adapter_is_that_of_a_forward_of_its_own(writers, llama_folder):
+    base, folders, _ = writers
+    rows = [torch.tensor([4, 5, 6, 2]), torch.tensor([7, 9]), torch.tensor([4, 5, 6, 7, 8, 2])]
+
+    def likelihoods() -> list[float]:
+        with torch.no_grad():
+            return [-base(ids[None], labels=ids[None]).loss.item() for ids in rows]
+
+    with adapted(base, folders[0]) as model:
+        found, own = likelier(model, rows, 2), likelihoods()
+    assert found == pytest.approx([x - y for x, y in zip(own, likelihoods(), strict=True)], abs=1e-4)
+    assert found[0] > 1 and min(found) < 0
+
+
+def test_what_an_adapter_has_not_made_likelier_is_left_out_and_all_of_it_where_that_is_most(
+    writers, llama_folder, tmp_path, monkeypatch
+):
+    base, folders, _ = writers
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    with adapted(base, folders[0]) as model:
+        rows = written(model, tokenizer, 256, 256, 3)
+        gains = likelier(model, rows)
+        assert min(gains) > LIKELIER
+        monkeypatch.setattr("peft_mora.merging.written.LIKELIER", sum(gains) / len(gains))
+        found = own_texts(model, tokenizer, 5, seed=3)
+        wanted = [row.tolist() for row, gain in zip(rows, gains, strict=True) if gain >= sum(gains) / len(gains)]
+        assert [row.tolist() for row in found] == wanted and 64 < len(wanted) < 256
+        monkeypatch.undo()
+    weak = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    randomize(weak)
+    weak.save_pretrained(tmp_path / "weak")
+    base = weak.unload()
+    for call in (
+        lambda: merge_adapters([folders[0], tmp_path / "weak"], model=base, prompts="self", output=tmp_path / "out"),
+        lambda: collect_inputs(base, "self", tmp_path / "weak"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"no prompt of its own: \d+% of it.*learnt answers alone, or little: give a"
+        ):
+            call()
+    assert not (tmp_path / "out").exists() and Statistics.load(tmp_path / "weak") is None
+
+
+def test_what_adapters_write_themselves_stands_for_prompts(writers, llama_folder, tmp_path):
+    base, folders, texts = writers
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+
+    def loss(adapter, texts) -> float:
+        ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts])
+        with adapted(base, adapter) as model, torch.no_grad():
+            return model(input_ids=ids, labels=ids).loss.item()
+
+    given = {"rank": 4, "model": base, "prompts": "self"}
+    report = merge_adapters(folders, output=tmp_path / "seen", **given)
+    taught = merge_adapters(folders, output=tmp_path / "taught", distill=40, learning_rate=3e-3, **given)
+    merge_adapters(folders, "mean", 4, output=tmp_path / "mean")
+    own = sum(loss(folder, texts[folder]) for folder in folders)
+    found = {
+        name: sum(loss(tmp_path / name, texts[folder]) for folder in folders) for name in ("mean", "seen", "taught")
+    }
+    assert own < found["taught"] < found["seen"] < found["mean"], (own, found)
+    assert found["taught"] - own < 0.5 * (found["mean"] - own)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+    assert {"prompts": "self", "last": 0.0}.items() <= report.options.items() and len(report.tried) == 2
+    assert "answer_tokens" not in taught.options and taught.options["distill"] == 40
+    again = merge_adapters(folders, seed=1, strength=report.options["strength"], **given)
+    same = merge_adapters(folders, strength=report.options["strength"], **given)
+    for name, (A, B) in report.loras.items():
+        torch.testing.assert_close(same.loras[name].B @ same.loras[name].A, B @ A)
+    assert any(
+        not torch.allclose(again.loras[name].B @ again.loras[name].A, B @ A) for name, (A, B) in report.loras.items()
+    )
+
+
+def test_statistics_of_what_an_adapter_writes_are_those_of_such_texts(writers, llama_folder):
+    base, (folder, _), _ = writers
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    collect_inputs(base, "self", folder)
+    found = Statistics.load(folder)
+    with adapted(base, folder) as model:
+        rows = own_texts(model, tokenizer)
+        want = input_spreads(model, list(found.groups), batches_of(rows, 8), last=0.0, strengths=(0.0, 0.5, 1.0))
+    assert found.tokens == sum(map(len, rows)) and found.groups == want.groups
+    for group, spread in found.spreads.items():
+        assert spread.trace() == pytest.approx(want.spreads[group].trace(), rel=1e-3)
+
+
+def test_where_nothing_can_be_written_prompts_are_asked_for(writers, llama_folder, tmp_path):
+    base, folders, _ = writers
+    classifier = AutoModelForSequenceClassification.from_pretrained(llama_folder)
+    for arguments, message in (
+        ({"prompts": "them"}, "`prompts` must be a mapping of each folder to its texts, or 'self'"),
+        ({"model": classifier}, "LlamaForSequenceClassification writes none. Give texts"),
+        (
+            {"last": 0.0},
+            "last would change nothing: what reads it is rule='inputs' with `model` and `prompts` of yours",
+        ),
+        ({"answer_tokens": 4}, "answer_tokens would change nothing: what reads it is `model` and `prompts` of yours"),
+        ({"rule": "mean"}, "go together, and with rule='inputs' or `distill`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_adapters(folders, output=tmp_path / "out", **{"model": base, "prompts": "self", **arguments})
+    for arguments in ({"last": 0.0}, {"max_length": 9}):
+        with pytest.raises(ValueError, match="`last` and `max_length` are of texts that are given"):
+            collect_inputs(base, "self", folders[0], **arguments)
+    with pytest.raises(ValueError, match="writes none"):
+        collect_inputs(classifier, "self", folders[0])
+    assert not (tmp_path / "out").exists() and Statistics.load(folders[0]) is None
