@@ -151,7 +151,7 @@ def merge_adapters(
             for the tokenizer that was saved with the first adapter, or the model's. With them "inputs" looks at what
             goes into the modules itself, and in each further pass again, under the merged adapter. The model stays as
             it is. Without data prompts="self": what each adapter writes itself, which is refused of one that has not
-            learnt whole texts (256 of up to 256 tokens, drawn by `seed`).
+            learnt whole texts (128 of up to 256 tokens, drawn by `seed`).
         passes: with a model; 1 solves with what the adapters see on their own only.
         directions, last: with a model: kept of each input's covariance, and its share that is over last tokens alone.
         strength: with a model: the share of its scale at which each adapter is looked at on its own. Several: each is

@@ -19,7 +19,7 @@ from ..sampling import continued, start_of
 from .distillation import answer_logits
 
 
-TEXTS = 256
+TEXTS = 128
 LENGTH = 256  # tokens of one, at most
 ROWS = 64  # texts that are written at a time
 LIKELIER = 0.5  # nats a token: docs/merging-measured.md has what adapters of both kinds reach
