@@ -135,8 +135,8 @@ def test_what_adapters_write_themselves_stands_for_prompts(writers, llama_folder
     found = {
         name: sum(loss(tmp_path / name, texts[folder]) for folder in folders) for name in ("mean", "seen", "taught")
     }
-    assert own < found["taught"] < found["seen"] < found["mean"], (own, found)
-    assert found["taught"] - own < 0.5 * (found["mean"] - own)
+    assert found["taught"] < found["seen"] < found["mean"], (own, found)
+    assert found["taught"] - own < 0.2 * (found["mean"] - own)
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
     assert {"prompts": "self", "last": 0.0}.items() <= report.options.items() and len(report.tried) == 2
     assert "answer_tokens" not in taught.options and taught.options["distill"] == 40
