@@ -73,6 +73,7 @@ from trl_callbacks.general_text import check_source
 
 TWO_PASSES = "two-passes"
 SELF = "self"
+OF_PROMPTS = {"last", "answer_tokens", "max_length"}
 LORA_WAYS = ("cat", "linear", "ties", "dare_ties")
 PRUNED = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 EVERY_WAY = ("cat", "linear", "svd", *PRUNED, *(f"{way}_svd" for way in PRUNED))  # with svd: minutes on a CPU
@@ -134,7 +135,11 @@ def parse() -> argparse.Namespace:
         )
     if args.ranks and len(args.ranks) != len(args.tasks):
         parser.error(f"--ranks has {len(args.ranks)} ranks for {len(args.tasks)} tasks")
+    if SELF in args.prompts and not args.whole:
+        parser.error(f"--prompts {SELF} needs --whole: adapters that learn answers alone write no prompts")
     for settings in args.settings:
+        if args.prompts == [SELF] and (idle := settings.keys() & OF_PROMPTS):
+            parser.error(f"--settings {json.dumps(settings)}: --prompts {SELF} reads no {', '.join(sorted(idle))}")
         if settings and not any(takes(rule, settings) for rule in args.rules):
             known = {rule: sorted(names_of(rule)) for rule in args.rules}
             parser.error(f"--settings {json.dumps(settings)}: no rule of --rules takes that, but {known}")

@@ -330,7 +330,7 @@ def test_merge_writes_what_the_library_writes(llama_folder, here, command, capsy
     assert (told["passes"], told["distill"]) == (1, 1)
     own = ("--model", llama_folder, "--prompts", "self", "--rank", 2)
     assert re.search(
-        "^peft-mora merge: What the adapter writes itself is no prompt",
+        "^peft-mora merge: What a0 writes itself is no prompt",
         command("merge", "a0", "a1", "--output", "own", *own),
     )
     monkeypatch.setattr("peft_mora.merging.written.LIKELIER", -9.0)
@@ -409,6 +409,9 @@ def test_a_damaged_base_and_a_folder_in_a_file_are_one_line_before_the_work(llam
     assert "`rounds` must be an integer" in command(
         "merge", "a", "b", "--output", "x", "--rule", "lore", "--options", '{"rounds": 2.5}'
     )
+    wrong = ("--rule", "iso-c", "--distill", 1, "--options", '{"factor": "two"}')
+    said = command("merge", "a", "b", "--output", "x", "--model", "nowhere", *prompts, *wrong)
+    assert "`factor` must be a number" in said
 
 
 def test_route_makes_extends_asks_and_ships_a_router(llama_folder, here, command):

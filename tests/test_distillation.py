@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from peft_mora.inputs import left_padded
 from peft_mora.merging import distillation, merge_adapters
-from peft_mora.merging.distillation import Lesson, blocks_of, distance, divergence, in_turn, lessons
+from peft_mora.merging.distillation import Lesson, blocks_of, distance, divergence, in_turn, lessons, mean_moved
 from peft_mora.merging.inputs import adapted
 
 
@@ -87,14 +87,18 @@ def test_what_blocks_put_out_counts_by_what_the_adapter_changes_of_it():
     moved = moved.square()
     moved[1] = 0.0  # the adapter is above this block
     states = mine.clone().requires_grad_(True)
-    got = distance(states, Lesson(torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 2), own, moved))
+    got = distance(states, Lesson(torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 2), own), moved)
     far = [sum(float((x - y) @ (x - y)) for x, y in zip(mine[block], own[block], strict=True)) / 2 for block in (0, 2)]
     assert got.item() == pytest.approx((far[0] / moved[0].item() + far[1] / moved[2].item()) / 2)
     got.backward()
     for block in (0, 2):
         torch.testing.assert_close(states.grad[block], (mine - own)[block] / moved[block] / 2, rtol=1e-5, atol=1e-6)
     assert not states.grad[1].any()
-    assert distance(states, Lesson(torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 2))) == 0
+    assert distance(states, Lesson(torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 2)), moved) == 0
+    nothing = Lesson(torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 2))
+    courses = [[nothing._replace(moved=torch.tensor([x, y])) for x, y in pairs] for pairs in
+               (((1.0, 0.0), (3.0, 0.0)), ((6.0, 0.0),))]  # fmt: skip
+    assert mean_moved(courses).tolist() == [4, 0]
 
 
 def test_what_is_kept_of_blocks_is_of_each_answer_on_its_own(trained, llama_folder):
@@ -121,14 +125,12 @@ def test_what_is_kept_of_blocks_is_of_each_answer_on_its_own(trained, llama_fold
     with adapted(base, folders[0]) as model:
         kept = lessons(model, asked, tokenizer, 3, 4, blocks)
         with_it = [outputs(x.ids) for x in kept]
-    changed = []
     for lesson, own in zip(kept, with_it, strict=True):
         n = len(lesson.top)
         torch.testing.assert_close(lesson.states, own[:, -n - 1 : -1], rtol=1e-4, atol=1e-5)
-        changed.append((own - outputs(lesson.ids))[:, -n - 1 : -1].square().sum(-1).mean(-1))
+        changed = (own - outputs(lesson.ids))[:, -n - 1 : -1].square().sum(-1).mean(-1)
+        torch.testing.assert_close(lesson.moved, changed, rtol=1e-3, atol=1e-5)
     assert len({len(x.top) for x in kept} | {len(x) for x in asked}) > 1
-    for lesson in kept:
-        torch.testing.assert_close(lesson.moved, torch.stack(changed).mean(0), rtol=1e-3, atol=1e-5)
 
 
 def test_answers_are_greedy_whatever_the_base_generates_by(trained, llama_folder):
@@ -269,6 +271,27 @@ def test_the_merged_adapter_comes_nearer_to_what_each_says(rule, trained, llama_
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
     distances = [far(base, folders, prompts, tokenizer, tmp_path / name) for name in ("merged", "taught")]
     assert 0 < distances[1] < 0.5 * distances[0], distances
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_blocks_put_out_is_taught_too(dtype, trained, llama_folder, monkeypatch):
+    _, folders, prompts = trained
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=dtype)
+    far, found = [], distillation.distance
+
+    def seen(*arguments) -> torch.Tensor:
+        far.append(found(*arguments))
+        return far[-1]
+
+    monkeypatch.setattr(distillation, "distance", seen)
+    given = {"rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-2, "answer_tokens": 4, "strength": 1.0}
+    both = merge_adapters(folders, distill=30, **given)
+    assert len(far) == 240 and all(x.isfinite() and x > 0 for x in far)
+    assert sum(far[-40:]) < 0.7 * sum(far[:40])
+    monkeypatch.setattr(distillation, "distance", lambda *arguments: torch.zeros(()))
+    alone = merge_adapters(folders, distill=30, **given)
+    for name, (A, B) in both.loras.items():
+        assert not torch.allclose(alone.loras[name].B @ alone.loras[name].A, B @ A)
 
 
 def test_an_adapter_of_weight_0_teaches_nothing(trained, llama_folder, tmp_path):

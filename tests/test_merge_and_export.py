@@ -493,6 +493,9 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
         ("inputs", "2", ""),
         ("inputs", "2", '{"floor": 0, "last": 0.25}'),
     ]  # "mean" was there
+    run = json.loads((output / "run.json").read_text())
+    assert run.pop("whole") is False
+    (output / "run.json").write_text(json.dumps(run))  # of a version that had no such switch
     of_train = ["--score-on", "train", "--prompts", 4, "--metrics", "greedy"]
     run_recipe(recipe, *command, *more[:6], "mean", "--ways", *of_train)
     on_train = [row for row in csv_rows(output / "merge.csv") if row["scored"] == "train"]
@@ -562,6 +565,8 @@ def test_the_merge_recipe_s_adapters_leave_protected_text_alone(llama_folder, ta
         (["--settings", '{"factor": "two"}', "--rules", "iso-c"], "`factor` must be a number"),
         (["--settings", '{"then": "mean"}', "--rules", "dare"], "`then` must be 'sum' or 'ties'"),
         (["--settings", '{"block": 2}', "--rules", "opcm"], "`block` must be"),
+        (["--prompts", "self", "--rules", "inputs"], "--prompts self needs --whole"),
+        (["--prompts", "self", "--whole", "--settings", '{"last": 0}'], "--prompts self reads no last"),
         (["--settings", '{"ridge": 0}', "--rules", "least-squares"], "`ridge` must be a number > 0"),
         (["--protect", "self", "--methods", "lora", "lori"], "--protect: the projection cannot hold lori"),
     ],

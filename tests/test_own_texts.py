@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers import WORDS, randomize, tiny_gpt2
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -49,6 +50,9 @@ def test_an_adapter_that_has_learnt_whole_texts_writes_such(writers, llama_folde
     with adapted(base, folders[0]) as model:
         found, again, other = (written(model, tokenizer, 70, 9, seed) for seed in (0, 0, 1))
         cut = written(model, tokenizer, 8, 2)
+        base.generation_config.eos_token_id = [end, learnt[0][1]]  # which ends a text by itself
+        several = written(model, tokenizer, 70, 9)
+        base.generation_config.eos_token_id = None
         tokenizer.eos_token, tokenizer.bos_token = None, "</s>"
         endless = written(model, tokenizer, 8, 6)
     assert torch.equal(torch.random.get_rng_state(), state) and len(found) > 60
@@ -57,7 +61,9 @@ def test_an_adapter_that_has_learnt_whole_texts_writes_such(writers, llama_folde
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
     assert [x.tolist() for x in found] != [x.tolist() for x in other]
     assert cut and all(len(row) == 2 and row.tolist() in [x[:2] for x in learnt] for row in cut if end not in row)
-    assert endless and all(len(row) <= 6 for row in endless)
+    assert [*learnt[0][:2]] in (ended := [row.tolist() for row in several]) and learnt[1] in ended
+    assert all(end not in row for row in ended if learnt[0][1] in row)
+    assert endless and all(len(row) == 6 for row in endless)
 
 
 def test_texts_begin_as_the_tokenizer_begins_them_and_fit_the_model_s_positions(llama_folder):
@@ -98,7 +104,7 @@ def test_what_an_adapter_has_not_made_likelier_is_left_out_and_all_of_it_where_t
         gains = likelier(model, rows)
         assert min(gains) > LIKELIER
         monkeypatch.setattr("peft_mora.merging.written.LIKELIER", sum(gains) / len(gains))
-        found = own_texts(model, tokenizer, 5, seed=3)
+        found = own_texts(model, tokenizer, folders[0], 5, seed=3)
         wanted = [row.tolist() for row, gain in zip(rows, gains, strict=True) if gain >= sum(gains) / len(gains)]
         assert [row.tolist() for row in found] == wanted and 32 < len(wanted) < 128
         monkeypatch.undo()
@@ -110,11 +116,20 @@ def test_what_an_adapter_has_not_made_likelier_is_left_out_and_all_of_it_where_t
         lambda: merge_adapters([folders[0], tmp_path / "weak"], model=base, prompts="self", output=tmp_path / "out"),
         lambda: collect_inputs(base, "self", tmp_path / "weak"),
     ):
-        with pytest.raises(
-            ValueError, match=r"no prompt of its own: \d+% of it.*learnt answers alone, or little: give a"
-        ):
+        with pytest.raises(ValueError, match=r"What .*weak writes itself is no prompt of its own: \d+%"):
             call()
     assert not (tmp_path / "out").exists() and Statistics.load(tmp_path / "weak") is None
+
+
+def test_a_user_s_own_model_stays_as_it_is_where_its_adapter_writes(writers):
+    base, (folder, _), _ = writers
+    model = PeftModel.from_pretrained(base, folder)
+    collect_inputs(model, "self", folder)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora" in name)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the base's weights"):
+        collect_inputs(model, "self", folder, strengths=1.0)
+    assert all(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer))
 
 
 def test_what_adapters_write_themselves_stands_for_prompts(writers, llama_folder, tmp_path):
@@ -155,7 +170,7 @@ def test_statistics_of_what_an_adapter_writes_are_those_of_such_texts(writers, l
     collect_inputs(base, "self", folder)
     found = Statistics.load(folder)
     with adapted(base, folder) as model:
-        rows = own_texts(model, tokenizer)
+        rows = own_texts(model, tokenizer, folder)
         want = input_spreads(model, list(found.groups), batches_of(rows, 8), last=0.0, strengths=(0.0, 0.5, 1.0))
     assert found.tokens == sum(map(len, rows)) and found.groups == want.groups
     for group, spread in found.spreads.items():

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -350,7 +350,7 @@ class _Look:
             self.prompts = []
             for folder in bar(adapters.folders, "texts", progress):
                 with adapted(model, folder) as with_it:
-                    self.prompts.append(own_texts(with_it, self.tokenizer, batch_size, seed))
+                    self.prompts.append(own_texts(with_it, self.tokenizer, folder, batch_size, seed))
         else:
             self.prompts = [encoded(each, self.tokenizer, open_end=open_end) for each in texts]
             check_length(model, list(chain(*self.prompts)), answer_tokens if open_end else 0)
@@ -520,8 +520,9 @@ def check_rule(rule: str, weights: list[float], options: Mapping[str, Any]) -> N
         return
     merge = _Merge(RULES[rule], "sum", weights, options, 0, [])
     merge.digests, merge.thresholds = [""] * len(weights), [0.0] * len(weights)
-    small = torch.full((1, 1), 1e-6, dtype=torch.float64)  # large weights are the real updates' to judge
-    merge("", [Lora(small, small)] * len(weights))
+    small = torch.full((1, 1), 1e-6, dtype=torch.float64)
+    with suppress(torch.linalg.LinAlgError):  # extreme ones are the real updates' to judge
+        merge("", [Lora(small, small)] * len(weights))
 
 
 def check_looks(

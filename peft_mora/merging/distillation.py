@@ -1,10 +1,11 @@
 """The merged adapter, taught to answer as each adapter answers its own prompts: each is a teacher, no label is needed.
 
-    loss = Σ_t w_t (KL(p_t ‖ p) + mean_l ‖h_l - h_tl‖² / E‖h_tl - h_0l‖²) / Σ_t w_t
+    loss = Σ_t w_t (KL(p_t ‖ p) + mean_l ‖h_l - h_tl‖² / m_l) / Σ_t w_t,   m_l = mean_t E‖h_tl - h_0l‖²
 
 over the tokens of adapter t's own greedy answer to a prompt of its own. p_t and p are the next token's probabilities
 under adapter t and under the merged one; h_tl, h_l and h_0l what block l puts out there under adapter t, the merged
-one and none; E is the mean over adapter t's answers. Distillation: arXiv 1503.02531; of merged models, layer by layer:
+one and none; E is over adapter t's answers, and m_l one for all, so that one that changes little does not count
+most. Distillation: arXiv 1503.02531; of merged models, layer by layer:
 2502.12706. Each adapter answers once, before the first step, and what is kept of p_t is its `TOP` likeliest tokens and
 the mass of all others, so that no second model is in memory while one is trained; of h_tl, as many bytes as it has.
 """
@@ -45,7 +46,7 @@ class Lesson(NamedTuple):
         mass: (n, k + 1) float32, their probabilities, and that of all others together.
         states: (L, n, H) in the model's dtype, what each of L blocks puts out where it says them; none is compared
             where there is none.
-        moved: (L,) float32, what the adapter changes of them: mean of ‖h_t - h_0‖² over all its answers.
+        moved: (L,) float32, what the adapter changes of them, ‖h_t - h_0‖², mean over n.
     """
 
     ids: Tensor
@@ -121,8 +122,7 @@ def lessons_of(
         batch_size: texts at a time.
         blocks: modules of the base model whose outputs are kept.
     """
-    found: list[Lesson] = []
-    moved: list[Tensor] = []
+    found = []
     with eval_mode(model), contiguous_head(model):
         for start in range(0, len(texts), batch_size):
             asked = texts[start : start + batch_size], lengths[start : start + batch_size], blocks
@@ -131,10 +131,9 @@ def lessons_of(
                 plain = answer_states(model, *asked)[1] if blocks else states
             for ids, logits, with_it, without in zip(asked[0], each, states, plain, strict=True):
                 top = logits.topk(min(TOP, logits.shape[-1] - 1), dim=-1).indices
-                found.append(Lesson(ids, top.cpu(), log_mass(logits, top).exp().cpu(), with_it.cpu()))
-                moved.append((with_it.float() - without.float()).square().sum(-1).mean(-1).cpu())
-    mean = torch.stack(moved).mean(0)
-    return [lesson._replace(moved=mean) for lesson in found]
+                moved = (with_it.float() - without.float()).square().sum(-1).mean(-1)
+                found.append(Lesson(ids, top.cpu(), log_mass(logits, top).exp().cpu(), with_it.cpu(), moved.cpu()))
+    return found
 
 
 def _until(answer: Tensor, ends: Sequence[int]) -> Tensor:
@@ -202,14 +201,19 @@ def divergence(logits: Tensor, lesson: Lesson) -> Tensor:
     return kl_div(found, lesson.mass.to(found.device), reduction="batchmean")
 
 
-def distance(states: Tensor, lesson: Lesson) -> Tensor:
-    """‖h - h_t‖² over what the adapter changes, mean over tokens and over the blocks where it changes something."""
-    if lesson.states is None or lesson.moved is None or not lesson.moved.any():
+def distance(states: Tensor, lesson: Lesson, moved: Tensor) -> Tensor:
+    """‖h - h_t‖² / m, mean over tokens and over the blocks where m (L,) is not 0."""
+    there = (moved > 0).to(states.device)
+    if lesson.states is None or not there.any():
         return states.new_zeros(())
-    moved = lesson.moved.to(states.device)
     far = (states.float() - lesson.states.to(states.device).float()).square().sum(-1).mean(-1)
-    there = moved > 0
-    return (far[there] / moved[there]).mean()
+    return (far[there] / moved.to(states.device)[there]).mean()
+
+
+def mean_moved(courses: Sequence[Sequence[Lesson]]) -> Tensor:
+    """m (L,) of the blocks: what an adapter changes of them, mean over its lessons, and over the adapters."""
+    each = [torch.stack([lesson.moved for lesson in course if lesson.moved is not None]) for course in courses]
+    return torch.stack([moved.mean(0) for moved in each]).mean(0)
 
 
 @torch.no_grad()
@@ -273,7 +277,7 @@ def distill(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / WARM_UP) * (1 - s / steps))
     scaler = torch.amp.GradScaler(model.device.type, init_scale=1024.0, enabled=model.dtype == torch.float16)
-    order = in_turn(courses, seed)
+    order, moved = in_turn(courses, seed), mean_moved(courses)
     with eval_mode(model):
         for step in bar(range(steps), "distill", progress):
             turns = list(islice(order, PROMPTS))
@@ -283,7 +287,7 @@ def distill(
                 texts, lengths = [x.ids for _, x in some], [len(x.top) for _, x in some]
                 loss = torch.zeros((), device=model.device)
                 for logits, states, (t, x) in zip(*answer_states(model, texts, lengths, blocks), some, strict=True):
-                    loss = loss + weights[t] / total * (divergence(logits, x) + distance(states, x))
+                    loss = loss + weights[t] / total * (divergence(logits, x) + distance(states, x, moved))
                 if not loss.isfinite():
                     raise ValueError(f"Distillation diverged at step {step + 1}: give a lower learning_rate.")
                 scaler.scale(loss).backward()

@@ -210,7 +210,9 @@ def collect_inputs(
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
         if own:
-            rows, last = own_texts(with_adapter, tokenizer, batch_size), 0.0
+            with at_strength(with_adapter, 0.0):  # refuses one that is merged, which a look without it would take out
+                pass
+            rows, last = own_texts(with_adapter, tokenizer, folder, batch_size), 0.0
         else:
             rows = encoded(texts, tokenizer, max_length, writes_text(with_adapter.get_base_model()))
         check_length(with_adapter.get_base_model(), rows)

@@ -8,13 +8,14 @@ those that are not are left out, and where most are, all are refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..inputs import contiguous_head, eval_mode, room, seeded, text_tokenizer, writes_text
+from ..inputs import contiguous_head, eval_mode, room, seeded, text_tokenizer, trainable_as_before, writes_text
 from ..sampling import continued, start_of
 from .distillation import answer_logits
 
@@ -26,10 +27,13 @@ LIKELIER = 0.5  # nats a token: docs/merging-measured.md has what adapters of bo
 SHARE = 0.25  # of all tokens that are written
 
 
-def own_texts(model: PeftModel, tokenizer: Any, batch_size: int = 8, seed: int = 0) -> list[Tensor]:
+def own_texts(
+    model: PeftModel, tokenizer: Any, folder: str | Path, batch_size: int = 8, seed: int = 0
+) -> list[Tensor]:
     """Token ids (S,) int64 of texts that an adapter writes and has learnt.
 
     Args:
+        folder: of the adapter, for errors.
         batch_size: texts that are read at a time.
 
     Raises:
@@ -41,7 +45,7 @@ def own_texts(model: PeftModel, tokenizer: Any, batch_size: int = 8, seed: int =
     share = sum(map(len, found)) / sum(map(len, rows))
     if share < SHARE:
         raise ValueError(
-            f"What the adapter writes itself is no prompt of its own: {share:.0%} of it is in texts that are "
+            f"What {folder} writes itself is no prompt of its own: {share:.0%} of it is in texts that are "
             f"{LIKELIER} nats a token likelier than without it, and {SHARE:.0%} have to be. It has learnt answers "
             "alone, or little: give a few dozen prompts, or merge by a rule that needs none."
         )
@@ -66,17 +70,19 @@ def written(model: PeftModel, tokenizer: Any, count: int, length: int, seed: int
     start, end = start_of(tokenizer), tokenizer.eos_token_id
     begins = list(tokenizer("a")["input_ids"])[:1] == [start]
     most = min(length, room(base) or length) + (not begins)
+    of_model = base.generation_config.eos_token_id  # one, several or none
+    ends = of_model if isinstance(of_model, list) else [of_model]
     found = []
     with seeded(seed), eval_mode(model), contiguous_head(model):
         for done in range(0, count, ROWS):
             prompts = [[start]] * min(ROWS, count - done)
-            for row in continued(model, tokenizer, prompts, most, stop=True):
-                ended = len(row) < most and end is not None
+            for row in continued(model, tokenizer, prompts, most, stop=end is not None):
+                ended = len(row) < most and int(row[-1]) not in ends
                 text = torch.cat([row, torch.tensor([end])]) if ended else row
                 found.append(text if begins else text[1:])
     found = [text for text in found if len(text) > 1]
     if not found:
-        raise ValueError(f"The adapter writes no text of its own: all of {count} end at once. Give prompts.")
+        raise ValueError(f"The adapter writes no text itself: all of {count} end at once. Give prompts.")
     return found
 
 
@@ -96,6 +102,6 @@ def likelier(model: PeftModel, rows: Sequence[Tensor], batch_size: int = 8) -> l
         for begin in range(0, len(rows), batch_size):
             some = rows[begin : begin + batch_size]
             own = log_likelihoods(some)
-            with model.disable_adapter():
+            with trainable_as_before(model), model.disable_adapter():
                 found += [x - y for x, y in zip(own, log_likelihoods(some), strict=True)]
     return found

@@ -114,13 +114,17 @@ def wait(device: str) -> None:
 def claim(output: Path, args: argparse.Namespace, *free: str, **content: str) -> None:
     """Make the folder of a run that goes on where it was stopped, or refuse one that was begun with other arguments:
     what it holds would be taken for what these give. Those in `free` may differ; `content` says what is behind a name
-    (`digest`, `files`), and a name that the run did not have joins it.
+    (`digest`, `files`), and a name that the run did not have joins it, as does a switch that is off.
     """
     output.mkdir(parents=True, exist_ok=True)
     given = {key: value for key, value in vars(args).items() if key not in free}
     there = check_program(output) or given
     content["program"] = program()
-    differs = {key: (there.get(key), value) for key, value in given.items() if there.get(key) != value}
+    differs = {
+        key: (there.get(key), value)
+        for key, value in given.items()
+        if there.get(key) != value and not (value is False and key not in there)
+    }
     differs |= {key: (there[key], value) for key, value in content.items() if there.get(key, value) != value}
     if differs:
         raise SystemExit(f"{output} is a run with other arguments (there, here): {differs}; give another --output")
