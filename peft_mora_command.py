@@ -168,7 +168,7 @@ prompts. The rules, and --prompts self, which needs no data: docs/merging.md."""
     def call(args: Any) -> None:
         from peft_mora.files import check_new
         from peft_mora.lora_file import read_config
-        from peft_mora.merging import RULES, check_arguments, check_rule, merge_adapters
+        from peft_mora.merging import check_arguments, check_rule, merge_adapters
 
         check_new(args.output)
         given: dict[str, Any] = {"distill": args.distill, **args.options}
@@ -187,8 +187,7 @@ prompts. The rules, and --prompts self, which needs no data: docs/merging.md."""
             check_arguments(args.rule, args.rank, args.before, args.after, options)
             if args.weights is not None and len(args.weights) != len(args.folders):
                 raise ValueError(f"--weights has {len(args.weights)} numbers for {len(args.folders)} folders.")
-            own = {name: options[name] for name in RULES[args.rule].options() if name in options}
-            check_rule(args.rule, args.weights or [1.0] * len(args.folders), own)
+            check_rule(args.rule, args.weights or [1.0] * len(args.folders), options)
             given |= {"model": load_model(args, args.folders[0]), "prompts": texts}
         how = (args.rule, args.rank, args.weights, args.before, args.after, args.seed, args.output)
         with warnings.catch_warnings():

@@ -8,7 +8,31 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .inputs import base_of, device_of, generating_by, left_padded, placeholders
+from .inputs import base_of, device_of, generating_by, left_padded, placeholders, writes_text
+
+
+ROWS = 64  # texts at a time
+
+
+def check_writes(model: Any) -> None:
+    """Refuse a model that writes no text, where it is asked for some of its own.
+
+    Raises:
+        ValueError: naming the model's class.
+    """
+    base = base_of(model)
+    if not writes_text(base):
+        raise ValueError(
+            f"'self' is text that a causal language model samples itself, and {type(base).__name__} writes none. Give "
+            "texts in its place."
+        )
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text for the tokenizer or the model, which may have several."""
+    of_model = getattr(base_of(model).generation_config, "eos_token_id", None)
+    known = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    return sorted({end for end in known if end is not None})
 
 
 def start_of(tokenizer: Any) -> int:

@@ -181,7 +181,7 @@ def check_settings(rule: str, settings: Mapping[str, Any], tasks: int) -> None:
         options = {name: value for name, value in settings.items() if name not in ARGUMENTS | looks}
         named = "inputs" if rule == TWO_PASSES else rule
         check_arguments(named, "sum", before, after, options)
-        check_rule(named, weights, {name: options[name] for name in RULES[named].options() if name in options})
+        check_rule(named, weights, options)
         if rule in LOOKING:
             check, looking = LOOKING[rule]
             defaults = inspect.signature(looking).parameters

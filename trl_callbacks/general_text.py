@@ -32,10 +32,9 @@ from peft_mora.inputs import (
     seeded,
     text_tokenizer,
     visit,
-    writes_text,
 )
 from peft_mora.json_lines import read_jsonl
-from peft_mora.sampling import continued, start_of
+from peft_mora.sampling import ROWS, check_writes, continued, start_of
 
 from .subspace import Subspace
 
@@ -44,7 +43,6 @@ from .subspace import Subspace
 ENERGY = 0.95
 TOKENS = 10_240
 LENGTH = 256  # tokens of one text, at most: many short ones say more than a few long ones
-ROWS = 64  # samples at a time
 Batch = dict[str, Tensor]
 
 
@@ -254,12 +252,7 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
     Raises:
         ValueError: it writes none, or there is no tokenizer, or none that begins a text.
     """
-    base = base_of(model)
-    if not writes_text(base):
-        raise ValueError(
-            f"'self' is text that a causal language model samples itself, and {type(base).__name__} writes none. Give "
-            "texts in its place."
-        )
+    check_writes(model)
     tokenizer = text_tokenizer(tokenizer_for(model, tokenizer))
     start = start_of(tokenizer)
     length, turns = _length(model), _turns(tokenizer)

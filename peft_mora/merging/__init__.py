@@ -183,10 +183,8 @@ def merge_adapters(
     )  # fmt: skip
     adapters = Adapters(folders)
     weights = check_weights(weights, len(adapters))
-    later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
+    check_rule(rule, weights, options)
     used: dict[str, Any] = {}  # of the arguments that a model brings
-    own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
-    check_rule(rule, weights, own)
     said: list[str] = []
     statistics: list[Statistics] = []
     look = None
@@ -209,6 +207,7 @@ def merge_adapters(
         asked = answer_tokens if distill or len(strengths) > 1 else 0
         look = _Look(model, texts, tokenizer, batch_size, kept, adapters, asked, distill > 0, seed, progress)
         used |= {"prompts": "self"} if own_words else {}
+    later = {step: {name: options[name] for name in options_of(AFTER[step]) if name in options} for step in after}
     tried: dict[float, list[float]] = {}
     if rule == "inputs":
         if look is not None:
@@ -221,7 +220,6 @@ def merge_adapters(
                 rule, needs = ("sum", {}) if len(adapters) < 3 else ("iso-c", {"factor": 2.0})
                 missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
                 how = f"rule={rule!r}{f' {needs}' if needs else ''}"
-                own = needs
                 options = needs | {name: options[name] for names in later.values() for name in names}
                 if len(adapters) > 1:  # of one it is exact
                     said.append(
@@ -232,6 +230,7 @@ def merge_adapters(
                 statistics = []
     chosen = RULES[rule]
     gauge = canonical and rule != "slao"
+    own = {name: value for name, value in options.items() if not any(name in given for given in later.values())}
     merge = _Merge(chosen, rank, weights, own, seed, statistics)
 
     extreme = f"weights={weights} and options={options} of rule={rule!r} lead out of float32: give less extreme ones"
@@ -391,9 +390,9 @@ class _Look:
                 if self.written:
                     lengths = [len(text) - 1 for text in prompts]
                     found.append(distillation.lessons_of(model, prompts, lengths, self.batch_size))
-                    continue
-                asked = (prompts, self.tokenizer, self.answer_tokens, self.batch_size, self.blocks)
-                found.append(distillation.lessons(model, *asked))
+                else:
+                    asked = (prompts, self.tokenizer, self.answer_tokens, self.batch_size, self.blocks)
+                    found.append(distillation.lessons(model, *asked))
         return found
 
     def divergences(self, merged: dict[str, Lora]) -> list[float]:
@@ -511,14 +510,18 @@ def check_arguments(
 def check_rule(rule: str, weights: list[float], options: Mapping[str, Any]) -> None:
     """Refuse weights and values of its own options that a rule does not take: it merges updates of one number.
 
+    Args:
+        options: all that there are; those of what comes after the rule are left alone.
+
     Raises:
         ValueError: as the rule says it.
     """
+    own = {name: options[name] for name in RULES[rule].options() if name in options}
     if rule == "inputs":
         rules.check_losses(weights)
-        check_system(**options)
+        check_system(**own)
         return
-    merge = _Merge(RULES[rule], "sum", weights, options, 0, [])
+    merge = _Merge(RULES[rule], "sum", weights, own, 0, [])
     merge.digests, merge.thresholds = [""] * len(weights), [0.0] * len(weights)
     small = torch.full((1, 1), 1e-6, dtype=torch.float64)
     with suppress(torch.linalg.LinAlgError):  # extreme ones are the real updates' to judge

@@ -4,17 +4,16 @@
 
 over the tokens of adapter t's own greedy answer to a prompt of its own. p_t and p are the next token's probabilities
 under adapter t and under the merged one; h_tl, h_l and h_0l what block l puts out there under adapter t, the merged
-one and none; E is over adapter t's answers, and m_l one for all, so that one that changes little does not count
-most. Distillation: arXiv 1503.02531; of merged models, layer by layer:
-2502.12706. Each adapter answers once, before the first step, and what is kept of p_t is its `TOP` likeliest tokens and
-the mass of all others, so that no second model is in memory while one is trained; of h_tl, as many bytes as it has.
+one and none; E is over adapter t's answers, and m_l one for all, so that one that changes little does not count most.
+Distillation: arXiv 1503.02531; of merged models, layer by layer: 2502.12706. Each adapter answers once, before the
+first step, and what is kept of p_t is its `TOP` likeliest tokens and the mass of all others, so that no second model
+is in memory while one is trained; of h_tl, as many bytes as it has.
 """
 
 from __future__ import annotations
 
 import inspect
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -29,7 +28,9 @@ from transformers import GenerationConfig
 from ..checks import check_field, is_int, is_number
 from ..inputs import contiguous_head, eval_mode, generating_by, left_padded, placeholders, removed_after, writes_text
 from ..lora_file import Lora
+from ..sampling import ends_of
 from .report import bar
+from .scaling import block_name
 
 
 TOP = 64
@@ -90,9 +91,7 @@ def lessons(
     """
     texts: list[Tensor] = []
     lengths: list[int] = []
-    of_model = getattr(model.generation_config, "eos_token_id", None)
-    known = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
-    ends = sorted({end for end in known if end is not None})
+    ends = ends_of(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=answer_tokens, eos_token_id=ends or None, pad_token_id=pad,
@@ -172,8 +171,7 @@ def answer_states(
 
 def blocks_of(names: Iterable[str]) -> list[str]:
     """The numbered modules that modules are in, each once: model.layers.3 of model.layers.3.mlp.up_proj."""
-    found = (re.match(r"(?:.*?\.)?\d+(?=\.)", name) for name in names)
-    return list(dict.fromkeys(match[0] for match in found if match))
+    return list(dict.fromkeys(block for name in names if (block := block_name(name)) is not None))
 
 
 @contextmanager

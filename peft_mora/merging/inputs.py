@@ -210,8 +210,7 @@ def collect_inputs(
     tokenizer = tokenizer or saved_tokenizer(model, folder)
     with adapted(model, folder) as with_adapter:
         if own:
-            with at_strength(with_adapter, 0.0):  # refuses one that is merged, which a look without it would take out
-                pass
+            check_unmerged(with_adapter, 0.0)  # a look without the adapter would take it out of the weights
             rows, last = own_texts(with_adapter, tokenizer, folder, batch_size), 0.0
         else:
             rows = encoded(texts, tokenizer, max_length, writes_text(with_adapter.get_base_model()))
@@ -287,6 +286,25 @@ def check_base(model: nn.Module, file: LoraFile) -> None:
             )
 
 
+def scaled_layers(model: PeftModel) -> list[Any]:
+    """The layers whose updates have a scale."""
+    tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return [layer for layer in tuned if hasattr(layer, "scaling")]
+
+
+def check_unmerged(model: PeftModel, strength: float) -> None:
+    """Refuse another strength than 1 of an adapter that is merged into the base's weights.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if strength != 1 and any(layer.merged for layer in scaled_layers(model)):
+        raise ValueError(
+            f"An adapter that is merged into the base's weights cannot be seen at {strength} of its strength: "
+            "call model.unmerge_adapter() first, or give strength=1."
+        )
+
+
 @contextmanager
 def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
     """A model's adapters at a share of their updates for the length of a block.
@@ -294,13 +312,8 @@ def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
     Raises:
         ValueError: an adapter is merged into the base's weights.
     """
-    tuned: Iterator[Any] = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    layers = [layer for layer in tuned if hasattr(layer, "scaling")]
-    if strength != 1 and any(layer.merged for layer in layers):
-        raise ValueError(
-            f"An adapter that is merged into the base's weights cannot be seen at {strength} of its strength: "
-            "call model.unmerge_adapter() first, or give strength=1."
-        )
+    layers = scaled_layers(model)
+    check_unmerged(model, strength)
     own = [dict(layer.scaling) for layer in layers]
     try:
         for layer, scaling in zip(layers, own, strict=True):

@@ -81,8 +81,14 @@ def lines(blocks: Mapping[str, int | None], alpha: float, *, beta: float = 1.0) 
 
 def block_of(module: str) -> int | None:
     """The number in a module's name: 3 of "model.layers.3.mlp.up_proj"."""
-    found = re.search(r"(?:^|\.)(\d+)\.", module)
-    return int(found[1]) if found else None
+    name = block_name(module)
+    return int(name.rpartition(".")[2]) if name is not None else None
+
+
+def block_name(module: str) -> str | None:
+    """The numbered module that a module is in: model.layers.3 of model.layers.3.mlp.up_proj."""
+    found = re.match(r"(.*?(?:^|\.)\d+)\.", module)
+    return found[1] if found else None
 
 
 def sum_of_entries(lora: Lora, rows: int = 512) -> float:

@@ -15,14 +15,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..inputs import contiguous_head, eval_mode, room, seeded, text_tokenizer, trainable_as_before, writes_text
-from ..sampling import continued, start_of
+from ..inputs import contiguous_head, eval_mode, room, seeded, text_tokenizer, trainable_as_before
+from ..sampling import ROWS, check_writes, continued, ends_of, start_of
 from .distillation import answer_logits
 
 
 TEXTS = 128
 LENGTH = 256  # tokens of one, at most
-ROWS = 64  # texts that are written at a time
 LIKELIER = 0.5  # nats a token: docs/merging-measured.md has what adapters of both kinds reach
 SHARE = 0.25  # of all tokens that are written
 
@@ -60,19 +59,12 @@ def written(model: PeftModel, tokenizer: Any, count: int, length: int, seed: int
     Raises:
         ValueError: the model writes no text, or none of two tokens; as `start_of`.
     """
-    base: Any = model.get_base_model()
-    if not writes_text(base):
-        raise ValueError(
-            f"'self' is text that a causal language model writes itself, and {type(base).__name__} writes none. Give "
-            "texts in its place."
-        )
+    check_writes(model)
     tokenizer = text_tokenizer(tokenizer)
     start, end = start_of(tokenizer), tokenizer.eos_token_id
     begins = list(tokenizer("a")["input_ids"])[:1] == [start]
-    most = min(length, room(base) or length) + (not begins)
-    of_model = base.generation_config.eos_token_id  # one, several or none
-    ends = of_model if isinstance(of_model, list) else [of_model]
-    found = []
+    most = min(length, room(model) or length) + (not begins)
+    ends, found = ends_of(model, tokenizer), []
     with seeded(seed), eval_mode(model), contiguous_head(model):
         for done in range(0, count, ROWS):
             prompts = [[start]] * min(ROWS, count - done)
