@@ -171,6 +171,10 @@ prompts. The rules, and --prompts self, which needs no data: docs/merging.md."""
         from peft_mora.merging import check_arguments, check_rule, merge_adapters
 
         check_new(args.output)
+        if args.distill and "distill" in args.options:
+            raise ValueError("--distill and --options have steps each: give them once.")
+        if args.model is None and (args.load_in_4bit or args.device):
+            raise ValueError("--load-in-4bit and --device are of --model: give the base model, or leave them out.")
         given: dict[str, Any] = {"distill": args.distill, **args.options}
         if (args.prompts is None) != (args.model is None):
             raise ValueError("--model and --prompts go together: give both, or neither.")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .base import matching_key
-from .checks import is_number, listed
+from .checks import check_field, is_names, is_number, listed
 from .files import whole_folder
 
 
@@ -115,8 +115,11 @@ def read_lora(folder: str | Path) -> LoraFile:
     elif isinstance(method, str) and method.lower() in registry.registered:
         loras, rest = _own_factors(method, tensors, folder)
     else:
-        known = listed(name.upper() for name in ("lora", *registry.registered))
-        raise ValueError(f"{folder} has an adapter of type {method!r}; {known} can be read without a model.")
+        known = listed(("LORA", *map(str.upper, registry.registered)))
+        raise ValueError(
+            f"{folder} has an adapter of type {method!r}, which this does not read: {known} it does, as far as their "
+            "update is one B·A a module."
+        )
     # PEFT writes the frozen weight of an adapted output head too (save_embedding_layers="auto").
     frozen = {f"{PREFIX}{name}.base_layer.{kind}" for name in loras for kind in ("weight", "bias")}
     rest = {key: tensor for key, tensor in rest.items() if key not in frozen}
@@ -160,7 +163,27 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds a {type(config).__name__}")
+        _check_config(config)
         return config
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse fields of another kind than PEFT writes.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for key in ("base_model_name_or_path", "revision", "task_type"):
+        check_field(isinstance(config.get(key), str | None), key, config.get(key), "a name, or null")
+    for key in ("target_modules", "modules_to_save"):
+        names = config.get(key)
+        check_field(names is None or isinstance(names, str) or is_names(names), key, names, "a list of names")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`{key}` has {pattern!r}, which is no pattern: {error}") from error
 
 
 def _saved_in_full(owner: str, names: Iterable[str]) -> bool:
@@ -348,6 +371,7 @@ def _lora_factors(
                 f"{folder}: module {name!r} has {shapes} and rank {rank} by {CONFIG}. The file is damaged or not of "
                 "this config: save the adapter again."
             )
+        _check_floats(name, pair.values(), folder)
         check_finite(name, pair.values(), folder, "save the adapter again")
         scales[name] = lora_scale(config, name, rank)
     return _Stored(folder / TENSORS, scales), rest
@@ -418,6 +442,15 @@ def _sizes(tensors: dict[str, Tensor], prefix: str, r: int, name: str, folder: P
             "model. Write a plain LoRA of it: peft-mora export."
         )
     return A.shape[1], outs[0]
+
+
+def _check_floats(module: str, factors: Iterable[Tensor], folder: Path) -> None:
+    for factor in factors:
+        if not factor.is_floating_point() or factor.itemsize < 2:
+            raise ValueError(
+                f"{folder}: module {module!r} is stored as {factor.dtype}, which is no float of 16 bits or more: save "
+                "the adapter again, in float32, bfloat16 or float16."
+            )
 
 
 def _wide(tensor: Tensor) -> Tensor:

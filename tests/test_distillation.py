@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_mora.inputs import left_padded
+from peft_mora.lora_file import read_lora
 from peft_mora.merging import distillation, merge_adapters
 from peft_mora.merging.distillation import Lesson, blocks_of, distance, divergence, in_turn, lessons, mean_moved
 from peft_mora.merging.inputs import adapted
@@ -98,7 +99,8 @@ def test_what_blocks_put_out_counts_by_what_the_adapter_changes_of_it():
     nothing = Lesson(torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 2))
     courses = [[nothing._replace(moved=torch.tensor([x, y])) for x, y in pairs] for pairs in
                (((1.0, 0.0), (3.0, 0.0)), ((6.0, 0.0),))]  # fmt: skip
-    assert mean_moved(courses).tolist() == [4, 0]
+    assert mean_moved(courses, [1, 2]).tolist() == [4, 0]
+    assert mean_moved(courses, [1, 0]).tolist() == [2, 0]
 
 
 def test_what_is_kept_of_blocks_is_of_each_answer_on_its_own(trained, llama_folder):
@@ -294,14 +296,65 @@ def test_what_blocks_put_out_is_taught_too(dtype, trained, llama_folder, monkeyp
         assert not torch.allclose(alone.loras[name].B @ alone.loras[name].A, B @ A)
 
 
-def test_an_adapter_of_weight_0_teaches_nothing(trained, llama_folder, tmp_path):
+def test_an_adapter_of_weight_0_teaches_nothing(trained, llama_folder):
     base, folders, prompts = trained
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    given = {"rank": 2, "model": base, "prompts": prompts, "learning_rate": 1e-2, "answer_tokens": 4, "distill": 30}
-    for name, weights in (("first", [1, 0]), ("both", [1, 1])):
-        merge_adapters(folders, weights=weights, output=tmp_path / name, **given)
-    first, both = (far(base, folders[1:], prompts, tokenizer, tmp_path / name) for name in ("first", "both"))
-    assert first > 2 * both
+    tokenizer, courses = AutoTokenizer.from_pretrained(llama_folder), []
+    for folder in folders:
+        with adapted(base, folder) as own:
+            courses.append(lessons(own, ids_of(prompts[folder], tokenizer), tokenizer, 4))
+    others = [x._replace(ids=x.ids.flip(0), mass=x.mass.roll(1, 1)) for x in courses[1]]
+    names = list(read_lora(folders[0]).loras)
+
+    def taught(second, weight) -> dict:
+        with adapted(base, folders[0], trainable=True) as model:
+            given = {"steps": 3, "learning_rate": 1e-2}
+            return distillation.distill(model, names, [courses[0], second], [2.0, weight], **given)
+
+    one, other = taught(courses[1], 0.0), taught(others, 0.0)
+    assert all(torch.equal(one[name].B, other[name].B) and torch.equal(one[name].A, other[name].A) for name in names)
+    one, other = taught(courses[1], 2.0), taught(others, 2.0)
+    assert not any(torch.equal(one[name].B, other[name].B) for name in names)
+
+
+def test_weights_count_lessons_where_they_count_errors(trained, monkeypatch):
+    base, folders, prompts = trained
+    found = []
+
+    def taught(model, names, courses, weights, **options):
+        found.append(weights)
+        raise KeyError
+
+    monkeypatch.setattr(distillation, "distill", taught)
+    for rule, weights in (("inputs", [2, 1]), ("mean", [2, 1])):
+        with pytest.raises(KeyError):
+            merge_adapters(folders, rule, 2, weights, model=base, prompts=prompts, distill=1)
+    assert found == [[2.0, 1.0], [1.0, 1.0]]
+
+
+def test_steps_are_clipped_and_their_rate_rises_and_falls(trained, monkeypatch):
+    base, folders, prompts = trained
+    rates, norms, step = [], [], torch.optim.AdamW.step
+
+    def seen(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        norms.append(float(torch.stack([x.grad.norm() for x in self.param_groups[0]["params"]]).norm()))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", seen)
+    monkeypatch.setattr(distillation, "distance", lambda states, lesson, moved: 1e3 * states.square().sum())
+    merge_adapters(folders, "mean", 2, model=base, prompts=prompts, distill=10, learning_rate=1e-3)
+    assert rates == pytest.approx([1e-3 * min(1, (s + 1) / 5) * (1 - s / 10) for s in range(10)])
+    assert norms == pytest.approx([1.0] * 10, rel=1e-3)
+
+
+def test_a_caller_without_gradients_changes_nothing(trained):
+    base, folders, prompts = trained
+    given = {"rule": "mean", "rank": 2, "model": base, "prompts": prompts, "distill": 2}
+    want = merge_adapters(folders, **given).loras
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            got = merge_adapters(folders, **given).loras
+        assert all(torch.equal(got[name].B @ got[name].A, B @ A) for name, (A, B) in want.items())
 
 
 def test_how_many_prompts_are_in_memory_at_a_time_changes_nothing(trained):

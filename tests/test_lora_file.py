@@ -228,7 +228,7 @@ def test_routed_adapters_are_refused_with_the_way(name):
         ({"trainable_token_indices": [1, 2]}, "embeddings of tokens"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
         ({"of_a_newer_peft": 3}, "of_a_newer_peft=3"),
-        ({"peft_type": "LOHA"}, "type 'LOHA'; LORA, MORA, LORI, .* can be read"),
+        ({"peft_type": "LOHA"}, "type 'LOHA', which this does not read: LORA, MORA, LORI, "),
         ({"r": 5}, "rank 5 by adapter_config.json"),
         ({"rank_pattern": {"v_proj": 2}}, "rank 2 by adapter_config.json"),
     ],
@@ -317,3 +317,27 @@ def test_a_backward_that_keeps_less_in_memory_leaves_the_update_a_lora_s(inputs,
     write_lora(tmp_path / "lora", read_lora(tmp_path).loras)
     plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
     torch.testing.assert_close(plain(inputs).logits, model(inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base_model_name_or_path": ["x"]}, {"task_type": ["x"]}, {"revision": 3}, {"modules_to_save": 5},
+        {"target_modules": [1, "a"]}, {"rank_pattern": {"(": 3}}, {"alpha_pattern": {"*": 3}},
+    ],
+)  # fmt: skip
+def test_fields_of_another_kind_than_peft_writes_are_damage(fields, tmp_path):
+    write_lora(tmp_path / "lora", {"lin": Lora(torch.ones(2, 3), torch.ones(4, 2))})
+    path = tmp_path / "lora/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=f"lora is damaged .*`{next(iter(fields))}`.*save the adapter again"):
+        read_lora(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_updates_in_no_float_of_16_bits_are_refused(dtype, tmp_path):
+    write_lora(tmp_path / "lora", {"lin": Lora(torch.ones(2, 3), torch.ones(4, 2))})
+    path = tmp_path / "lora/adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=f"module 'lin' is stored as {dtype}, .*save the adapter again"):
+        read_lora(tmp_path / "lora")

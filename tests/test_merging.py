@@ -117,9 +117,9 @@ def test_one_adapter_with_weight_1_is_the_same_function(rule, tmp_path):
 
 @pytest.mark.parametrize("rule", [rule for rule, row in RULES.items() if not row.ordered and rule != "robust"])
 def test_the_order_of_the_adapters_does_not_matter(rule, three):
-    weights = [1.0, 0.5, 2.0]
+    weights = [1.0, 0.5, 2.0] if rule != "inputs" else [1.0] * 3  # whose statistics these have not
     report = merge_adapters(three, rule, weights=weights, rank=4)
-    other = merge_adapters([three[2], three[0], three[1]], rule, weights=[2.0, 1.0, 0.5], rank=4)
+    other = merge_adapters([three[2], three[0], three[1]], rule, weights=[weights[2], *weights[:2]], rank=4)
     assert report.rank <= 4 and not report.ordered
     close(dense(other), dense(report))
 
@@ -441,6 +441,8 @@ def test_lore_splits_into_a_common_and_low_rank_rests():
         rests = U @ torch.diag_embed((S - mu).clamp_min(0)) @ Vh
     want = (stacked - rests).mean(0) + 2 * rests.mean(0)
     torch.testing.assert_close(in_core_space(rules.lore, deltas, [1.0] * 3, threshold=0.3, amount=2), want)
+    whole, all_three = (in_core_space(rules.lore, deltas, [1.0] * 3, **given) for given in ({}, {"amount": 3}))
+    assert torch.equal(whole, all_three)
     mean = in_core_space(rules.lore, deltas, [1.0] * 3, threshold=0.3, amount=1)
     torch.testing.assert_close(mean, stacked.mean(0))
 
@@ -495,6 +497,19 @@ def test_lego_clusters_pairs_whatever_their_sign():
     torch.testing.assert_close(B @ A, want / 2**0.5)  # √(r / k), r = 1
     A, B = lego([Lora(a, b), Lora(a, b)], [1.0, -1.0], rank=2)
     torch.testing.assert_close(B @ A, torch.zeros(3, 4).double())
+
+
+@pytest.mark.parametrize("k", range(1, 8))
+def test_lego_takes_equal_pairs_for_one(k):
+    eye = torch.eye(6, dtype=torch.float64)
+    one = Lora(eye[:3] * torch.tensor([[3.0], [2.0], [1.0]]), eye[:, :3])
+    A, B = lego([one, one], [1.0, 1.0], rank=k)
+    assert len(A) == min(k, 3)
+    if k >= 3:
+        torch.testing.assert_close(B @ A, one.B @ one.A)
+    other = Lora(eye[3:5] * torch.tensor([[2.5], [1.5]]), eye[:, 3:5])
+    (A, B), (C, D) = lego([one, one, other], [1.0] * 3, rank=k), lego([other, one, one], [1.0] * 3, rank=k)
+    torch.testing.assert_close(D @ C, B @ A)
 
 
 def test_robust_adds_up_pruned_factors_with_scaled_rows():
@@ -656,6 +671,9 @@ def test_lines_weighs_blocks_by_their_depth(three):
     assert float(alpha) == pytest.approx(1, rel=1e-5)
     for name in LAYERS:
         close({name: got[name]}, {name: plain[name] * (alpha + 1.0 * (name == LAYERS[2]))})
+    found = dense(merge_adapters(three, "sum", after=["lines"]))
+    close(found, {name: total[name] * (1 / 3 + 1.0 * (name == LAYERS[2])) for name in LAYERS})  # alpha is a third
+    assert scaling.lines({"model.layers.0.q": 0, "model.layers.1.q": 1, "lm_head": None}, 0.5)["lm_head"] == 1.5
     half = dense(merge_adapters(three, "mean", after=["lines"], beta=0.5))
     close({LAYERS[2]: half[LAYERS[2]]}, {LAYERS[2]: plain[LAYERS[2]] * 1.5})
 
@@ -771,6 +789,20 @@ def test_an_adapter_that_hardly_responds_to_its_inputs_is_not_weighted_without_b
         return output_energy(difference, spreads[t]) / output_energy(tasks[t], spreads[t])
 
     assert error(floored, 0) + error(floored, 1) < 0.8 * (error(plain, 0) + error(plain, 1))
+    energies = [output_energy(lora, C) for lora, C in zip([*tasks[:2], weak], spreads, strict=True)]
+    sums = Inputs()
+    for lora, C, energy in zip([*tasks[:2], weak], spreads, energies, strict=True):
+        sums.add(lora, C, output=max(energy, 0.1 * sum(energies) / 3))
+    A, B = sums.result()
+    torch.testing.assert_close(floored, B @ A)
+
+
+def test_an_adapter_of_weight_0_changes_nothing_of_the_others(tasks):
+    spreads = [spread(C, 4) for C in covariances(3)]
+    loud = Lora(tasks[0].A, 1e3 * tasks[0].B)
+    weak = Lora(tasks[2].A, 1e-2 * tasks[2].B)
+    A, B = inputs([tasks[1], weak], [1.0, 2.0], spreads[1:])
+    torch.testing.assert_close(merged_by_inputs([loud, tasks[1], weak], spreads, [0.0, 1.0, 2.0]), B @ A)
 
 
 def test_without_statistics_another_rule_is_taken_and_said(three):
@@ -1028,6 +1060,11 @@ def test_sums_of_nothing_are_refused():
     for rank in (0, -1, "a"):
         with pytest.raises(ValueError, match="`rank` must be an integer >= 1, or None"):
             sequential.Opcm(rank)
+    for merged in (Inputs(), sequential.Opcm(), sequential.Slao()):
+        merged.add(lora) if not isinstance(merged, Inputs) else merged.add(lora, None)
+        for other in (Lora(torch.ones(1, 4), lora.B), Lora(lora.A, torch.ones(5, 1))):
+            with pytest.raises(ValueError, match="cannot follow one of 2 x 3"):
+                merged.add(other) if not isinstance(merged, Inputs) else merged.add(other, None)
 
 
 @pytest.mark.parametrize("value", [{"lora_alpha": None}, {"lora_alpha": float("nan")}, {"alpha_pattern": ["q"]}])
@@ -1095,10 +1132,101 @@ def test_statistics_of_other_weights_or_a_damaged_file_are_refused(trained):
     broken.save(folders[0])
     with pytest.raises(ValueError, match="is damaged.*up_proj.values' is not finite"):
         merge_adapters(folders)
-    with pytest.raises(ValueError, match="`texts` must be"):
-        collect_inputs(base, [], folders[0])
-    with pytest.raises(ValueError, match="`texts` must be"):
-        collect_inputs(base, ["", ""], folders[0])
+
+
+@pytest.mark.parametrize(
+    "texts", [[], ["", ""], None, "the cat", {"a": ["the cat"]}, ["a", 5], [["the", "cat"]], [b"a"]]
+)
+def test_what_is_no_list_of_texts_is_refused(texts, trained):
+    base, folders = trained
+    with pytest.raises(ValueError, match=r"`texts(\[...\])?` must be"):
+        collect_inputs(base, texts, folders[0])
+    assert not (folders[0] / "input_statistics.safetensors").exists()
+    if texts is not None:
+        with pytest.raises(ValueError, match=rf"`prompts\['{folders[1]}'\](\[...\])?` must be"):
+            merge_adapters(folders, model=base, prompts={folders[0]: ["the cat"], folders[1]: texts})
+
+
+def test_a_folder_s_prompts_are_given_once(trained):
+    base, folders = trained
+    prompts = {folders[0]: ["the cat"], f"{folders[0]}/": ["a dog"], folders[1]: ["the cat"]}
+    with pytest.raises(ValueError, match=f"`prompts` has {folders[0]} twice"):
+        merge_adapters(folders, model=base, prompts=prompts)
+
+
+def test_statistics_are_of_the_adapter_in_the_folder(trained, llama_folder):
+    base, folders = trained
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    want = collect_inputs(base, TEXTS["task1"], folders[0], tokenizer)
+    model = PeftModel.from_pretrained(base, folders[0], adapter_name="one")
+    model.load_adapter(folders[1], "two")
+    got = collect_inputs(model, TEXTS["task1"], folders[0], tokenizer)
+    for name, one in want.spreads.items():
+        torch.testing.assert_close(got.spreads[name].values, one.values)
+    (folders[0] / "input_statistics.safetensors").unlink()
+    model.set_adapter("two")
+    with pytest.raises(ValueError, match=r"active adapter \('two'\) is not the one in .*task1: make that one active"):
+        collect_inputs(model, TEXTS["task1"], folders[0], tokenizer)
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(ValueError, match=r"active adapter \('one' and 'two'\)"):
+        collect_inputs(model, TEXTS["task1"], folders[0], tokenizer)
+    model.base_model.set_adapter("one")
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].self_attn.q_proj.lora_B["one"].weight.mul_(1.1)
+    with pytest.raises(ValueError, match="save it again if it has been trained since"):
+        collect_inputs(model, TEXTS["task1"], folders[0], tokenizer)
+    another = get_peft_model(tiny_gpt2(), LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+    with pytest.raises(ValueError, match="it is of another base model"):
+        collect_inputs(another, TEXTS["task1"], folders[0], tokenizer)
+    assert not (folders[0] / "input_statistics.safetensors").exists()
+
+
+def test_arguments_of_another_kind_are_refused_by_name(trained):
+    base, folders = trained
+    prompts = {folder: ["the cat"] for folder in folders}
+    for call, said in (
+        (lambda: merge_adapters([None]), r"`folders\[...\]` must be the folder of an adapter, got None"),
+        (lambda: merge_adapters(folders, ["sum"]), "`rule` must be"),
+        (lambda: merge_adapters(folders, "sum", before=None), "`before` must be a list"),
+        (lambda: merge_adapters(folders, "sum", after=[[1]]), "`after` must be a list"),
+        (lambda: merge_adapters(folders, model="name", prompts=prompts), "`model` must be the base model itself"),
+        (lambda: collect_inputs("name", ["the cat"], folders[0]), "`model` must be the base model itself"),
+        (lambda: collect_inputs(base, ["the cat"], folders[0], max_length=0), "`max_length` must be an integer >= 1"),
+        (lambda: merge_adapters(folders, "sum", learning_rate=1e-3), "learning_rate would change nothing"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+@pytest.mark.parametrize("given", [{"weights": [1, 1, 2]}, {"ridge": 0.1}, {"floor": 0}])
+def test_without_statistics_what_is_asked_of_them_is_refused(given, three):
+    with pytest.raises(ValueError, match="No input statistics in .*, which rule='inputs' weighs by `weights`"):
+        merge_adapters(three, **given)
+
+
+def test_the_merged_config_says_what_the_adapters_say_together(tmp_path):
+    same = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"}
+    a, b = (folder(tmp_path, seed, **same) for seed in (1, 2))
+    merge_adapters([a, b], "sum", output=tmp_path / "alike")
+    config = json.loads((tmp_path / "alike/adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["down_proj", "q_proj"] and config["layers_to_transform"] == [0, 1]
+    c = folder(tmp_path, 3, target_modules=["q_proj", "mlp.down_proj"], fan_in_fan_out=True, auto_mapping={"x": "y"})
+    merge_adapters([c, a], "sum", output=tmp_path / "apart")
+    config = json.loads((tmp_path / "apart/adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == sorted(LAYERS) and config["layers_to_transform"] is None
+    assert config["fan_in_fan_out"] and config["auto_mapping"] is None
+
+
+def test_what_16_bits_do_not_hold_is_no_model(trained, llama_folder, tmp_path):
+    folder = tmp_path / "large"
+    write_lora(
+        folder, {"model.layers.0.mlp.up_proj": Lora(torch.full((1, 64), 300.0), torch.full((128, 1), 300.0))},
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="torch.float16 does not hold: give dtype=torch.bfloat16"):
+        merge_into_base(folder, tmp_path / "whole", base=llama_folder, dtype=torch.float16)
+    assert not (tmp_path / "whole").exists()
+    merge_into_base(folder, tmp_path / "whole", base=llama_folder)
 
 
 def test_one_pass_is_what_side_files_give_and_a_second_one_looks_under_the_merged(trained, llama_folder, tmp_path):

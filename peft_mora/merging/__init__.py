@@ -133,7 +133,8 @@ def merge_adapters(
     """Merge adapters of one base model into one plain LoRA that PEFT opens without this package.
 
     Args:
-        folders: saved adapters: LoRA, LORI, FURINA, MORA "dense". A module that one lacks is an update of 0.
+        folders: saved adapters: LoRA, LORI, FURINA, MORA "dense", MTLLORA by its `default_task`. A module that one
+            lacks is an update of 0.
         rule: a key of `RULES`. "inputs" where all folders hold input statistics (`collect_inputs`), or `prompts` are
             given; if not, it warns and takes what needs no data: "sum" for two adapters, "iso-c" · 2 for more.
         rank: of the result. "sum" keeps all that there is, at most Σr; k truncates every module to k; a share in
@@ -199,7 +200,7 @@ def merge_adapters(
     of_inputs = {"passes": passes, "directions": directions, "strength": tuple(strengths)}
     _check_used(looks and rule == "inputs", f"rule='inputs' with {seen}", of_inputs)
     _check_used(looks and rule == "inputs" and not own_words, f"rule='inputs' with {seen} of yours", {"last": last})
-    _check_used(looks, seen, {"tokenizer": tokenizer, "batch_size": batch_size})
+    _check_used(looks, seen, {"tokenizer": tokenizer, "batch_size": batch_size, "learning_rate": learning_rate})
     _check_used(looks and not own_words, f"{seen} of yours", {"answer_tokens": answer_tokens})
     if model is not None and prompts is not None:
         kept = {"directions": directions, "last": 0.0 if own_words else last}
@@ -217,8 +218,14 @@ def merge_adapters(
             found = [Statistics.load(folder) for folder in adapters.folders]
             statistics = [one for one in found if one is not None]
             if len(statistics) < len(adapters):
-                rule, needs = ("sum", {}) if len(adapters) < 3 else ("iso-c", {"factor": 2.0})
                 missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
+                if any(weight != 1 for weight in weights) or {"ridge", "floor"} & options.keys():
+                    raise ValueError(
+                        f"No input statistics in {listed(missing, 'and')}, which rule='inputs' weighs by `weights`, "
+                        "`ridge` and `floor`: write them (collect_inputs(model, texts, folder)), or name a rule "
+                        "whose weights are factors."
+                    )
+                rule, needs = ("sum", {}) if len(adapters) < 3 else ("iso-c", {"factor": 2.0})
                 how = f"rule={rule!r}{f' {needs}' if needs else ''}"
                 options = needs | {name: options[name] for names in later.values() for name in names}
                 if len(adapters) > 1:  # of one it is exact
@@ -306,7 +313,7 @@ def merge_adapters(
     report = _report(
         adapters, merged, weights, merge.statistics, progress,
         rule=rule, space=merge.space, ordered=chosen.ordered or distill > 0, before=list(before), after=list(after),
-        options={**options, **used}, seed=seed, canonical=canonical, wanted_rank=rank, warnings=said, tried=tried,
+        options={**options, **used}, seed=seed, canonical=gauge, wanted_rank=rank, warnings=said, tried=tried,
     )  # fmt: skip
     if output is not None:
 
@@ -337,6 +344,7 @@ class _Look:
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
+        check_field(isinstance(model, nn.Module), "model", model, "the base model itself, loaded")
         self.model, self.adapters, self.kept, self.batch_size = model, adapters, kept, batch_size
         self.answer_tokens, self.progress = answer_tokens, progress
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
@@ -351,7 +359,10 @@ class _Look:
                 with adapted(model, folder) as with_it:
                     self.prompts.append(own_texts(with_it, self.tokenizer, folder, batch_size, seed))
         else:
-            self.prompts = [encoded(each, self.tokenizer, open_end=open_end) for each in texts]
+            self.prompts = [
+                encoded(each, self.tokenizer, open_end=open_end, name=f"prompts[{str(folder)!r}]")
+                for folder, each in zip(adapters.folders, texts, strict=True)
+            ]
             check_length(model, list(chain(*self.prompts)), answer_tokens if open_end else 0)
         self.batches = [batches_of(prompts, batch_size) for prompts in self.prompts]
 
@@ -380,6 +391,7 @@ class _Look:
                 yield model
 
     @cached_property
+    @torch.inference_mode(False)  # what is learnt from is no inference tensor, whatever the caller does
     def courses(self) -> list[list[distillation.Lesson]]:
         """What each adapter answers its prompts; of a text of its own, what it says of all but the first token."""
         found = []
@@ -406,7 +418,7 @@ class _Look:
     ) -> dict[str, Lora]:
         """The merged adapter after `distill` steps on what each adapter answers, in its SVD gauge."""
         courses = self.courses
-        with self.onto(merged, trainable=True) as model:
+        with torch.inference_mode(False), torch.enable_grad(), self.onto(merged, trainable=True) as model:
             taught = distillation.distill(
                 model, list(merged), courses, weights, steps=distill, learning_rate=learning_rate,
                 blocks=self.blocks, batch_size=self.batch_size, seed=seed, progress=self.progress,
@@ -486,11 +498,12 @@ def check_arguments(
     Raises:
         ValueError: an argument is none, or an option none of the rule or of what comes after it.
     """
-    check_field(rule in RULES, "rule", rule, listed(map(repr, RULES)))
+    check_field(isinstance(rule, str) and rule in RULES, "rule", rule, listed(map(repr, RULES)))
     ok = rank == "sum" or (is_int(rank) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1)
     check_field(ok, "rank", rank, "'sum', an integer >= 1, or a share of the energy in (0, 1)")
     for name, steps, known in (("before", before, BEFORE), ("after", after, AFTER)):
-        ok = not isinstance(steps, str) and all(step in known for step in steps)
+        ok = isinstance(steps, Sequence) and not isinstance(steps, str)
+        ok = ok and all(isinstance(step, str) and step in known for step in steps)
         check_field(ok, name, steps, f"a list of {listed(map(repr, known))}")
     taken = RULES[rule].options() + [name for step in after for name in options_of(AFTER[step])]
     for name in options:

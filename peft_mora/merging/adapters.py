@@ -40,6 +40,8 @@ class Adapters:
             folders,
             "a list of folders, at least one",
         )
+        for folder in folders:
+            check_field(isinstance(folder, str | Path), "folders[...]", folder, "the folder of an adapter")
         places = [Path(folder).resolve() for folder in folders]
         if twice := next((place for place in places if places.count(place) > 1), None):
             raise ValueError(f"`folders` has {twice} twice: give it once, and a weight if it is to count for more.")

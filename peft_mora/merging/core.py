@@ -28,6 +28,18 @@ class Space(NamedTuple):
     V: Tensor
 
 
+def check_size(lora: Lora, other: Lora | None) -> None:
+    """Refuse an update that cannot be added to another.
+
+    Raises:
+        ValueError: their sizes differ.
+    """
+    sizes = [(len(one.B), one.A.shape[1]) for one in (lora, other) if one is not None]
+    if len(set(sizes)) > 1:
+        new, old = (f"{rows} x {columns}" for rows, columns in sizes)
+        raise ValueError(f"An update of {new} cannot follow one of {old}: add those of one module alone.")
+
+
 def thin_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (n, k), S (k,), Vᵀ (k, m) of a tall matrix (n, m) by QR first, without what is below `NOISE`."""
     Q, R = torch.linalg.qr(X)

@@ -208,9 +208,13 @@ def distance(states: Tensor, lesson: Lesson, moved: Tensor) -> Tensor:
     return (far[there] / moved.to(states.device)[there]).mean()
 
 
-def mean_moved(courses: Sequence[Sequence[Lesson]]) -> Tensor:
-    """m (L,) of the blocks: what an adapter changes of them, mean over its lessons, and over the adapters."""
-    each = [torch.stack([lesson.moved for lesson in course if lesson.moved is not None]) for course in courses]
+def mean_moved(courses: Sequence[Sequence[Lesson]], weights: Sequence[float]) -> Tensor:
+    """m (L,) of the blocks: what an adapter changes of them, mean over its lessons, and over those that count."""
+    each = [
+        torch.stack([lesson.moved for lesson in course if lesson.moved is not None])
+        for course, weight in zip(courses, weights, strict=True)
+        if weight
+    ]
     return torch.stack([moved.mean(0) for moved in each]).mean(0)
 
 
@@ -275,7 +279,7 @@ def distill(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / WARM_UP) * (1 - s / steps))
     scaler = torch.amp.GradScaler(model.device.type, init_scale=1024.0, enabled=model.dtype == torch.float16)
-    order, moved = in_turn(courses, seed), mean_moved(courses)
+    order, moved = in_turn(courses, seed), mean_moved(courses, weights)
     with eval_mode(model):
         for step in bar(range(steps), "distill", progress):
             turns = list(islice(order, PROMPTS))

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checks import check_field, is_int, is_number
+from ..checks import check_field, is_int, is_number, listed
 from ..files import check_writable, whole_file
 from ..inputs import (
     base_of,
@@ -45,8 +45,9 @@ from ..inputs import (
     visit,
     writes_text,
 )
-from ..lora_file import Lora, LoraFile, digest, read_lora
+from ..lora_file import PREFIX, TENSORS, Lora, LoraFile, digest, read_lora
 from ..quantization import use_exact_4bit_kernels
+from .core import check_size
 from .written import own_texts
 
 
@@ -196,14 +197,19 @@ def collect_inputs(
             its end.
 
     Raises:
-        ValueError: as `read_lora`; the model is not the adapter's base; no texts; a module that saw no input.
+        ValueError: as `read_lora`; the model is not the adapter's base, or has another adapter active; no texts; a
+            module that saw no input.
         PermissionError: the folder cannot be written to.
     """
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
+    ok = max_length is None or (is_int(max_length) and max_length >= 1)
+    check_field(ok, "max_length", max_length, "an integer >= 1, or None for all")
+    check_field(isinstance(model, nn.Module), "model", model, "the base model itself, loaded")
     file = read_lora(folder)
     check_writable(folder)
-    if not isinstance(model, PeftModel):
-        check_base(model, file)
+    check_base(base_of(model), file)
+    if isinstance(model, PeftModel):
+        check_active(model, file)
     own = isinstance(texts, str) and texts == "self"
     if own and (last != LAST or max_length is not None):
         raise ValueError("`last` and `max_length` are of texts that are given, not of 'self': leave them out.")
@@ -286,6 +292,34 @@ def check_base(model: nn.Module, file: LoraFile) -> None:
             )
 
 
+def check_active(model: PeftModel, file: LoraFile) -> None:
+    """Refuse a PeftModel whose active adapter is not the one that a folder holds.
+
+    Raises:
+        ValueError: its weights are others, or several are active, or none.
+    """
+    active = list(model.active_adapters)
+    if len(active) == 1:
+        state = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
+        stored = load_file(file.folder / TENSORS)
+        same = all(key in stored and _near(tensor.cpu(), stored[key]) for key, tensor in state.items())
+        if same and all(any(key.startswith(f"{PREFIX}{name}.") for key in state) for name in file.loras):
+            return
+    raise ValueError(
+        f"The model's active adapter ({listed(map(repr, active), 'and') if active else 'none'}) is not the one in "
+        f"{file.folder}: make that one active (model.set_adapter), save it again if it has been trained since, or "
+        "give the bare base model."
+    )
+
+
+def _near(tensor: Tensor, saved: Tensor) -> bool:
+    """Equal but for a change of dtype."""
+    if tensor.shape != saved.shape:
+        return False
+    saved = saved.double()
+    return float((tensor.double() - saved).norm()) <= 0.01 * float(saved.norm())
+
+
 def scaled_layers(model: PeftModel) -> list[Any]:
     """The layers whose updates have a scale."""
     tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
@@ -325,26 +359,35 @@ def at_strength(model: PeftModel, strength: float) -> Iterator[None]:
 
 
 def encoded(
-    texts: Sequence[str], tokenizer: Any, max_length: int | None = None, open_end: bool = False
+    texts: Sequence[str],
+    tokenizer: Any,
+    max_length: int | None = None,
+    open_end: bool = False,
+    name: str = "texts",
 ) -> list[Tensor]:
     """Token ids (S,) int64 of each text that has any, as many as `max_length`; of a processor, its tokenizer's.
 
     Args:
         open_end: something is to be written behind the texts: without the end of a text that some tokenizers add.
+        name: what the texts are called, for errors.
 
     Raises:
-        ValueError: none has.
+        ValueError: none has, or they are no list of texts.
     """
+    several = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping)
+    some = list(texts) if several else []
+    for text in some:
+        check_field(isinstance(text, str), f"{name}[...]", text, "a text each")
+    check_field(bool(some), name, texts, "a list of texts, at least one")
     cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     tokenizer = text_tokenizer(tokenizer)
-    some = [] if isinstance(texts, str) else list(texts)
-    found = (copy.deepcopy(tokenizer) if cut else tokenizer)(some, **cut)["input_ids"] if some else []
-    if open_end and found:
+    found = (copy.deepcopy(tokenizer) if cut else tokenizer)(some, **cut)["input_ids"]
+    if open_end:
         added = [list(tokenizer("a", add_special_tokens=special)["input_ids"])[-1:] for special in (True, False)]
         if added[0] != added[1] and added[0] == [tokenizer.eos_token_id]:
             found = [ids[:-1] if list(ids[-1:]) == added[0] else ids for ids in found]
     rows = [torch.tensor(ids) for ids in found if len(ids)]
-    check_field(len(rows) > 0, "texts", texts, "a list of texts, at least one with tokens")
+    check_field(bool(rows), name, texts, "a list of texts, at least one with tokens")
     return rows
 
 
@@ -444,7 +487,8 @@ def input_spreads(
 
 class Inputs:
     """The sums of one module, to which adapters are added one at a time: exact, in any order, and no more than
-    2·O·I + 2·I² numbers, however many there are.
+    2·O·I + O² + 2·I² numbers, however many there are. It is `inputs` with floor=0, which has to know the mean over all
+    adapters: against one that hardly responds to its inputs give a larger `output`.
 
     Args:
         ridge: ε, of λ = ε · mean(diag Σ w_t C_t) / Σ weights.
@@ -468,10 +512,11 @@ class Inputs:
                 output counts alike; None computes it.
 
         Raises:
-            ValueError: a weight that is none.
+            ValueError: a weight that is none, or an update of another size than those before.
         """
         check_field(is_number(weight) and weight >= 0, "weight", weight, "a number >= 0")
         A, B = lora.A.double(), lora.B.double()
+        check_size(lora, Lora(self.A[0], self.B[0]) if self.A else None)
         output = output_energy(lora, C) if output is None else output
         self.weight += weight
         if C is not None and output > 0:
@@ -527,12 +572,12 @@ def inputs(
     Args:
         spreads: C_t of each adapter.
         ridge: ε of λ.
-        floor: the least output energy that an adapter counts with, as a share of the adapters' mean: one that hardly
-            responds to its own inputs would be weighted without bound (w_t = 1 / E‖ΔW_t x‖²). 0 is no floor.
+        floor: the least output energy that an adapter counts with, as a share of the mean of those of weight > 0: one
+            that hardly responds to its own inputs would be weighted without bound (w_t = 1 / E‖ΔW_t x‖²). 0 is none.
     """
     check_system(ridge, floor)
     energies = [output_energy(lora, C) for lora, C in zip(loras, spreads, strict=True)]
-    known = [energy for energy in energies if energy > 0]
+    known = [energy for energy, weight in zip(energies, weights, strict=True) if energy > 0 and weight > 0]
     least = floor * sum(known) / max(1, len(known))
     sums = Inputs(ridge)
     for lora, C, weight, energy in zip(loras, spreads, weights, energies, strict=True):
@@ -574,9 +619,12 @@ def texts_of(prompts: Mapping[Any, Sequence[str]], folders: Sequence[Path]) -> l
     """The prompts of each folder.
 
     Raises:
-        ValueError: a folder has none.
+        ValueError: a folder has none, or is there twice.
     """
-    by_folder = {Path(key).resolve(): texts for key, texts in prompts.items()}
+    by_folder: dict[Path, Sequence[str]] = {}
+    for key, texts in prompts.items():
+        if by_folder.setdefault(Path(key).resolve(), texts) is not texts:
+            raise ValueError(f"`prompts` has {Path(key).resolve()} twice: give its texts once, in one list.")
     missing = [str(folder) for folder in folders if folder.resolve() not in by_folder]
     if missing:
         raise ValueError(f"`prompts` has no texts for {', '.join(missing)}: give {{folder: [text, ...]}} for each.")

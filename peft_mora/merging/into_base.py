@@ -147,6 +147,11 @@ def _add(model: Any, module: str, lora: Lora, base: Any) -> tuple[Tensor, Tensor
             "another model."
         )
     weight.copy_(weight.float() + delta)
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"Module {module!r} of {base} with its update has values that {weight.dtype} does not hold: give "
+            "dtype=torch.bfloat16 or torch.float32."
+        )
     return weight, delta
 
 

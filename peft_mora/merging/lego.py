@@ -27,7 +27,7 @@ def lego(loras: Sequence[Lora], weights: Sequence[float], rank: int) -> Lora:
         rank: k.
 
     Returns:
-        A (k', I), B (O, k'), k' = min(k, pairs that are not zero).
+        A (k', I), B (O, k'), k' <= k: no more than pairs that are not zero and not the same.
     """
     A = torch.cat([abs(w) ** 0.5 * lora.A for w, lora in zip(weights, loras, strict=True)])
     B = torch.cat([(-1) ** (w < 0) * abs(w) ** 0.5 * lora.B.T for w, lora in zip(weights, loras, strict=True)])
@@ -42,10 +42,15 @@ def lego(loras: Sequence[Lora], weights: Sequence[float], rank: int) -> Lora:
 
 
 def _cluster(pairs: Tensor, k: int, rounds: int = 100) -> Tensor:
-    """(k, n) centroids of (m, n) pairs without sign, at the mean norm of their members."""
+    """At most (k, n) centroids of (m, n) pairs without sign, at the mean norm of their members; one for each where
+    fewer than k differ."""
     chosen = [int(pairs.norm(dim=1).argmax())]
+    same = 1e-12 * float(pairs.square().sum(1).max())  # squared distances are differences of such numbers
     while len(chosen) < k:
-        chosen.append(int(_distances(pairs, pairs[chosen]).amin(1).argmax()))
+        away, farthest = _distances(pairs, pairs[chosen]).amin(1).max(0)
+        if away <= same:
+            break
+        chosen.append(int(farthest))
     centers, old = pairs[chosen], None
     for _ in range(rounds):
         owner = _distances(pairs, centers).argmin(1)
@@ -55,7 +60,6 @@ def _cluster(pairs: Tensor, k: int, rounds: int = 100) -> Tensor:
         for i, center in enumerate(centers):
             members = pairs[owner == i]
             if not len(members):
-                found.append(center)
                 continue
             members = torch.where((members @ center)[:, None] < 0, -members, members)
             mean = members.mean(0)

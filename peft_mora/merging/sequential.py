@@ -14,7 +14,7 @@ import torch
 
 from ..checks import check_field, is_int, is_number
 from ..lora_file import Lora
-from .core import core_space, norm_of, reduced, svd, to_lora
+from .core import check_size, core_space, norm_of, reduced, svd, to_lora
 
 
 class Opcm:
@@ -39,6 +39,7 @@ class Opcm:
         self.count = 0
 
     def add(self, lora: Lora, weight: float = 1.0) -> None:
+        check_size(lora, self.total)
         self.count += 1
         new = Lora(lora.A.double(), weight * lora.B.double())
         if self.total is None:
@@ -74,6 +75,7 @@ class Slao:
 
     def add(self, lora: Lora, weight: float = 1.0) -> None:
         A, B = lora.A.double(), weight * lora.B.double()
+        check_size(lora, self.total)
         self.count += 1
         if self.total is None:
             self.total = Lora(A, B)
