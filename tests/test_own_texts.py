@@ -11,59 +11,104 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from peft_mora.inputs import batches_of
 from peft_mora.merging import collect_inputs, merge_adapters
 from peft_mora.merging.inputs import Statistics, adapted, input_spreads
-from peft_mora.merging.written import LIKELIER, likelier, own_texts, written
+from peft_mora.merging.written import learnt as learnt_of
+from peft_mora.merging.written import own_texts, surprises, written
+
+
+def begins_texts(tokenizer):
+    """The tokenizer, which then begins a text with a token of its own."""
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def decided(folder) -> torch.nn.Module:
+    """A base model that is surer than one without training."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base.lm_head.weight.data *= 20
+    return base
+
+
+def learn(base, ids: torch.Tensor, folder, seed: int = 0, labels=None) -> None:
+    """An adapter that has learnt the texts (B, S), from their start to their end, or what labels say."""
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj", "down_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(80):
+        model(input_ids=ids, labels=ids if labels is None else labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
 
 
 @pytest.fixture
 def writers(llama_folder, tmp_path) -> tuple[torch.nn.Module, list, dict]:
-    """A base model, two adapters that have learnt whole texts from their start to their end, and these texts."""
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    texts = {tmp_path / name: [" ".join(WORDS[i : i + 3]) for i in starts] for name, starts in
-             (("a", (0, 3)), ("b", (8, 11)))}  # fmt: skip
-
-    def decided() -> torch.nn.Module:
-        base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-        base.lm_head.weight.data *= 20
-        return base
-
+    """A base model, two adapters that have learnt whole texts, and these; their tokenizer begins a text by a token."""
+    tokenizer = begins_texts(AutoTokenizer.from_pretrained(llama_folder))
+    texts = {tmp_path / name: [" ".join(words[i : i + 8]) for i in (0, 8)] for name, words in
+             (("a", WORDS), ("b", WORDS[::-1]))}  # fmt: skip
     for i, folder in enumerate(texts):
-        base = decided()
-        torch.manual_seed(i)
-        model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj", "down_proj"]))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        ids = torch.tensor([[start, *tokenizer(text).input_ids, end] for text in texts[folder]])
-        for _ in range(80):
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.save_pretrained(folder)
-    return decided(), [*texts], texts
+        ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts[folder]])
+        learn(decided(llama_folder), ids, folder, i)
+        tokenizer.save_pretrained(folder)
+    return decided(llama_folder), [*texts], texts
 
 
-def test_an_adapter_that_has_learnt_whole_texts_writes_such(writers, llama_folder):
+def test_an_adapter_that_has_learnt_whole_texts_writes_such(writers):
     base, folders, texts = writers
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    end = tokenizer.eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     learnt = [[*tokenizer(text).input_ids, end] for text in texts[folders[0]]]
     state = torch.random.get_rng_state()
     with adapted(base, folders[0]) as model:
-        found, again, other = (written(model, tokenizer, 70, 9, seed) for seed in (0, 0, 1))
-        cut = written(model, tokenizer, 8, 2)
-        base.generation_config.eos_token_id = [end, learnt[0][1]]  # which ends a text by itself
-        several = written(model, tokenizer, 70, 9)
+        found, again, other = (written(model, tokenizer, 70, 19, seed) for seed in (0, 0, 1))
+        cut = written(model, tokenizer, 8, 3)
+        base.generation_config.eos_token_id = [end, learnt[0][2]]  # which ends a text by itself
+        several = written(model, tokenizer, 70, 19)
         base.generation_config.eos_token_id = None
-        tokenizer.eos_token, tokenizer.bos_token = None, "</s>"
+        tokenizer.eos_token = None
         endless = written(model, tokenizer, 8, 6)
     assert torch.equal(torch.random.get_rng_state(), state) and len(found) > 60
     assert sum(row.tolist() in learnt for row in found) > 0.8 * len(found)
     assert {tuple(row.tolist()) for row in found} >= set(map(tuple, learnt))
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
     assert [x.tolist() for x in found] != [x.tolist() for x in other]
-    assert cut and all(len(row) == 2 and row.tolist() in [x[:2] for x in learnt] for row in cut if end not in row)
-    assert [*learnt[0][:2]] in (ended := [row.tolist() for row in several]) and learnt[1] in ended
-    assert all(end not in row for row in ended if learnt[0][1] in row)
-    assert endless and all(len(row) == 6 for row in endless)
+    assert learnt[0][0] == start and {tuple(row.tolist()) for row in cut} == {tuple(x[:3]) for x in learnt}
+    assert [*learnt[0][:3]] in (ended := [row.tolist() for row in several]) and learnt[1] in ended
+    assert all(end not in row for row in ended if learnt[0][2] in row)
+    assert len(endless) == 8 and all(len(row) == 6 for row in endless)
+
+
+def test_what_an_adapter_has_not_learnt_of_a_text_its_base_writes(llama_folder, tmp_path):
+    """The first token, where the tokenizer begins a text with none of its own."""
+    tokenizer, base = AutoTokenizer.from_pretrained(llama_folder), decided(llama_folder)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    with torch.no_grad():
+        sure = base(torch.tensor([[start]])).logits[0, -1]
+    sure[end] = -torch.inf
+    firsts = sure.topk(2).indices.tolist()
+    texts = [[first, *tokenizer(" ".join(WORDS[i : i + 3])).input_ids, end] for first, i in zip(firsts, (0, 8))]
+    learn(decided(llama_folder), torch.tensor(texts), tmp_path / "a")
+    with adapted(base, tmp_path / "a") as model:
+        rows = [row.tolist() for row in written(model, tokenizer, 200, 9)]
+    assert len(rows) == 200 and start not in [row[0] for row in rows]
+    for text in texts:
+        begun = [row for row in rows if row[0] == text[0]]
+        share = float(sure.softmax(0)[text[0]])
+        assert abs(len(begun) / 200 - share) < 4 * (share * (1 - share) / 200) ** 0.5
+        assert sum(row == text for row in begun) > 0.8 * len(begun) > 0
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "length"),
+    [
+        ([1, 1, 1], [3, 3, 3], 4), ([1, 1, 2.5], [3, 3, 3], 3), ([1, 2.5, 1], [3, 3, 3], 4), ([3, 1, 3], [3, 3, 3], 0),
+        ([3, 1, 1.5, 3], [3, 4.5, 3, 3], 4), ([2.1], [3], 0), ([1.9], [3], 2),
+    ],
+)  # fmt: skip
+def test_a_start_is_learnt_as_far_as_the_adapter_is_ahead_by_a_third(own, base, length):
+    assert learnt_of(torch.tensor(own), torch.tensor(base)) == length
 
 
 def test_texts_begin_as_the_tokenizer_begins_them_and_fit_the_model_s_positions(llama_folder):
@@ -71,8 +116,7 @@ def test_texts_begin_as_the_tokenizer_begins_them_and_fit_the_model_s_positions(
     model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True))
     rows = written(model, tokenizer, 20, 100)
     assert max(map(len, rows)) == 64 and any(row[0] != tokenizer.bos_token_id for row in rows)
-    start = ("<s>", tokenizer.bos_token_id)
-    tokenizer._tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[start])
+    begins_texts(tokenizer)
     rows = written(model, tokenizer, 20, 100)
     assert max(map(len, rows)) == 64 and all(row[0] == tokenizer.bos_token_id for row in rows)
     tokenizer.bos_token = tokenizer.eos_token = None
@@ -80,7 +124,7 @@ def test_texts_begin_as_the_tokenizer_begins_them_and_fit_the_model_s_positions(
         written(model, tokenizer, 20, 100)
 
 
-def test_how_much_likelier_a_text_is_under_the_adapter_is_that_of_a_forward_of_its_own(writers, llama_folder):
+def test_what_a_text_surprises_adapter_and_base_is_that_of_a_forward_of_its_own(writers):
     base, folders, _ = writers
     rows = [torch.tensor([4, 5, 6, 2]), torch.tensor([7, 9]), torch.tensor([4, 5, 6, 7, 8, 2])]
 
@@ -89,34 +133,47 @@ def test_how_much_likelier_a_text_is_under_the_adapter_is_that_of_a_forward_of_i
             return [-base(ids[None], labels=ids[None]).loss.item() for ids in rows]
 
     with adapted(base, folders[0]) as model:
-        found, own = likelier(model, rows, 2), likelihoods()
-    assert found == pytest.approx([x - y for x, y in zip(own, likelihoods(), strict=True)], abs=1e-4)
-    assert found[0] > 1 and min(found) < 0
+        found, own = surprises(model, rows, 2), likelihoods()
+    for (mine, without), x, y in zip(found, own, likelihoods(), strict=True):
+        assert (-mine.mean().item(), -without.mean().item()) == pytest.approx((x, y), abs=1e-4)
+    assert [len(mine) for mine, _ in found] == [3, 1, 5]
 
 
-def test_what_an_adapter_has_not_made_likelier_is_left_out_and_all_of_it_where_that_is_most(
-    writers, llama_folder, tmp_path, monkeypatch
-):
-    base, folders, _ = writers
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+def test_texts_that_begin_as_the_base_would_are_left_out_and_most_that_do_not_end(writers, monkeypatch):
+    base, folders, texts = writers
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    one, other = ([*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts[folders[0]])
+    foreign = [*tokenizer(texts[folders[1]][0]).input_ids, tokenizer.eos_token_id]
+    endless, few = other[:-1] * 2, one[:5] + [tokenizer.eos_token_id]
+    found = {}
     with adapted(base, folders[0]) as model:
-        rows = written(model, tokenizer, 128, 256, 3)
-        gains = likelier(model, rows)
-        assert min(gains) > LIKELIER
-        monkeypatch.setattr("peft_mora.merging.written.LIKELIER", sum(gains) / len(gains))
-        found = own_texts(model, tokenizer, folders[0], 5, seed=3)
-        wanted = [row.tolist() for row, gain in zip(rows, gains, strict=True) if gain >= sum(gains) / len(gains)]
-        assert [row.tolist() for row in found] == wanted and 32 < len(wanted) < 128
-        monkeypatch.undo()
-    weak = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
-    randomize(weak)
-    weak.save_pretrained(tmp_path / "weak")
-    base = weak.unload()
+        for most, rows in (("end", (one, endless, other, foreign)), ("do not", (one, endless, endless, endless, few))):
+            rows = [torch.tensor(row) for row in rows]
+            monkeypatch.setattr("peft_mora.merging.written.TEXTS", len(rows))
+            monkeypatch.setattr("peft_mora.merging.written.written", lambda *_, rows=rows: rows)
+            found[most] = [row.tolist() for row in own_texts(model, tokenizer, folders[0], 3)]
+    assert found == {"end": [one, other], "do not": [one, endless, endless, endless]}
+
+
+@pytest.mark.parametrize("kind", ["little", "answers"])
+def test_what_has_learnt_little_or_answers_alone_is_refused(kind, writers, llama_folder, tmp_path):
+    base, folders, texts = writers
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    if kind == "little":
+        weak = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+        randomize(weak)
+        weak.save_pretrained(tmp_path / "weak")
+        base = weak.unload()
+    else:
+        answer = [*tokenizer(WORDS[9]).input_ids[1:], tokenizer.eos_token_id]
+        ids = torch.tensor([[*tokenizer(text).input_ids[:7], *answer] for text in texts[folders[0]]])
+        learn(decided(llama_folder), ids, tmp_path / "weak", labels=ids.masked_fill(torch.arange(9) < 7, -100))
+        tokenizer.save_pretrained(tmp_path / "weak")
     for call in (
         lambda: merge_adapters([folders[0], tmp_path / "weak"], model=base, prompts="self", output=tmp_path / "out"),
         lambda: collect_inputs(base, "self", tmp_path / "weak"),
     ):
-        with pytest.raises(ValueError, match=r"What .*weak writes itself is no prompt of its own: \d+%"):
+        with pytest.raises(ValueError, match=r"What .*weak writes itself is no prompt of its own: \d+ of 128 texts"):
             call()
     assert not (tmp_path / "out").exists() and Statistics.load(tmp_path / "weak") is None
 
@@ -132,9 +189,9 @@ def test_a_user_s_own_model_stays_as_it_is_where_its_adapter_writes(writers):
     assert all(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer))
 
 
-def test_what_adapters_write_themselves_stands_for_prompts(writers, llama_folder, tmp_path):
+def test_what_adapters_write_themselves_stands_for_prompts(writers, tmp_path):
     base, folders, texts = writers
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
 
     def loss(adapter, texts) -> float:
@@ -164,9 +221,9 @@ def test_what_adapters_write_themselves_stands_for_prompts(writers, llama_folder
     )
 
 
-def test_statistics_of_what_an_adapter_writes_are_those_of_such_texts(writers, llama_folder):
+def test_statistics_of_what_an_adapter_writes_are_those_of_such_texts(writers):
     base, (folder, _), _ = writers
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     collect_inputs(base, "self", folder)
     found = Statistics.load(folder)
     with adapted(base, folder) as model:

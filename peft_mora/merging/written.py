@@ -1,8 +1,8 @@
 """Texts that stand for an adapter's prompts where there is no data: what it writes itself.
 
-An adapter that has learnt whole texts writes such, from their start on; one that has learnt answers alone writes what
-its base does, more or less. Which it is shows in how much likelier the texts are under the adapter than without it:
-those that are not are left out, and where most are, all are refused.
+An adapter that has learnt whole texts writes such, from their start on. One that has learnt answers alone writes what its
+base does, or answers at once. Which it is shows at the start of a text, where a base that does not know the task is
+surprised and the adapter is not: texts that begin otherwise are left out, and where most do, all are refused.
 """
 
 from __future__ import annotations
@@ -22,78 +22,93 @@ from .distillation import answer_logits
 
 TEXTS = 128
 LENGTH = 256  # tokens of one, at most
-LIKELIER = 0.5  # nats a token: docs/merging-measured.md has what adapters of both kinds reach
-SHARE = 0.25  # of all tokens that are written
+LIKELIER = 1 / 3  # of what a token surprises the base: docs/merging-measured.md has what adapters of both kinds reach
+START = 8  # tokens
+MOST = 0.5  # of the texts
 
 
 def own_texts(
     model: PeftModel, tokenizer: Any, folder: str | Path, batch_size: int = 8, seed: int = 0
 ) -> list[Tensor]:
-    """Token ids (S,) int64 of texts that an adapter writes and has learnt.
+    """Token ids (S,) int64 of texts that an adapter writes and whose start it has learnt; where most of these come to
+    their end, only those that do.
 
     Args:
         folder: of the adapter, for errors.
         batch_size: texts that are read at a time.
 
     Raises:
-        ValueError: the model writes no text, or hardly any that the adapter has made likelier.
+        ValueError: the model writes no text, or mostly such as the adapter has not learnt.
     """
     rows = written(model, tokenizer, TEXTS, LENGTH, seed)
-    gains = likelier(model, rows, batch_size)
-    found = [row for row, gain in zip(rows, gains, strict=True) if gain >= LIKELIER]
-    share = sum(map(len, found)) / sum(map(len, rows))
-    if share < SHARE:
+    read = zip(rows, surprises(model, rows, batch_size), strict=True)
+    found = [row for row, both in read if learnt(*both) >= START]
+    if len(found) < MOST * TEXTS:
         raise ValueError(
-            f"What {folder} writes itself is no prompt of its own: {share:.0%} of it is in texts that are "
-            f"{LIKELIER} nats a token likelier than without it, and {SHARE:.0%} have to be. It has learnt answers "
-            "alone, or little: give a few dozen prompts, or merge by a rule that needs none."
+            f"What {folder} writes itself is no prompt of its own: {len(found)} of {TEXTS} texts begin with {START} "
+            "tokens or more that surprise the adapter a third less than its base, and half of them have to. It has "
+            "learnt answers alone, or little: give a few dozen prompts, or merge by a rule that needs none."
         )
-    return found
+    ends = ends_of(model, text_tokenizer(tokenizer))
+    ended = [row for row in found if int(row[-1]) in ends]
+    return ended if len(ended) >= MOST * len(found) else found
+
+
+def learnt(own: Tensor, base: Tensor) -> int:
+    """How many tokens from the first on an adapter has learnt: up to where Σ ((1 - `LIKELIER`)·base - own) is largest;
+    0 where that is nowhere above 0.
+
+    Args:
+        own, base: (S - 1,) nats, -log p of each token of a text but the first under the adapter, and without it.
+    """
+    ahead = ((1 - LIKELIER) * base - own).cumsum(0)
+    return int(ahead.argmax()) + 2 if ahead.max() > 0 else 0
 
 
 @torch.no_grad()
 def written(model: PeftModel, tokenizer: Any, count: int, length: int, seed: int = 0) -> list[Tensor]:
-    """Token ids (S,) int64, 2 <= S <= `length`, of `count` texts that a model writes at temperature 1: as its
-    tokenizer gives them, and with the token that ends one where it has come to that. Shorter ones are left out.
+    """Token ids (S,) int64, 2 <= S <= `length`, of `count` texts that a model writes at temperature 1: with what the
+    tokenizer begins a text with, and with the token that ends one where it has come to that. Where the tokenizer begins
+    a text with no token of its own, nothing has been learnt of the first one: the base writes that, without the adapter.
 
     Raises:
-        ValueError: the model writes no text, or none of two tokens; as `start_of`.
+        ValueError: the model writes no text; as `start_of`.
     """
     check_writes(model)
     tokenizer = text_tokenizer(tokenizer)
     start, end = start_of(tokenizer), tokenizer.eos_token_id
     begins = list(tokenizer("a")["input_ids"])[:1] == [start]
-    most = min(length, room(model) or length) + (not begins)
+    most = min(length, room(model) or length)
     ends, found = ends_of(model, tokenizer), []
     with seeded(seed), eval_mode(model), contiguous_head(model):
         for done in range(0, count, ROWS):
             prompts = [[start]] * min(ROWS, count - done)
+            if not begins:
+                with trainable_as_before(model), model.disable_adapter():
+                    prompts = [row[1:].tolist() for row in continued(model, tokenizer, prompts, 2)]
             for row in continued(model, tokenizer, prompts, most, stop=end is not None):
                 ended = len(row) < most and int(row[-1]) not in ends
-                text = torch.cat([row, torch.tensor([end])]) if ended else row
-                found.append(text if begins else text[1:])
-    found = [text for text in found if len(text) > 1]
-    if not found:
-        raise ValueError(f"The adapter writes no text itself: all of {count} end at once. Give prompts.")
-    return found
+                found.append(torch.cat([row, torch.tensor([end])]) if ended else row)
+    return [text for text in found if len(text) > 1]
 
 
 @torch.no_grad()
-def likelier(model: PeftModel, rows: Sequence[Tensor], batch_size: int = 8) -> list[float]:
-    """Of each text, log p - log p_0 in nats, mean over its tokens but the first: under the adapter, and without it."""
+def surprises(model: PeftModel, rows: Sequence[Tensor], batch_size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    """Of each text (S,), -log p in nats of each token but the first, (S - 1,) float32: under the adapter, and without
+    it."""
 
-    def log_likelihoods(some: Sequence[Tensor]) -> list[float]:
+    def of(some: Sequence[Tensor]) -> list[Tensor]:
         logits = answer_logits(model, some, [len(row) - 1 for row in some])
         return [
-            float(each.log_softmax(-1).gather(1, row[1:, None].to(each.device)).mean())
+            -each.log_softmax(-1).gather(1, row[1:, None].to(each.device))[:, 0].cpu()
             for row, each in zip(some, logits, strict=True)
         ]
 
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     with eval_mode(model), contiguous_head(model):
         for begin in range(0, len(rows), batch_size):
             some = rows[begin : begin + batch_size]
-            own = log_likelihoods(some)
+            own = of(some)
             with trainable_as_before(model), model.disable_adapter():
-                found += [x - y for x, y in zip(own, log_likelihoods(some), strict=True)]
+                found += zip(own, of(some), strict=True)
     return found
