@@ -88,7 +88,8 @@ def test_what_an_adapter_has_not_learnt_of_a_text_its_base_writes(llama_folder, 
         sure = base(torch.tensor([[start]])).logits[0, -1]
     sure[end] = -torch.inf
     firsts = sure.topk(2).indices.tolist()
-    texts = [[first, *tokenizer(" ".join(WORDS[i : i + 3])).input_ids, end] for first, i in zip(firsts, (0, 8))]
+    rest = [[*tokenizer(" ".join(WORDS[i : i + 3])).input_ids, end] for i in (0, 8)]
+    texts = [[first, *ids] for first, ids in zip(firsts, rest, strict=True)]
     learn(decided(llama_folder), torch.tensor(texts), tmp_path / "a")
     with adapted(base, tmp_path / "a") as model:
         rows = [row.tolist() for row in written(model, tokenizer, 200, 9)]
@@ -144,7 +145,7 @@ def test_texts_that_begin_as_the_base_would_are_left_out_and_most_that_do_not_en
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     one, other = ([*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts[folders[0]])
     foreign = [*tokenizer(texts[folders[1]][0]).input_ids, tokenizer.eos_token_id]
-    endless, few = other[:-1] * 2, one[:5] + [tokenizer.eos_token_id]
+    endless, few = other[:-1] * 2, [*one[:5], tokenizer.eos_token_id]
     found = {}
     with adapted(base, folders[0]) as model:
         for most, rows in (("end", (one, endless, other, foreign)), ("do not", (one, endless, endless, endless, few))):

@@ -1,8 +1,8 @@
 """Texts that stand for an adapter's prompts where there is no data: what it writes itself.
 
-An adapter that has learnt whole texts writes such, from their start on. One that has learnt answers alone writes what its
-base does, or answers at once. Which it is shows at the start of a text, where a base that does not know the task is
-surprised and the adapter is not: texts that begin otherwise are left out, and where most do, all are refused.
+An adapter that has learnt whole texts writes such, from their start on. One that has learnt answers alone writes what
+its base does, or answers at once. Which it is shows at the start of a text, where a base that does not know the task
+is surprised and the adapter is not: texts that begin otherwise are left out, and where most do, all are refused.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def learnt(own: Tensor, base: Tensor) -> int:
 
 @torch.no_grad()
 def written(model: PeftModel, tokenizer: Any, count: int, length: int, seed: int = 0) -> list[Tensor]:
-    """Token ids (S,) int64, 2 <= S <= `length`, of `count` texts that a model writes at temperature 1: with what the
-    tokenizer begins a text with, and with the token that ends one where it has come to that. Where the tokenizer begins
-    a text with no token of its own, nothing has been learnt of the first one: the base writes that, without the adapter.
+    """Token ids (S,) int64, 2 <= S <= `length`, of `count` texts that a model writes at temperature 1: with the
+    token that the tokenizer begins a text by, and the one that ends it where it has come to that. Where the tokenizer
+    begins a text by none of its own, nothing has been learnt of the first token: the base writes it, without the
+    adapter.
 
     Raises:
         ValueError: the model writes no text; as `start_of`.
