@@ -179,7 +179,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
         names = config.get(key)
         check_field(names is None or isinstance(names, str) or is_names(names), key, names, "a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in config.get(key) or {}:
+        patterns = config.get(key)
+        check_field(patterns is None or isinstance(patterns, dict), key, patterns, "a table of names to numbers")
+        for pattern in patterns or {}:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -356,12 +358,10 @@ def _lora_factors(
             rest[key] = tensor
     scales = {}
     ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    if not (isinstance(ranks, dict) and isinstance(alphas, dict)) or not all(
-        is_number(alpha) for alpha in (config.get("lora_alpha", 8), *alphas.values())
-    ):
+    if not all(is_number(alpha) for alpha in (config.get("lora_alpha", 8), *alphas.values())):
         raise ValueError(
-            f"{folder / CONFIG} has lora_alpha, rank_pattern or alpha_pattern that are none: numbers, and tables of a "
-            "module's name to its number. Save the adapter again."
+            f"{folder / CONFIG} has a lora_alpha or alpha_pattern that is none: a number, and a table of names to "
+            "numbers. Save the adapter again."
         )
     for name, pair in pairs.items():
         rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r", 8))

@@ -324,6 +324,7 @@ def test_a_backward_that_keeps_less_in_memory_leaves_the_update_a_lora_s(inputs,
     [
         {"base_model_name_or_path": ["x"]}, {"task_type": ["x"]}, {"revision": 3}, {"modules_to_save": 5},
         {"target_modules": [1, "a"]}, {"rank_pattern": {"(": 3}}, {"alpha_pattern": {"*": 3}},
+        {"rank_pattern": 5}, {"alpha_pattern": ["q"]},
     ],
 )  # fmt: skip
 def test_fields_of_another_kind_than_peft_writes_are_damage(fields, tmp_path):

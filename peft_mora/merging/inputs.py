@@ -129,7 +129,7 @@ class Statistics:
         }  # fmt: skip
         path = Path(folder) / FILE
         with whole_file(path) as written:
-            save_file(tensors, written, {"format": "pt", "statistics": json.dumps(text)})
+            save_file(tensors, written, {"statistics": json.dumps(text)})  # of two entries the order would vary
         return path
 
     @classmethod
@@ -487,8 +487,8 @@ def input_spreads(
 
 class Inputs:
     """The sums of one module, to which adapters are added one at a time: exact, in any order, and no more than
-    2·O·I + O² + 2·I² numbers, however many there are. It is `inputs` with floor=0, which has to know the mean over all
-    adapters: against one that hardly responds to its inputs give a larger `output`.
+    2·O·I + O² + 2·I² numbers, however many there are. It is `inputs` with floor=0: a floor is a share of the mean over
+    all adapters, which sums of some do not know. Against one that hardly responds to its inputs give more `output`.
 
     Args:
         ridge: ε, of λ = ε · mean(diag Σ w_t C_t) / Σ weights.
