@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .base import adapter_layers, check_in_memory, config_of
-from .checks import check_field, is_number
+from .checks import check_field, is_number, listed
 from .lori import LoriLinear, record_form, share_projection
 
 
@@ -77,18 +77,8 @@ def sparsify(
             "B is 0 everywhere, so there is nothing to choose by: train the dense adapter for some steps first, or "
             "use LoriCalibrationCallback."
         )
-    beyond = adapter_layers(model, onto, LoriLinear).keys() - layers.keys() if onto is not None else set()
-    if beyond:
-        raise ValueError(
-            f"Adapter {onto!r} adapts {len(beyond)} modules that {adapter_name!r} does not (e.g. {min(beyond)!r}), "
-            "and what it has learnt there would be missing. Give the new one the same `target_modules`."
-        )
-    for name, layer in layers.items():
-        if onto is not None and (onto not in layer.r or not share_projection(layer, [adapter_name, onto])):
-            raise ValueError(
-                f"Adapter {onto!r} has another projection A than {adapter_name!r} in module {name!r}, so their B's do "
-                "not add up. Give both configs the same seed, r and target_modules."
-            )
+    if onto is not None:
+        check_onto(model, adapter_name, onto)
     kept = max(1, round((1 - sparsity) * magnitudes.numel()))
     top = magnitudes.topk(kept)
     mask = torch.zeros(magnitudes.numel(), dtype=torch.bool)
@@ -112,3 +102,32 @@ def sparsify(
         threshold=top.values[-1].item(),
         share={name: chosen.float().mean().item() for name, chosen in zip(layers, masks, strict=True)},
     )
+
+
+def check_onto(model: nn.Module, adapter_name: str, onto: str) -> None:
+    """Refuse an earlier task's adapter that a LORI adapter cannot start from.
+
+    Raises:
+        ValueError: there is no such LORI adapter, or it has another A, or modules that the new one has not.
+    """
+    layers = adapter_layers(model, adapter_name, LoriLinear)
+    names = {name for module in model.modules() if isinstance(module, LoriLinear) for name in module.r}
+    if onto not in names or onto == adapter_name:
+        others = sorted(names - {adapter_name})
+        raise ValueError(
+            f"`onto` is {onto!r}, and the model has no such LORI adapter beside {adapter_name!r} (it has "
+            f"{listed(map(repr, others), 'and') if others else 'no other'}): give one of an earlier task, or leave it "
+            "out."
+        )
+    beyond = adapter_layers(model, onto, LoriLinear).keys() - layers.keys()
+    if beyond:
+        raise ValueError(
+            f"Adapter {onto!r} adapts {len(beyond)} modules that {adapter_name!r} does not (e.g. {min(beyond)!r}), "
+            "and what it has learnt there would be missing. Give the new one the same `target_modules`."
+        )
+    for name, layer in layers.items():
+        if onto not in layer.r or not share_projection(layer, [adapter_name, onto]):
+            raise ValueError(
+                f"Adapter {onto!r} has another projection A than {adapter_name!r} in module {name!r}, so their B's do "
+                "not add up. Give both configs the same seed, r and target_modules."
+            )

@@ -8,6 +8,7 @@ import sys
 import zlib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,3 +425,14 @@ def test_two_processes_divide_prune_and_log_like_one_with_both_batches(llama_fol
     assert first[:2] == second[:2] == alone[:2] and len(set(first[1])) > 1
     for one, two in zip(first[2], alone[2], strict=True):
         assert one == pytest.approx(two, abs=0.02)
+
+
+def test_a_layer_needs_as_many_experts_as_its_usage_s_entropy_says():
+    callback = ActivationBudgetCallback(2.0, rebalance=True)
+    callback._limits = {"a": 8, "b": 8}
+    meter = SimpleNamespace(places=["b", "a"], entropy=torch.tensor([[3.0, 2.0], [0.0, 4.0]]))
+    callback._measure_needs(meter)
+    assert callback._needs == pytest.approx([1.0, math.exp(1.5)])  # of a and b
+    assert not meter.entropy.any()
+    with pytest.raises(ValueError, match="`adapter_name` must be"):
+        ActivationBudgetCallback(2.0, adapter_name=None)

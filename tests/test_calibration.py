@@ -121,3 +121,23 @@ def test_resuming_a_dense_run_past_the_switch_is_refused(llama_folder, tmp_path)
     dense.train()
     with pytest.raises(ValueError, match="resumes at step 4, after the switch at 3"):
         trainer(llama_folder, tmp_path / "x").train(resume_from_checkpoint=str(tmp_path / "dense" / "checkpoint-4"))
+
+
+def test_what_it_is_to_start_from_is_looked_for_before_the_first_step(llama_folder, tmp_path):
+    config = LoriConfig(r=4, target_modules=["q_proj"])
+    model = get_peft_model(tiny_llama(), config)
+    model.add_adapter("other", LoriConfig(r=4, seed=7, target_modules=["q_proj"]))
+    model.set_adapter("default")
+    for onto, message in (
+        ("nope", r"`onto` is 'nope', and the model has no such LORI adapter beside 'default' \(it has 'other'\)"),
+        ("default", "no such LORI adapter beside 'default'"),
+        ("other", "another projection A"),
+    ):
+        run = sft(model, llama_folder, tmp_path, callbacks=[LoriCalibrationCallback(0.5, 3, onto=onto)])
+        with pytest.raises(ValueError, match=message):
+            run.train()
+        assert run.state.global_step == 0
+    with pytest.raises(ValueError, match="`onto` must be"):
+        LoriCalibrationCallback(onto=3)
+    with pytest.raises(ValueError, match="`adapter_name` must be"):
+        LoriCalibrationCallback(adapter_name=None)

@@ -379,3 +379,18 @@ class Breaks(TrainerCallback):
 def test_a_diverged_adapter_is_not_taken_to_be_within_the_bound(llama_folder, tmp_path):
     with pytest.raises(ValueError, match="At step 4 the adapter's answers to general text are not finite"):
         trained(llama_folder, tmp_path, Breaks(), DriftCallback(TEXT, interval=2, tokens=32, max_kl=1.0))
+
+
+def test_what_went_beyond_the_bound_comes_back_towards_the_last_measurement(monkeypatch):
+    callback = DriftCallback(TEXT, max_kl=1.0)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    callback._held, callback._within = {"w": weight}, {"w": torch.zeros(2)}
+    kls = iter([0.5, 3.0, 2.0, 0.9, 3.0, 0.9])  # within; beyond, at a half as well, and within at a quarter; at a half
+    monkeypatch.setattr(callback, "_measure", lambda model: {"kl": next(kls)})
+    reached = []
+    for step, value in enumerate((1.0, 2.0, 3.0)):
+        with torch.no_grad():
+            weight.fill_(value)
+        callback._hold(None, SimpleNamespace(global_step=step), None, {"w": weight})
+        reached.append((float(weight.detach()[0]), callback._found["kept"]))
+    assert reached == [(1.0, 1.0), (1.25, 0.25), (2.125, 0.5)]

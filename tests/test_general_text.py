@@ -81,9 +81,9 @@ def test_no_more_tokens_are_read_than_asked_for(tokenizer):
     ("source", "message"),
     [
         ([], "no text of two tokens and more"),
-        ([{"label": 1}], r"Record 0 of `protect` \(fields \['label'\]\) is no text"),
-        ([TEXT[0], 7], r"Record 1 of `protect` \(type int\)"),
-        (3, "`protect` must be texts, a data set, a file, or 'self', got 3"),
+        ([{"label": 1}], r"Record 0 of the general text \(fields \['label'\]\) is no text"),
+        ([TEXT[0], 7], r"Record 1 of the general text \(type int\)"),
+        (3, "General text is texts, a data set, a file, or 'self', got 3"),
     ],
 )
 def test_what_is_no_text_is_refused(source, message, tokenizer):

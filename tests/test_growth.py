@@ -282,3 +282,18 @@ def test_what_cannot_grow_is_refused_before_the_first_step(llama_folder, tmp_pat
         attempt(adapted(lora_config), AdapterPenaltyCallback("coto"))
     with pytest.raises(ValueError, match="RankGrowthCallback"):
         attempt(adapted(SMoraConfig, r=8))
+
+
+def test_needs_are_a_running_mean_of_saliencies():
+    model = adapted(dense)
+    callback = RankGrowthCallback(4, memory=0.75)
+    callback._factors = pairs(model)
+    callback._used = torch.zeros(len(callback._factors), dtype=torch.bool)
+    found, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for A, B, *_ in callback._factors.values():
+            A.grad, B.grad = (torch.randn(p.shape, generator=generator) for p in (A, B))
+        found.append(torch.stack([saliency(A, B, A.grad, B.grad) for A, B, *_ in callback._factors.values()]))
+        callback.on_pre_optimizer_step(None, None, None)
+    want = 0.75 * (0.75 * found[0] + 0.25 * found[1]) + 0.25 * found[2]
+    torch.testing.assert_close(callback._needs, want)

@@ -3,6 +3,7 @@
 import doctest
 
 import pytest
+import torch
 
 from trl_callbacks import continual_metrics, metrics
 
@@ -33,3 +34,21 @@ def test_one_task_has_an_average_alone_and_no_baseline_no_forward_transfer():
 def test_scores_that_are_no_square_are_refused(scores, zero_shot):
     with pytest.raises(ValueError, match="N rows of N numbers"):
         continual_metrics(scores, zero_shot)
+
+
+def test_a_task_that_is_best_at_the_end_is_forgotten_less_than_nothing():
+    assert continual_metrics([[0.5, 0.1], [0.7, 0.5]]) == pytest.approx({"AA": 0.6, "BWT": 0.2, "forgetting": -0.2})
+
+
+@pytest.mark.parametrize("scores", [[[float("nan")]], [["a"]], [[None]], [[[1.0]]]])
+def test_scores_that_are_no_numbers_are_refused(scores):
+    with pytest.raises(ValueError, match="Scores are finite numbers, got"):
+        continual_metrics(scores)
+    with pytest.raises(ValueError, match="N rows of N numbers"):
+        continual_metrics(None)
+
+
+def test_scores_may_be_arrays():
+    assert continual_metrics(torch.tensor([[0.5, 0.25], [0.25, 0.75]])) == continual_metrics(
+        [[0.5, 0.25], [0.25, 0.75]]
+    )

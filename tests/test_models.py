@@ -250,7 +250,9 @@ def test_text_is_protected_on_a_model_of_pictures_and_pictures_are_no_text(llama
     assert not any((batch["input_ids"] == IMAGE).any() for batch in sample(model, reader, 2048))
     talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the cat"}]}]
     for source in ([talk], [{"messages": talk, "images": [1]}], ["the <image> cat"]):
-        with pytest.raises(ValueError, match="`protect` is for text, and .* images, which it does not show"):
+        with pytest.raises(
+            ValueError, match="General text is without images, which are not shown to the model here, and .* images"
+        ):
             read(source, reader, 100, model)
     (batch,) = read([[{"role": "user", "content": "the cat"}]], reader, 100, model)
     assert batch["input_ids"].tolist() == [tokenizer("the cat  </s>").input_ids]

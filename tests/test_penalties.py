@@ -81,7 +81,7 @@ def by_hand(rule, pair, scaling, callback):
     if rule == "lorasculpt":
         W = pair.layer.get_base_weight()
         share = W.abs() / W.square().sum().sqrt()
-        M = ((1 / (share + 1e-15).log()).abs()).tanh()
+        M = (2 * (1 / (share + 1e-15).log()).abs()).tanh()
         return 0.5 * (M * (pair.B @ pair.A)).square().sum().sqrt()
     name = next(n for n, p in callback._run.factors.items() if p.A is pair.A)
     V, shares = (t.double() for t in callback.rule._bases[name])
@@ -94,7 +94,7 @@ def by_hand(rule, pair, scaling, callback):
 
 
 OPTIONS = {
-    "lorasculpt": {"weight": 0.5, "at": None},
+    "lorasculpt": {"weight": 0.5, "at": None, "omega": 2.0},
     "alignguard": {
         "source": TEXT, "directions": 3, "alignment": 0.3, "task": 0.2, "collision": 0.7, "tau": 0.01,
     },
@@ -408,3 +408,16 @@ def test_two_processes_count_the_penalty_once(llama_folder, tmp_path):
         penalty = alone[1][i] - alone[0][i]
         assert torch.equal(one[1][i], two[1][i]) and penalty.norm() > 1e-2
         torch.testing.assert_close(one[1][i] - one[0][i], penalty, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [["coto"], None, "no"])
+def test_a_rule_that_is_none_is_refused(rule):
+    with pytest.raises(ValueError, match="`rule` must be one of"):
+        AdapterPenaltyCallback(rule)
+
+
+def test_the_logged_penalty_is_the_mean_since_the_last_entry():
+    callback = AdapterPenaltyCallback("lorasculpt")
+    callback._sum, callback._count = torch.tensor(3.0), 4
+    assert callback.metrics()["penalty_lorasculpt"] == 0.75
+    assert "penalty_lorasculpt" not in callback.metrics()

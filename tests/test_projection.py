@@ -203,6 +203,30 @@ def test_metrics_reach_the_trainers_logs_and_what_task_two_used_the_memory(first
     assert grown > 0
 
 
+def test_gradients_are_projected_before_the_step_and_their_share_is_logged(second):
+    """Adam's moments see none of the protected directions."""
+    shares, leaks = [], []
+
+    class Seen(OrthogonalProjectionCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            grads = [[p.grad for p in c.parameters if p.grad is not None] for c in self._constraints]
+            before = [torch.cat([g.double() for g in some]) if some else torch.zeros(1) for some in grads]
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            left = 0.0
+            for constraint, some in zip(self._constraints, grads, strict=True):
+                for g in map(torch.Tensor.double, some):
+                    leaks.append(float((g @ constraint.basis.double()).norm() / g.norm().clamp_min(1e-30)))
+                    left += float(g.square().sum())
+            total = float(sum(x.square().sum() for x in before))
+            shares.append(((total - left) / total) ** 0.5 if total else 0.0)
+
+    _, trainer, _ = second("dense", Seen, start="random")
+    trainer.train()
+    logged = [entry.get("gradient_removed", 0.0) for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(shares, rel=1e-3, abs=1e-6) and max(shares) > 0.05
+    assert max(leaks) <= 1e-5
+
+
 def test_run_resumed_in_the_middle_of_a_task_repeats_the_unbroken_one(second, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
     run = {"start": "contrast", "room": 6, "options": options}
@@ -530,6 +554,32 @@ def test_base_weights_without_energy_keep_more_where_a_layer_changes_less(llama_
     ranks = [V.shape[1] for V in Subspace.load(tmp_path / "subspace").right.values()]
     assert ranks[0] == round(0.8 * 64)
     assert round(0.1 * 64) <= ranks[1] < ranks[0]
+
+
+def test_base_weights_without_energy_keep_as_many_where_the_run_resumes(llama_folder, tmp_path):
+    """A trained adapter changes how much a layer changes what goes through it."""
+
+    def run(output):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))
+        callback = OrthogonalProjectionCallback(source="base_weights", energy=None)
+        options = {"learning_rate": 0.03, "save_strategy": "steps", "save_steps": 3}
+        return sft(model, llama_folder, tmp_path / output, callback, **options)
+
+    whole, resumed = run("whole"), run("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    one, other = (Subspace.load(tmp_path / name / "subspace") for name in ("whole", "resumed"))
+    assert {name: V.shape for name, V in one.right.items()} == {name: V.shape for name, V in other.right.items()}
+
+
+@pytest.mark.parametrize(
+    "given", [{"source": ["inputs"]}, {"start": ""}, {"start": 0}, {"memory": ""}, {"memory": ["a", ""]}]
+)
+def test_arguments_that_are_none_are_refused_by_name(given):
+    with pytest.raises(ValueError, match=f"`{next(iter(given))}` must be"):
+        OrthogonalProjectionCallback(**given)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lora"])

@@ -183,3 +183,17 @@ def test_a_run_that_begins_anew_with_a_smaller_batch_goes_on_from_the_same_start
     trainer.train()
     change = the_prompt(model, None)[1].detach().double() - start
     assert trainer.state.global_step == 4 and (change @ worst.V).norm() <= 1e-5 * change.norm()
+
+
+def test_the_prompt_s_gradient_is_projected_before_the_step(memory, llama_folder, tmp_path):
+    found = []
+
+    class Seen(PromptProjectionCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            grad, V = self._prompt.grad, self._constraint.basis
+            before = float((grad @ V).norm() / grad.norm())
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            found.append((before, float((grad @ V).norm() / grad.norm())))
+
+    run(prompted(quantized(llama_folder)), llama_folder, tmp_path, Seen(memory)).train()
+    assert found and all(before > 1e-2 and after <= 1e-5 for before, after in found)

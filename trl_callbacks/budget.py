@@ -135,6 +135,7 @@ class ActivationBudgetCallback(HostCallback, ExportableState):
             "a number in (0, 1], or None",
         )
         check_field(is_number(until) and 0 < until <= 1, "until", until, "a number in (0, 1]")
+        check_field(isinstance(adapter_name, str), "adapter_name", adapter_name, "an adapter's name")
         self.target, self.start, self.schedule, self.interval = target, start, schedule, interval
         self.rebalance, self.prune_below, self.until = rebalance, prune_below, until
         self.replaces_weights = prune_below is not None

@@ -12,6 +12,7 @@ from peft_mora import sparsify
 from peft_mora.base import adapter_layers
 from peft_mora.checks import check_field, is_int, is_number
 from peft_mora.lori import LoriLinear
+from peft_mora.sparsity import check_onto
 
 from .host import HostCallback, keep_stopped
 
@@ -56,6 +57,8 @@ class LoriCalibrationCallback(HostCallback):
             calibration_steps,
             "an integer >= 1",
         )
+        check_field(isinstance(adapter_name, str), "adapter_name", adapter_name, "an adapter's name")
+        check_field(onto is None or isinstance(onto, str), "onto", onto, "an adapter's name, or None")
         self.sparsity = sparsity
         self.calibration_steps = calibration_steps
         self.adapter_name = adapter_name
@@ -84,6 +87,8 @@ class LoriCalibrationCallback(HostCallback):
         super().on_train_begin(args, state, control)
         weights = self._all_B(model)
         packed = self._is_packed(model)
+        if self.onto is not None and not packed:
+            check_onto(model, self.adapter_name, self.onto)  # now, not at the switch
         own = len(weights) == len(self._weights) and all(a is b() for a, b in zip(weights, self._weights, strict=True))
         # The trainer begins anew, with a smaller batch, where memory has run out: B is as this very run left it.
         again = own and self._running

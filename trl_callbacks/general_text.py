@@ -192,7 +192,7 @@ def _length(model: Any) -> int:
 
 def _images(what: str) -> str:
     return (
-        f"`protect` is for text, and {what}, which it does not show to the model: give records without images. What a "
+        f"General text is without images, which are not shown to the model here, and {what}: leave those out. What a "
         "task with images needs, OrthogonalProjectionCallback sees in its own training data."
     )
 
@@ -218,13 +218,15 @@ def _encoded(source: Any, tokenizer: Any) -> Iterator[list[int]]:
             yield tokenizer(record).input_ids
         elif isinstance(record, list) and record and all(isinstance(m, Mapping) and "role" in m for m in record):
             if tokenizer.chat_template is None:
-                raise ValueError("`protect` has messages, and the tokenizer has no chat template to write them with.")
+                raise ValueError(
+                    "The general text has messages, and the tokenizer has no chat template to write them with."
+                )
             yield tokenizer(tokenizer.apply_chat_template(record, tokenize=False), add_special_tokens=False).input_ids
         else:
             has = f"fields {sorted(record)}" if isinstance(record, Mapping) else f"type {type(record).__name__}"
             raise ValueError(
-                f"Record {number} of `protect` ({has}) is no text: give strings, messages (lists of role and content) "
-                "or records with 'text', 'messages', or 'prompt' and 'completion'."
+                f"Record {number} of the general text ({has}) is no text: give strings, messages (lists of role and "
+                "content) or records with 'text', 'messages', or 'prompt' and 'completion'."
             )
 
 
@@ -233,12 +235,13 @@ def _records(source: Any) -> Iterable[Any]:
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(
-                f"`protect` is {str(source)!r}, and there is no such file. Give the path of a JSON Lines file, a list "
-                "of texts, a data set, or 'self' for text that the model samples itself."
+                f"General text is asked for from {str(source)!r}, and there is no such file. Give the path of a JSON "
+                "Lines file, a list of texts, a data set, or 'self' for text that the model samples itself."
             )
         yield from (record for _, record in read_jsonl(path))
     else:
-        check_field(isinstance(source, Iterable), "protect", source, "texts, a data set, a file, or 'self'")
+        if not isinstance(source, Iterable):
+            raise ValueError(f"General text is texts, a data set, a file, or 'self', got {source!r}.")
         yield from source
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from statistics import mean
+from typing import Any
 
 
 def continual_metrics(scores: Sequence[Sequence[float]], zero_shot: Sequence[float] | None = None) -> dict[str, float]:
@@ -22,12 +24,14 @@ def continual_metrics(scores: Sequence[Sequence[float]], zero_shot: Sequence[flo
         "AA", and with two tasks or more "BWT", "forgetting" and, with `zero_shot`, "FWT".
 
     Raises:
-        ValueError: the scores are not square, or `zero_shot` is of another length.
+        ValueError: the scores are not square, `zero_shot` is of another length, or one is no finite number.
 
     Example:
         >>> continual_metrics([[0.75, 0.25], [0.5, 1.0]], zero_shot=[0.0, 0.125])
         {'AA': 0.75, 'BWT': -0.25, 'forgetting': 0.25, 'FWT': 0.125}
     """
+    scores = [_finite(row) for row in (scores if isinstance(scores, Iterable) else [])]
+    zero_shot = None if zero_shot is None else _finite(zero_shot)
     n = len(scores)
     if n == 0 or any(len(row) != n for row in scores) or (zero_shot is not None and len(zero_shot) != n):
         raise ValueError(
@@ -41,4 +45,21 @@ def continual_metrics(scores: Sequence[Sequence[float]], zero_shot: Sequence[flo
         found["forgetting"] = mean(max(scores[i][j] for i in earlier) - scores[-1][j] for j in earlier)
         if zero_shot is not None:
             found["FWT"] = mean(scores[j - 1][j] - zero_shot[j] for j in range(1, n))
+    return found
+
+
+def _finite(row: Any) -> list[float]:
+    """The scores of a row.
+
+    Raises:
+        ValueError: one is no finite number.
+    """
+    found = []
+    for score in row if isinstance(row, Iterable) and not isinstance(row, str) else [row]:
+        try:
+            found.append(float(score))
+        except (TypeError, ValueError):
+            found.append(math.nan)
+        if not math.isfinite(found[-1]):
+            raise ValueError(f"Scores are finite numbers, got {score!r}: give tasks that are scored after every one.")
     return found

@@ -485,7 +485,7 @@ class AdapterPenaltyCallback(HostCallback):
     holds_weights = True
 
     def __init__(self, rule: str, *, adapter_name: str | None = None, **options: Any) -> None:
-        check_field(rule in RULES, "rule", rule, "one of " + ", ".join(map(repr, RULES)))
+        check_field(isinstance(rule, str) and rule in RULES, "rule", rule, "one of " + ", ".join(map(repr, RULES)))
         self.rule = RULES[rule](**options)
         self.adapter_name = adapter_name
         self.sidecar = f"adapter_penalty-{rule}.safetensors"

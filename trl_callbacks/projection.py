@@ -119,10 +119,14 @@ class OrthogonalProjectionCallback(HostCallback):
     ) -> None:
         folders = [memory] if isinstance(memory, (str, Path)) else memory
         several = (
-            isinstance(folders, (list, tuple)) and bool(folders) and all(isinstance(f, (str, Path)) for f in folders)
+            isinstance(folders, (list, tuple))
+            and bool(folders)
+            and all(isinstance(f, (str, Path)) and str(f) for f in folders)
         )
         check_field(memory is None or several, "memory", memory, "a folder, a list of folders, or None")
-        check_field(source in SOURCES, "source", source, "one of " + ", ".join(map(repr, SOURCES)))
+        check_field(
+            isinstance(source, str) and source in SOURCES, "source", source, "one of " + ", ".join(map(repr, SOURCES))
+        )
         check_field(
             energy is None or (is_number(energy) and 0 < energy <= 1), "energy", energy, "a number in (0, 1], or None"
         )
@@ -137,7 +141,7 @@ class OrthogonalProjectionCallback(HostCallback):
         )
         check_field(max_rank is None or source != "past_adapters", "max_rank", max_rank, "None with this source")
         self.source = SOURCES[source](energy, max_rank)
-        start = start or ("contrast" if self.source.knows_inputs else "random")
+        start = start if start is not None else "contrast" if self.source.knows_inputs else "random"
         check_field(start in get_args(Start), "start", start, "'contrast', 'inputs', 'random', 'osrm' or None")
         check_field(
             start not in ("contrast", "osrm") or self.source.knows_inputs,

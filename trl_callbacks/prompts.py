@@ -3,7 +3,8 @@
 PEFT's prompt tuning puts n trained rows P (n, I) before the input embeddings. With V (I, k) the directions in which
 the input embeddings of earlier tasks lie, the *realised* step of the whole run is held out of them,
     P <- P0 + (P - P0) (I - V Vᵀ)           after optimizer.step, P0 the prompt that the task began with
-and, if asked, inside the span of the pretrained embeddings, U: (P - P0) W Wᵀ, W an orthonormal basis of U beyond V.
+and, if asked, inside what V leaves of the pretrained embeddings' span, U: (P - P0) W Wᵀ, W an orthonormal basis of
+(I - V Vᵀ) U. Each direction of U has lost its part in V, so that where V is not in U, W is not either.
 
 After Fwd-Prompt (arXiv 2401.09181), reconstructed from its abstract: the gradient goes to the residual space of old
 tasks (against forgetting) and onto the pretrained space (forward transfer). Its pool of prompts is not here.
@@ -50,8 +51,9 @@ class PromptProjectionCallback(HostCallback):
         energy: share of the input embeddings' squared norm that the directions hold, in (0, 1].
         max_rank: most directions, all tasks together; None for no limit.
         calibration_batches: batches of the training data to look at, on each process.
-        pretrained: share of the squared norm of the vocabulary's embeddings, in (0, 1], within whose leading
-            directions the prompt's change stays; None lets it go anywhere outside of V.
+        pretrained: share of the squared norm of the vocabulary's embeddings, in (0, 1]: the prompt's change stays
+            inside what is left of their leading directions without their parts in V; None lets it go anywhere outside
+            of V.
         adapter_name: which adapter; None is the active one.
 
     Raises:

@@ -173,22 +173,35 @@ class BaseWeights(Source):
     protects_from_start = True
     min_keep, max_keep = 0.1, 0.8
 
+    def __init__(self, energy: float | None, max_rank: int | None) -> None:
+        super().__init__(energy, max_rank)
+        self.shares: dict[
+            str, Tensor
+        ] = {}  # () float64 of each module, of the run's start: a trained adapter has others
+
     def at_begin(self, run: Run, subspace: Subspace) -> None:
         if subspace.right:
             return  # the memory has them
-        keep = self._shares(run) if self.energy is None else {}
+        if self.energy is None and not self.shares:
+            self.shares = {name: torch.tensor(x, dtype=torch.float64) for name, x in self._shares(run).items()}
         for name, factors in run.factors.items():
             weight = base_weight(factors.layer)
             if not weight.isfinite().all():
                 raise ValueError(f"The base's weight of module {name!r} has NaN or inf: it has no directions to keep.")
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
             if self.energy is None:
-                k = round(keep[name] * len(S))
+                k = round(float(self.shares[name]) * len(S))
             else:
                 share = S.square().cumsum(0) / S.square().sum()
                 k = int((share < self.energy).sum()) + 1
             k = min(k, len(S), self.max_rank or len(S))
             subspace.append(name, Vh[:k].T, outputs=U[:, :k])
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.shares)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.shares = dict(state)
 
     def _shares(self, run: Run) -> dict[str, float]:
         layer_of = {name: found[1] if (found := re.match(r"(.*\.\d+)\.", name)) else "" for name in run.factors}
