@@ -277,8 +277,12 @@ class LoriModel(ExpertModel, SeededModel):
             raise ValueError(f"Adapter(s) {unknown} do not exist; the model has {sorted(self.peft_config)}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} already exists: delete it first or choose another name.")
+        ok = isinstance(adapter_name, str) and bool(adapter_name) and "." not in adapter_name
+        check_field(ok, "adapter_name", adapter_name, "a name without dots, which PyTorch's modules do not take")
         if len(weights) != len(adapters):
             raise ValueError(f"{len(adapters)} adapters need {len(adapters)} weights, got {len(weights)}.")
+        for weight in weights:
+            check_field(is_number(weight), "weights", weights, "finite numbers")
         check_field(
             combination_type in (None, "linear", "cat"), "combination_type", combination_type, "'linear' or 'cat'"
         )

@@ -30,6 +30,7 @@ from .inputs import unmoved
 from .lean import NO_GATE, Gate, Parts, Wanted, Weight, index_dtype
 from .routed import Counter, RoutedConfig, RoutedLinear, module_top_k, record_routing
 from .routing import at_least_float32, gated_softmax, gated_softmax_backward, softmax_gate
+from .row_tasks import the_only
 
 
 Routing = Literal["task", "bank", "dense"]
@@ -283,7 +284,7 @@ class MoraLinear(RoutedLinear):
     def of_row(self, name: str) -> tuple[str, Parts] | None:
         if name in self.r:
             return name, self.parts(name)
-        adapter = next((adapter for adapter, tasks in self.mora_tasks.items() if name in tasks), None)
+        adapter = the_only([adapter for adapter, tasks in self.mora_tasks.items() if name in tasks], name)
         return None if adapter is None else (adapter, self.parts(adapter, self.mora_tasks[adapter][name]))
 
     def _gate(self, adapter_name: str, blocks: int | None = None) -> Gate:

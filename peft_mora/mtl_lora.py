@@ -25,7 +25,7 @@ from .base import AdapterConfig, AdapterLinear, AdapterModel, adapter_layers, co
 from .checks import check_field, is_int, is_number, listed, task_names
 from .lean import Gate, Parts, Wanted, Weight
 from .routing import at_least_float32
-from .row_tasks import Rows, RowTasks, place
+from .row_tasks import Rows, RowTasks, place, the_only
 
 
 @dataclass
@@ -221,10 +221,13 @@ class MtlLoraLinear(AdapterLinear):
     def of_row(self, name: str) -> tuple[str, Parts] | None:
         if name in self.r:
             return name, self.parts(name)
-        for adapter, rule in self.mtllora_rule.items():
-            if name.startswith(f"{adapter}/") and name[len(adapter) + 1 :] in rule.tasks:
-                return adapter, self.parts(adapter, rule.tasks.index(name[len(adapter) + 1 :]))
-        return None
+        found = {
+            adapter: rule.tasks.index(name[len(adapter) + 1 :])
+            for adapter, rule in self.mtllora_rule.items()
+            if name.startswith(f"{adapter}/") and name[len(adapter) + 1 :] in rule.tasks
+        }
+        adapter = the_only(list(found), name)
+        return None if adapter is None else (adapter, self.parts(adapter, found[adapter]))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged and not self.disable_adapters:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .checks import is_int, listed
+from .checks import listed
 from .inputs import before_backward, recomputing
 
 
@@ -85,12 +86,26 @@ def place(name: Any, tasks: Sequence[str]) -> int:
     """
     if isinstance(name, str) and name in tasks:
         return list(tasks).index(name)
-    if is_int(name) and 0 <= name < len(tasks):
-        return name
+    if isinstance(name, Integral) and not isinstance(name, bool) and 0 <= name < len(tasks):
+        return int(name)
     raise ValueError(
         f"Task {name!r} is none of this adapter's: {listed(map(repr, tasks), 'and')}. Name one of them, or give its "
         f"number, 0 to {len(tasks) - 1}."
     )
+
+
+def the_only(adapters: Sequence[str], name: str) -> str | None:
+    """The adapter that a row's "adapter/task" names; None where there is none.
+
+    Raises:
+        ValueError: several have a task of that name.
+    """
+    if len(adapters) > 1:
+        raise ValueError(
+            f"Row name {name!r} is of a task of {listed(map(repr, adapters), 'and')}: which one is not said. Give one "
+            "of these adapters another name, without '/'."
+        )
+    return adapters[0] if adapters else None
 
 
 class RowTasks:

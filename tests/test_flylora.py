@@ -400,3 +400,13 @@ def test_a_compiled_model_leaves_padding_out_and_is_compiled_once(inputs):
         return offsets(model)
 
     assert all(torch.equal(got, want) for got, want in zip(moved(True), moved(False), strict=True))
+
+
+def test_a_projection_that_is_loaded_over_a_used_one_is_used():
+    ids = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    model, other = adapted("flylora", seed=0), adapted("flylora", seed=1)
+    with torch.no_grad():
+        before, want = model(input_ids=ids).logits, other(input_ids=ids).logits
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(input_ids=ids).logits, want)
+    assert not torch.allclose(before, want, atol=1e-3)

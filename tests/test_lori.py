@@ -389,3 +389,53 @@ def test_a_resumed_adapter_s_config_has_the_sparsity_that_was_asked_for(sparsity
     again = lori()
     again.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert again.peft_config["default"].sparsity == model.peft_config["default"].sparsity == sparsity
+
+
+def logits(model, seed=0):
+    ids = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("fields", [{"rank_pattern": {"q_proj": 2}}, {"exclude_modules": ["up_proj"]}])
+def test_a_sum_of_one_adapter_is_that_adapter_whatever_its_config_says_of_modules(fields):
+    model = adapted("lori", r=4, alpha=16, **fields)
+    want = logits(model)
+    model.add_adapter("wide", LoriConfig(r=4, target_modules=["up_proj"]))  # which the first may leave out
+    model.add_weighted_adapter(["default", "wide"], [1.0, 0.0], "sum")
+    assert all(not p.requires_grad for name, p in model.named_parameters() if ".sum." in name)
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", 5])
+def test_a_name_that_modules_cannot_have_is_refused_before_anything_changes(name):
+    model = adapted("lori")
+    with pytest.raises(ValueError, match="`adapter_name` must be a name without dots"):
+        model.add_weighted_adapter(["default"], [1.0], name)
+    layers = [module for module in model.modules() if isinstance(module, LoriLinear)]
+    assert list(model.peft_config) == ["default"] and all(list(layer.r) == ["default"] for layer in layers)
+
+
+@pytest.mark.parametrize("weights", [[float("nan")], ["x"], [None], "1", [10**400]])
+def test_weights_that_are_no_numbers_are_refused(weights):
+    model = adapted("lori")
+    with pytest.raises(ValueError, match="`weights` must be finite numbers"):
+        model.add_weighted_adapter(["default"], weights, "sum")
+    with pytest.raises(ValueError, match="`alpha` must be"):
+        LoriConfig(alpha=10**400)
+
+
+def test_a_state_that_is_loaded_over_a_used_one_has_its_own_places():
+    model = adapted("lori")
+    sparsify(model, 0.5)
+    randomize(model)
+    fresh = copy.deepcopy(model)
+    before, state = logits(model), model.state_dict()
+    masks = [key for key in state if key.endswith("lori_mask.default")]
+    assert masks and all(state[key].dtype == torch.uint8 for key in masks)
+    other = {key: tensor.flip(0) if key in masks else tensor for key, tensor in state.items()}
+    for each in (model, fresh):
+        each.load_state_dict(other)
+    torch.testing.assert_close(logits(model), logits(fresh))
+    assert not torch.allclose(logits(model), before, atol=1e-3)

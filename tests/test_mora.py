@@ -135,3 +135,11 @@ def test_every_field_of_the_rule_has_an_effect(change):
         return model(torch.linspace(-1, 1, 26, dtype=torch.float64).reshape(2, 13))
 
     assert not torch.allclose(output(), output(**change))
+
+
+def test_a_row_name_that_two_adapters_have_is_refused():
+    model = get_peft_model(tiny_llama(), MoraConfig(r=4, tasks=["b/c"], target_modules=["q_proj"]), adapter_name="a")
+    model.add_adapter("a/b", MoraConfig(r=4, tasks=["c"], target_modules=["q_proj"]))
+    ids = torch.randint(4, 60, (2, 5))
+    with pytest.raises(ValueError, match="Row name 'a/b/c' is of a task of 'a' and 'a/b': which one is not said"):
+        model.eval()(input_ids=ids, adapter_names=["a/b/c"] * 2)

@@ -393,3 +393,21 @@ def test_the_column_is_refused_where_it_cannot_reach_the_layers(llama_folder, tm
     with pytest.raises(ValueError, match="TaskColumnCallback"):
         without.train()
     assert METHODS["mtllora"]().default_task == "b"
+
+
+def test_a_merged_task_answers_for_no_other():
+    model = adapted("mtllora")
+    tasks = model.peft_config["default"].tasks
+    ids = torch.randint(4, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    own = model.peft_config["default"].default_task
+    model.merge_adapter()
+    with torch.no_grad(), pytest.raises(ValueError, match="merged"):
+        model(input_ids=ids, task=next(task for task in tasks if task != own))
+
+
+def test_a_task_s_number_may_be_numpy_s():
+    model = adapted("mtllora")
+    ids = torch.randint(4, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(input_ids=ids, task=[1, 0]).logits
+        assert torch.equal(model(input_ids=ids, task=[np.int64(1), np.int64(0)]).logits, want)
