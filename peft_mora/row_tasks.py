@@ -86,7 +86,7 @@ def place(name: Any, tasks: Sequence[str]) -> int:
     """
     if isinstance(name, str) and name in tasks:
         return list(tasks).index(name)
-    if isinstance(name, Integral) and not isinstance(name, bool) and 0 <= name < len(tasks):
+    if isinstance(name, Integral) and not isinstance(name, bool) and 0 <= int(name) < len(tasks):
         return int(name)
     raise ValueError(
         f"Task {name!r} is none of this adapter's: {listed(map(repr, tasks), 'and')}. Name one of them, or give its "
