@@ -150,7 +150,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """adapter_config.json of an adapter's folder.
 
     Raises:
-        FileNotFoundError: it or the weights are missing. ValueError: it is no JSON object.
+        FileNotFoundError: it or the weights are missing. ValueError: it is no JSON object, or a field of it is of
+            another kind than PEFT writes.
     """
     folder = Path(folder)
     for name in (CONFIG, TENSORS):

@@ -277,12 +277,14 @@ class LoriModel(ExpertModel, SeededModel):
             raise ValueError(f"Adapter(s) {unknown} do not exist; the model has {sorted(self.peft_config)}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} already exists: delete it first or choose another name.")
-        ok = isinstance(adapter_name, str) and bool(adapter_name) and "." not in adapter_name
-        check_field(ok, "adapter_name", adapter_name, "a name without dots, which PyTorch's modules do not take")
+        named = isinstance(adapter_name, str) and bool(adapter_name) and "." not in adapter_name
+        ok = named and not hasattr(nn.ModuleDict(), adapter_name)
+        check_field(
+            ok, "adapter_name", adapter_name, "a name without dots, and none that PyTorch's modules have as theirs"
+        )
         if len(weights) != len(adapters):
             raise ValueError(f"{len(adapters)} adapters need {len(adapters)} weights, got {len(weights)}.")
-        for weight in weights:
-            check_field(is_number(weight), "weights", weights, "finite numbers")
+        factors = [_finite(weight, weights) for weight in weights]
         check_field(
             combination_type in (None, "linear", "cat"), "combination_type", combination_type, "'linear' or 'cat'"
         )
@@ -311,7 +313,7 @@ class LoriModel(ExpertModel, SeededModel):
                 "different ones: use combination_type='cat'."
             )
         linear = same_A if combination_type is None else combination_type == "linear"
-        combined = {name: _combine(layer, adapters, weights, linear) for name, layer in layers.items()}
+        combined = {name: _combine(layer, adapters, factors, linear) for name, layer in layers.items()}
         config: Any = copy.deepcopy(self.peft_config[adapters[0]])
         config.target_modules, config.exclude_modules = set(layers), None
         config.layers_to_transform = config.layers_pattern = None
@@ -327,6 +329,15 @@ class LoriModel(ExpertModel, SeededModel):
         for name, (A, B) in combined.items():
             layers[name].set_projection(adapter_name, (A,))
             layers[name].lori_B[adapter_name].weight = nn.Parameter(B, requires_grad=False)
+
+
+def _finite(weight: Any, weights: Any) -> float:
+    try:
+        found = math.nan if isinstance(weight, str) else float(weight)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    check_field(math.isfinite(found), "weights", weights, "finite numbers")
+    return found
 
 
 def share_projection(layer: LoriLinear, adapters: list[str]) -> bool:

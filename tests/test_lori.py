@@ -408,7 +408,7 @@ def test_a_sum_of_one_adapter_is_that_adapter_whatever_its_config_says_of_module
     torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["a.b", "", 5])
+@pytest.mark.parametrize("name", ["a.b", "", 5, "half"])
 def test_a_name_that_modules_cannot_have_is_refused_before_anything_changes(name):
     model = adapted("lori")
     with pytest.raises(ValueError, match="`adapter_name` must be a name without dots"):
@@ -424,6 +424,7 @@ def test_weights_that_are_no_numbers_are_refused(weights):
         model.add_weighted_adapter(["default"], weights, "sum")
     with pytest.raises(ValueError, match="`alpha` must be"):
         LoriConfig(alpha=10**400)
+    model.add_weighted_adapter(["default"], torch.tensor([0.5]), "less")
 
 
 def test_a_state_that_is_loaded_over_a_used_one_has_its_own_places():

@@ -40,12 +40,23 @@ def test_a_task_that_is_best_at_the_end_is_forgotten_less_than_nothing():
     assert continual_metrics([[0.5, 0.1], [0.7, 0.5]]) == pytest.approx({"AA": 0.6, "BWT": 0.2, "forgetting": -0.2})
 
 
-@pytest.mark.parametrize("scores", [[[float("nan")]], [["a"]], [[None]], [[[1.0]]]])
+def test_what_is_not_read_need_not_be_scored():
+    nothing = float("nan")
+    want = continual_metrics([[0.75, 0.25], [0.5, 1.0]])
+    assert continual_metrics([[0.75, nothing], [0.5, 1.0]]) == want == continual_metrics([[0.75, None], [0.5, 1.0]])
+    assert continual_metrics([[0.75, 0.25], [0.5, 1.0]], [None, 0.125])["FWT"] == 0.125
+    with pytest.raises(ValueError, match="Scores are finite numbers"):
+        continual_metrics([[0.75, nothing], [0.5, 1.0]], [0.0, 0.125])
+
+
+@pytest.mark.parametrize("scores", [[[float("nan")]], [["0.5"]], [[None]], [[[1.0]]], [[10**400]]])
 def test_scores_that_are_no_numbers_are_refused(scores):
     with pytest.raises(ValueError, match="Scores are finite numbers, got"):
         continual_metrics(scores)
     with pytest.raises(ValueError, match="N rows of N numbers"):
         continual_metrics(None)
+    with pytest.raises(ValueError, match="N rows of N numbers"):
+        continual_metrics([0.5])
 
 
 def test_scores_may_be_arrays():

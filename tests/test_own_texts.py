@@ -174,7 +174,9 @@ def test_what_has_learnt_little_or_answers_alone_is_refused(kind, writers, llama
         lambda: merge_adapters([folders[0], tmp_path / "weak"], model=base, prompts="self", output=tmp_path / "out"),
         lambda: collect_inputs(base, "self", tmp_path / "weak"),
     ):
-        with pytest.raises(ValueError, match=r"What .*weak writes itself is no prompt of its own: \d+ of 128 texts"):
+        with pytest.raises(
+            ValueError, match=r"What .*weak writes itself is no prompt of its own: of \d+ of 128 texts"
+        ):
             call()
     assert not (tmp_path / "out").exists() and Statistics.load(tmp_path / "weak") is None
 

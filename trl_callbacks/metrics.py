@@ -24,42 +24,45 @@ def continual_metrics(scores: Sequence[Sequence[float]], zero_shot: Sequence[flo
         "AA", and with two tasks or more "BWT", "forgetting" and, with `zero_shot`, "FWT".
 
     Raises:
-        ValueError: the scores are not square, `zero_shot` is of another length, or one is no finite number.
+        ValueError: the scores are not square, `zero_shot` is of another length, or one that counts is not finite.
 
     Example:
         >>> continual_metrics([[0.75, 0.25], [0.5, 1.0]], zero_shot=[0.0, 0.125])
         {'AA': 0.75, 'BWT': -0.25, 'forgetting': 0.25, 'FWT': 0.125}
     """
-    scores = [_finite(row) for row in (scores if isinstance(scores, Iterable) else [])]
-    zero_shot = None if zero_shot is None else _finite(zero_shot)
-    n = len(scores)
-    if n == 0 or any(len(row) != n for row in scores) or (zero_shot is not None and len(zero_shot) != n):
+    rows = [list(row) if isinstance(row, Iterable) else [] for row in (scores if isinstance(scores, Iterable) else [])]
+    n = len(rows)
+    if n == 0 or any(len(row) != n for row in rows) or (zero_shot is not None and len(zero_shot) != n):
         raise ValueError(
-            f"Scores must be N rows of N numbers, one row after each task, got rows of {[len(row) for row in scores]}"
+            f"Scores must be N rows of N numbers, one row after each task, got rows of {[len(row) for row in rows]}"
             + (f" and {len(zero_shot)} zero-shot scores." if zero_shot is not None else ".")
         )
-    found = {"AA": mean(scores[-1])}
+
+    def R(i: int, j: int) -> float:
+        return _finite(rows[i][j])
+
+    found = {"AA": mean(R(n - 1, j) for j in range(n))}
     if n > 1:
         earlier = range(n - 1)
-        found["BWT"] = mean(scores[-1][j] - scores[j][j] for j in earlier)
-        found["forgetting"] = mean(max(scores[i][j] for i in earlier) - scores[-1][j] for j in earlier)
+        found["BWT"] = mean(R(n - 1, j) - R(j, j) for j in earlier)
+        found["forgetting"] = mean(max(R(i, j) for i in earlier) - R(n - 1, j) for j in earlier)
         if zero_shot is not None:
-            found["FWT"] = mean(scores[j - 1][j] - zero_shot[j] for j in range(1, n))
+            found["FWT"] = mean(R(j - 1, j) - _finite(zero_shot[j]) for j in range(1, n))
     return found
 
 
-def _finite(row: Any) -> list[float]:
-    """The scores of a row.
+def _finite(score: Any) -> float:
+    """A score that counts.
 
     Raises:
-        ValueError: one is no finite number.
+        ValueError: it is no finite number.
     """
-    found = []
-    for score in row if isinstance(row, Iterable) and not isinstance(row, str) else [row]:
-        try:
-            found.append(float(score))
-        except (TypeError, ValueError):
-            found.append(math.nan)
-        if not math.isfinite(found[-1]):
-            raise ValueError(f"Scores are finite numbers, got {score!r}: give tasks that are scored after every one.")
+    try:
+        found = math.nan if isinstance(score, str) else float(score)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(
+            f"Scores are finite numbers, got {score!r}: score each task after all that it is compared with."
+        )
     return found

@@ -175,9 +175,8 @@ class BaseWeights(Source):
 
     def __init__(self, energy: float | None, max_rank: int | None) -> None:
         super().__init__(energy, max_rank)
-        self.shares: dict[
-            str, Tensor
-        ] = {}  # () float64 of each module, of the run's start: a trained adapter has others
+        # () float64 of each module, of the run's start: a trained adapter has others
+        self.shares: dict[str, Tensor] = {}
 
     def at_begin(self, run: Run, subspace: Subspace) -> None:
         if subspace.right:

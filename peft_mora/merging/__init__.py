@@ -136,7 +136,8 @@ def merge_adapters(
         folders: saved adapters: LoRA, LORI, FURINA, MORA "dense", MTLLORA by its `default_task`. A module that one
             lacks is an update of 0.
         rule: a key of `RULES`. "inputs" where all folders hold input statistics (`collect_inputs`), or `prompts` are
-            given; if not, it warns and takes what needs no data: "sum" for two adapters, "iso-c" · 2 for more.
+            given; if not, it warns and takes what needs no data: "sum" for two adapters, "iso-c" · 2 for more; with
+            weights, `ridge` or `floor` it is refused.
         rank: of the result. "sum" keeps all that there is, at most Σr; k truncates every module to k; a share in
             (0, 1) takes the smallest one rank at which that share of the merged update's energy ‖ΔW‖² is kept.
         weights: a number for each folder, 1 by default; what it does is the rule's to say.
@@ -200,7 +201,8 @@ def merge_adapters(
     of_inputs = {"passes": passes, "directions": directions, "strength": tuple(strengths)}
     _check_used(looks and rule == "inputs", f"rule='inputs' with {seen}", of_inputs)
     _check_used(looks and rule == "inputs" and not own_words, f"rule='inputs' with {seen} of yours", {"last": last})
-    _check_used(looks, seen, {"tokenizer": tokenizer, "batch_size": batch_size, "learning_rate": learning_rate})
+    _check_used(looks, seen, {"tokenizer": tokenizer, "batch_size": batch_size})
+    _check_used(looks, f"`distill` with {seen}", {"learning_rate": learning_rate})
     _check_used(looks and not own_words, f"{seen} of yours", {"answer_tokens": answer_tokens})
     if model is not None and prompts is not None:
         kept = {"directions": directions, "last": 0.0 if own_words else last}
@@ -221,9 +223,9 @@ def merge_adapters(
                 missing = [str(folder) for folder, one in zip(adapters.folders, found, strict=True) if one is None]
                 if any(weight != 1 for weight in weights) or {"ridge", "floor"} & options.keys():
                     raise ValueError(
-                        f"No input statistics in {listed(missing, 'and')}, which rule='inputs' weighs by `weights`, "
-                        "`ridge` and `floor`: write them (collect_inputs(model, texts, folder)), or name a rule "
-                        "whose weights are factors."
+                        f"No input statistics in {listed(missing, 'and')}: without them rule='inputs', the default, "
+                        "cannot do what `weights`, `ridge` and `floor` ask for. Write them (collect_inputs(model, "
+                        "texts, folder)), give `model` and `prompts`, or name another rule, whose weights are factors."
                     )
                 rule, needs = ("sum", {}) if len(adapters) < 3 else ("iso-c", {"factor": 2.0})
                 how = f"rule={rule!r}{f' {needs}' if needs else ''}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Adapters:
             "a list of folders, at least one",
         )
         for folder in folders:
-            check_field(isinstance(folder, str | Path), "folders[...]", folder, "the folder of an adapter")
+            check_field(isinstance(folder, str | os.PathLike), "folders[...]", folder, "the folder of an adapter")
         places = [Path(folder).resolve() for folder in folders]
         if twice := next((place for place in places if places.count(place) > 1), None):
             raise ValueError(f"`folders` has {twice} twice: give it once, and a weight if it is to count for more.")

@@ -296,14 +296,18 @@ def check_active(model: PeftModel, file: LoraFile) -> None:
     """Refuse a PeftModel whose active adapter is not the one that a folder holds.
 
     Raises:
-        ValueError: its weights are others, or several are active, or none.
+        ValueError: its weights or its scale are others, or several are active, or none.
     """
     active = list(model.active_adapters)
     if len(active) == 1:
         state = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
         stored = load_file(file.folder / TENSORS)
-        same = all(key in stored and _near(tensor.cpu(), stored[key]) for key, tensor in state.items())
-        if same and all(any(key.startswith(f"{PREFIX}{name}.") for key in state) for name in file.loras):
+        config, scale = model.peft_config[active[0]], ("lora_alpha", "alpha", "alpha_pattern", "use_rslora")
+        if (
+            all(key in stored and _near(tensor.cpu(), stored[key]) for key, tensor in state.items())
+            and all(any(key.startswith(f"{PREFIX}{name}.") for key in state) for name in file.loras)
+            and all(getattr(config, key, None) == file.config[key] for key in scale if key in file.config)
+        ):
             return
     raise ValueError(
         f"The model's active adapter ({listed(map(repr, active), 'and') if active else 'none'}) is not the one in "

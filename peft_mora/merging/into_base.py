@@ -148,9 +148,10 @@ def _add(model: Any, module: str, lora: Lora, base: Any) -> tuple[Tensor, Tensor
         )
     weight.copy_(weight.float() + delta)
     if not weight.isfinite().all():
+        narrow = weight.dtype == torch.float16
         raise ValueError(
-            f"Module {module!r} of {base} with its update has values that {weight.dtype} does not hold: give "
-            "dtype=torch.bfloat16 or torch.float32."
+            f"Module {module!r} of {base} with its update has values that are not finite in {weight.dtype}: "
+            + ("give dtype=torch.bfloat16 or torch.float32." if narrow else "the base or the adapter is damaged.")
         )
     return weight, delta
 

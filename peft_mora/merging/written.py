@@ -45,9 +45,10 @@ def own_texts(
     found = [row for row, both in read if learnt(*both) >= START]
     if len(found) < MOST * TEXTS:
         raise ValueError(
-            f"What {folder} writes itself is no prompt of its own: {len(found)} of {TEXTS} texts begin with {START} "
-            "tokens or more that surprise the adapter a third less than its base, and half of them have to. It has "
-            "learnt answers alone, or little: give a few dozen prompts, or merge by a rule that needs none."
+            f"What {folder} writes itself is no prompt of its own: of {len(found)} of {TEXTS} texts the first {START} "
+            "tokens or more surprise the adapter at least a third less than its base, and of half they have to. It has "
+            "learnt answers alone, texts shorter than that, or little: give a few dozen prompts, or merge by a rule "
+            "that needs none."
         )
     ends = ends_of(model, text_tokenizer(tokenizer))
     ended = [row for row in found if int(row[-1]) in ends]
