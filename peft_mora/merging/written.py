@@ -46,7 +46,7 @@ def own_texts(
     if len(found) < MOST * TEXTS:
         raise ValueError(
             f"What {folder} writes itself is no prompt of its own: of {len(found)} of {TEXTS} texts the first {START} "
-            "tokens or more surprise the adapter at least a third less than its base, and of half they have to. It has "
+            "tokens or more surprise the adapter at least a third less than its base, and half have to be so. It has "
             "learnt answers alone, texts shorter than that, or little: give a few dozen prompts, or merge by a rule "
             "that needs none."
         )
