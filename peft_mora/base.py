@@ -360,6 +360,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         **kwargs: Any,
     ) -> None:
         """Add an adapter to this layer; PEFT calls this for each module that the config matches."""
+        check_adapter_name(adapter_name)
         self.r[adapter_name] = r
         self.scaling[adapter_name] = alpha / r
         self.dropout[adapter_name] = nn.Dropout(config.dropout)
@@ -932,6 +933,16 @@ def check_in_memory(layers: Mapping[str, Any], adapter_name: str) -> None:
             f"Weights of {adapter_name!r} on {away[0]} are on the meta device: accelerate offloads them, or they were "
             "never loaded. Put the whole model into memory for this (device_map=None)."
         )
+
+
+def check_adapter_name(name: Any) -> None:
+    """Refuse a name that PyTorch's modules do not take, before anything is kept under it.
+
+    Raises:
+        ValueError: it has a dot, or they have something of that name themselves.
+    """
+    ok = isinstance(name, str) and bool(name) and "." not in name and not hasattr(nn.ModuleDict(), name)
+    check_field(ok, "adapter_name", name, "a name without dots, and none that PyTorch's modules have as theirs")
 
 
 def adapter_layers(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLinear]) -> dict[str, Any]:

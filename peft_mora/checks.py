@@ -30,6 +30,14 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def as_float(value: Any) -> float:
+    """The number that a value is, numpy's and torch's too; NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def is_names(value: Any) -> bool:
     return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
 

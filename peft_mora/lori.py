@@ -20,8 +20,8 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .base import REFERENCE, adapter_layers, config_of, set_config
-from .checks import check_field, is_int, is_number
+from .base import REFERENCE, adapter_layers, check_adapter_name, config_of, set_config
+from .checks import as_float, check_field, is_int, is_number
 from .experts import ExpertModel, ExpertWeights
 from .lean import Parts, Weight
 from .packed import Packed, PackedB, pack_bits, unpack_bits
@@ -277,14 +277,11 @@ class LoriModel(ExpertModel, SeededModel):
             raise ValueError(f"Adapter(s) {unknown} do not exist; the model has {sorted(self.peft_config)}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} already exists: delete it first or choose another name.")
-        named = isinstance(adapter_name, str) and bool(adapter_name) and "." not in adapter_name
-        ok = named and not hasattr(nn.ModuleDict(), adapter_name)
-        check_field(
-            ok, "adapter_name", adapter_name, "a name without dots, and none that PyTorch's modules have as theirs"
-        )
+        check_adapter_name(adapter_name)
         if len(weights) != len(adapters):
             raise ValueError(f"{len(adapters)} adapters need {len(adapters)} weights, got {len(weights)}.")
-        factors = [_finite(weight, weights) for weight in weights]
+        factors = [as_float(weight) for weight in weights]
+        check_field(all(map(math.isfinite, factors)), "weights", weights, "finite numbers")
         check_field(
             combination_type in (None, "linear", "cat"), "combination_type", combination_type, "'linear' or 'cat'"
         )
@@ -329,15 +326,6 @@ class LoriModel(ExpertModel, SeededModel):
         for name, (A, B) in combined.items():
             layers[name].set_projection(adapter_name, (A,))
             layers[name].lori_B[adapter_name].weight = nn.Parameter(B, requires_grad=False)
-
-
-def _finite(weight: Any, weights: Any) -> float:
-    try:
-        found = math.nan if isinstance(weight, str) else float(weight)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    check_field(math.isfinite(found), "weights", weights, "finite numbers")
-    return found
 
 
 def share_projection(layer: LoriLinear, adapters: list[str]) -> bool:

@@ -222,9 +222,10 @@ class MtlLoraLinear(AdapterLinear):
         if name in self.r:
             return name, self.parts(name)
         found = {
-            adapter: rule.tasks.index(name[len(adapter) + 1 :])
+            adapter: i
             for adapter, rule in self.mtllora_rule.items()
-            if name.startswith(f"{adapter}/") and name[len(adapter) + 1 :] in rule.tasks
+            for i, task in enumerate(rule.tasks)
+            if name == f"{adapter}/{task}"
         }
         adapter = the_only(list(found), name)
         return None if adapter is None else (adapter, self.parts(adapter, found[adapter]))

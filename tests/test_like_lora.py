@@ -434,3 +434,12 @@ def test_a_replica_on_another_device_takes_nothing_to_it(make_config, monkeypatc
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert not any(value.is_meta for value in state.values())
     assert all(value.any() for name, value in state.items() if "offset" in name)
+
+
+@pytest.mark.parametrize("form", METHODS)
+@pytest.mark.parametrize("name", ["a.b", "half"])
+def test_a_name_that_modules_cannot_have_leaves_nothing_behind(form, name):
+    model = get_peft_model(MLP(), METHODS[form](target_modules=["lin0"]))
+    with pytest.raises(ValueError, match="`adapter_name` must be a name without dots"):
+        model.add_adapter(name, METHODS[form](target_modules=["lin0"]))
+    assert list(model.peft_config) == ["default"] == list(model.base_model.model.lin0.r)

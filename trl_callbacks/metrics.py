@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
 
+from peft_mora.checks import as_float
+
 
 def continual_metrics(scores: Sequence[Sequence[float]], zero_shot: Sequence[float] | None = None) -> dict[str, float]:
     """Average accuracy, backward transfer, forgetting and forward transfer of N tasks learnt in order.
@@ -57,10 +59,7 @@ def _finite(score: Any) -> float:
     Raises:
         ValueError: it is no finite number.
     """
-    try:
-        found = math.nan if isinstance(score, str) else float(score)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
+    found = as_float(score)
     if not math.isfinite(found):
         raise ValueError(
             f"Scores are finite numbers, got {score!r}: score each task after all that it is compared with."

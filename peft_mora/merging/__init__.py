@@ -346,12 +346,11 @@ class _Look:
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a PeftModel: give the base model, onto which each adapter is put in turn.")
-        check_field(isinstance(model, nn.Module), "model", model, "the base model itself, loaded")
+        for file in adapters.files:
+            check_base(model, file)
         self.model, self.adapters, self.kept, self.batch_size = model, adapters, kept, batch_size
         self.answer_tokens, self.progress = answer_tokens, progress
         self.tokenizer = text_tokenizer(tokenizer or saved_tokenizer(model, adapters.folders[0]))
-        for file in adapters.files:
-            check_base(model, file)
         open_end = writes_text(model)
         self.written = texts is None
         self.blocks = distillation.blocks_of(adapters.sizes) if distills and texts is not None else []

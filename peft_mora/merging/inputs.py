@@ -204,7 +204,6 @@ def collect_inputs(
     check_field(is_int(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     ok = max_length is None or (is_int(max_length) and max_length >= 1)
     check_field(ok, "max_length", max_length, "an integer >= 1, or None for all")
-    check_field(isinstance(model, nn.Module), "model", model, "the base model itself, loaded")
     file = read_lora(folder)
     check_writable(folder)
     check_base(base_of(model), file)
@@ -273,11 +272,12 @@ def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> It
 
 
 def check_base(model: nn.Module, file: LoraFile) -> None:
-    """Refuse an adapter whose modules a base model has not, or has with other sizes.
+    """Refuse an adapter whose modules a base model has not, or has with other sizes; and what is no model.
 
     Raises:
         ValueError: naming the module.
     """
+    check_field(isinstance(model, nn.Module), "model", model, "the base model itself, loaded")
     there = dict(model.named_modules())
     for name, (A, B) in file.loras.items():
         layer: Any = there.get(name)
@@ -627,8 +627,9 @@ def texts_of(prompts: Mapping[Any, Sequence[str]], folders: Sequence[Path]) -> l
     """
     by_folder: dict[Path, Sequence[str]] = {}
     for key, texts in prompts.items():
-        if by_folder.setdefault(Path(key).resolve(), texts) is not texts:
-            raise ValueError(f"`prompts` has {Path(key).resolve()} twice: give its texts once, in one list.")
+        folder = Path(key).resolve()
+        if by_folder.setdefault(folder, texts) is not texts:
+            raise ValueError(f"`prompts` has {folder} twice: give its texts once, in one list.")
     missing = [str(folder) for folder in folders if folder.resolve() not in by_folder]
     if missing:
         raise ValueError(f"`prompts` has no texts for {', '.join(missing)}: give {{folder: [text, ...]}} for each.")
