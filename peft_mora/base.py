@@ -262,6 +262,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
     cast_input_dtype_enabled = True  # for peft.helpers to switch off: here weights are cast, and inputs never are
     lean: ClassVar[bool] = True  # the fast path of lean.py; False takes its plain twin
     prefix: ClassVar[str]
+    weight_name: str = "weight"  # of the base's parameter that is adapted
     merge_refusal: ClassVar[str] = ""  # why an adapter of this method has no static ΔW, and what to call instead
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -578,23 +579,32 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         self.check_merge(names)
         delta = reduce(torch.add, map(self.get_delta_weight, names))
         weight = self.get_base_weight()
-        wide = torch.float64 if weight.dtype == torch.float64 else delta.dtype
+        wide = torch.promote_types(weight.dtype, delta.dtype)
         merged = (weight.to(wide) + delta.to(weight.device)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             broken = [name for name in names if not torch.isfinite(self.get_delta_weight(name)).all()]
             which = broken or names  # each is finite, and their sum with the base is too large for its dtype
             raise ValueError(f"NaNs detected in the merged weights. The adapter {which} seems to be broken")
-        if not self.merged:
-            self._before_merge = [self._keep_weight(weight)]
+        before = self._before_merge[0] if self.merged else self._keep_weight(weight)
         self.set_base_weight(merged)
+        self._before_merge = [before, bits_of(self.get_base_weight())]
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the weight from before `merge` back, bit for bit, for all merged adapters at once."""
+        """Put the weight from before `merge` back, bit for bit, for all merged adapters at once. Where an adapter of
+        another model around this one, or inside of it, has changed the weight since, ΔW is taken off it instead, as
+        PEFT does."""
         if not self.merged:
             return
-        (before,) = self._before_merge
-        self._put_back(before)
+        before, written = self._before_merge
+        weight = self.get_base_weight()
+        now = bits_of(weight)
+        if now == written or now[0] != written[0]:  # of another dtype: it was cast, which the one before is too
+            self._put_back(before)
+        else:
+            delta = reduce(torch.add, map(self.get_delta_weight, self.merged_adapters))
+            wide = torch.promote_types(weight.dtype, delta.dtype)
+            self.set_base_weight((weight.to(wide) - delta.to(weight.device)).to(weight.dtype))
         self._before_merge = []
         self.merged_adapters.clear()
 
@@ -633,6 +643,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         return self.prefix.removesuffix("_") + "." + super().__repr__()
 
 
+def bits_of(weight: Tensor) -> tuple[torch.dtype, int]:
+    """A weight's dtype, and the sum of its elements' bits, read as integers: whatever the order, it is the same."""
+    as_integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.dtype, int(weight.contiguous().view(as_integer).sum(dtype=torch.int64))
+
+
 def warn_of_rounding(backend_name: str) -> None:
     warnings.warn(
         f"Merging into a base quantised with {backend_name} rounds the merged weight again: outputs differ from the "
@@ -668,7 +684,11 @@ class AdapterModel(BaseTuner):
             before = copy.deepcopy(config)
             vars(before).update(made)
             self.peft_config.update(dict.fromkeys(others, before))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            taken_out(model, adapter_name)
+            raise
         for module in towers(model):
             if isinstance(module, AdapterLinear):
                 module.in_tower = True
@@ -810,13 +830,11 @@ class AdapterModel(BaseTuner):
                 f"The model has no adapter {listed(map(repr, unknown))} to merge; it has "
                 f"{listed(map(repr, self.peft_config), 'and')}."
             )
-        for layer in self.model.modules():
-            if isinstance(layer, AdapterLinear):
-                layer.check_merge(layer.active_adapters if self._to_merge is None else self._to_merge)
         owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for layer in self.model.modules():
             if isinstance(layer, AdapterLinear):
-                layer.shares_weight = owners[id(getattr(layer.get_base_layer(), "weight", None))] > 1
+                layer.shares_weight = owners[id(layer.get_base_layer()._parameters.get(layer.weight_name))] > 1
+                layer.check_merge(layer.active_adapters if self._to_merge is None else self._to_merge)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused, except where a method says how.
@@ -885,6 +903,17 @@ def refuse_part_of_adapter(model: nn.Module, parts: set[str]) -> None:
             f"Rows cannot be named {', '.join(map(repr, sorted(parts)))} on a model with modules_to_save or trained "
             "tokens: those are as the last task left them. Name the whole adapter, or train without them."
         )
+
+
+def taken_out(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter that came onto some of its layers out of them, and layers without another out of the model."""
+    for name, layer in reversed(list(model.named_modules())):  # what is wrapped goes before its wrapper
+        if isinstance(layer, AdapterLinear) and adapter_name in layer.r:
+            with warnings.catch_warnings():  # which adapter is active instead
+                warnings.simplefilter("ignore")
+                layer.delete_adapter(adapter_name)
+            if not layer.r:
+                model.set_submodule(name, layer.base_layer)
 
 
 def own_fields(config: AdapterConfig) -> dict[str, Any]:

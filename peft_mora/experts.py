@@ -56,7 +56,7 @@ class ExpertWeights(AdapterLinear):
     """
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, **kwargs: Any) -> None:
-        self.parameter_name = parameter_name
+        self.parameter_name = self.weight_name = parameter_name
         super().__init__(base_layer, **kwargs)
 
     def _features(self) -> tuple[int, int]:
@@ -194,6 +194,11 @@ class ExpertWeights(AdapterLinear):
 
     def check_merge(self, adapter_names: list[str]) -> None:
         super().check_merge(adapter_names)
+        if self.shares_weight:
+            raise ValueError(
+                f"Cannot merge into {self.parameter_name!r}: another module has the very same parameter (tied "
+                "embeddings), which would change as well. Keep the adapter unmerged."
+            )
         chain = self._chain()
         if chain is not None and (len(chain) != 1 or not hasattr(chain[0], "quant_state")):
             by = ", ".join(type(part).__name__ for part in chain)

@@ -361,21 +361,33 @@ class MoraLinear(RoutedLinear):
         return False
 
     @torch.no_grad()
-    def grow(self, adapter_name: str, task: str) -> None:
-        """Freeze this task's experts into the bank and put r fresh ones (B = 0) in their place, for a new one."""
+    def grown(self, adapter_name: str) -> tuple[Tensor, Tensor, nn.Linear, nn.Linear]:
+        """What `grow` puts in place, computed without touching a thing: the bank's A and B with this task's experts,
+        and r fresh ones (B = 0) for the next."""
         A, B = self.mora_A[adapter_name].weight.detach(), self.mora_B[adapter_name].weight.detach()
+        device, dtype, r = A.device, A.dtype, self.r[adapter_name]
         if adapter_name in self.mora_bank_A:
             A = torch.cat([self.mora_bank_A[adapter_name], A])
             B = torch.cat([self.mora_bank_B[adapter_name], B], dim=1)
-        old = self.mora_A[adapter_name].weight
-        self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name] = A.clone(), B.clone()
-        self._add_fresh_experts(adapter_name, self.r[adapter_name], zero_B=True)
+        shapes = ((self.in_features, r, False), (r, self.out_features, True))
+        fresh = (self.new_linear(*shape).to(device, dtype) for shape in shapes)
+        return A.clone(), B.clone(), *fresh
+
+    def grow(self, adapter_name: str, task: str, *grown: Any) -> None:
+        """Freeze this task's experts into the bank and go on with fresh ones, for a new one.
+
+        Args:
+            grown: as `grown` gives them.
+        """
+        bank_A, bank_B, A, B = grown
+        self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name] = bank_A, bank_B
+        self.mora_A[adapter_name], self.mora_B[adapter_name] = A, B
         self.mora_sizes[adapter_name].append(self.r[adapter_name])
         self.mora_tasks[adapter_name][f"{adapter_name}/{task}"] = len(self.mora_sizes[adapter_name])
         self.mora_frozen_top_k[adapter_name].append(self.top_k(adapter_name))
         self.usage.pop(adapter_name, None)  # counts of other experts
-        for fresh in (self.mora_A[adapter_name], self.mora_B[adapter_name]):
-            fresh.to(old.device, old.dtype).requires_grad_(adapter_name in self.active_adapters)
+        for fresh in (A, B):
+            fresh.requires_grad_(adapter_name in self.active_adapters)
 
     @torch.no_grad()
     def widen(self, adapter_name: str, rows: Tensor) -> None:
@@ -482,8 +494,9 @@ def start_task(model: Any, name: str, adapter_name: str = "default") -> TaskSumm
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError("Cannot start a task on a merged adapter: call model.unmerge_adapter() first.")
     check_in_memory(layers, adapter_name)
-    for layer in layers.values():
-        layer.grow(adapter_name, name)
+    grown = {key: layer.grown(adapter_name) for key, layer in layers.items()}  # all of it before any of it counts
+    for key, layer in layers.items():
+        layer.grow(adapter_name, name, *grown[key])
     # A copy: TRL gives its reference adapter the same config object, and the reference does not grow.
     config = copy.deepcopy(config)
     config.tasks.append(name)

@@ -71,15 +71,15 @@ def prune_experts(
     usage = expert_usage(model, adapter_name)
     batches = [] if inputs is None else [inputs] if isinstance(inputs, Mapping) else list(inputs)
     before = list(_outputs(model, batches, layers, adapter_name))
+    size = sum(old.double().square().sum().item() for old in before)
+    check_field(not batches or size > 0, "inputs", inputs, "batches with tokens that are no padding, or None")
     parts = {name: layer.without(adapter_name, usage[name] >= below) for name, layer in layers.items()}
     experts = {name: layer.expert_count(adapter_name) for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.put(adapter_name, *parts[name])
     record_routing(model, adapter_name)
-    moved = size = 0.0
-    for old, new in zip(before, _outputs(model, batches, layers, adapter_name), strict=True):
-        moved += (new.double() - old.double()).square().sum().item()
-        size += old.double().square().sum().item()
+    after = _outputs(model, batches, layers, adapter_name)
+    moved = sum((new.double() - old.double()).square().sum().item() for old, new in zip(before, after, strict=True))
     change = (moved / size) ** 0.5 if batches else None
     deleted = {name: experts[name] - layer.expert_count(adapter_name) for name, layer in layers.items()}
     return PruneSummary(deleted, sum(experts.values()), change)
@@ -88,7 +88,7 @@ def prune_experts(
 def _outputs(
     model: nn.Module, batches: list[Mapping[str, Any]], layers: Mapping[str, Any], adapter_name: str
 ) -> Iterator[Tensor]:
-    """Outputs at the real tokens, batch by batch on the CPU, in eval mode and uncounted."""
+    """Outputs, of tokens those that are real, batch by batch on the CPU, in eval mode and uncounted."""
     counters: list[Usage] = [layer.usage[adapter_name] for layer in layers.values() if adapter_name in layer.usage]
     for counter in counters:
         counter.meter.paused = True
@@ -96,9 +96,11 @@ def _outputs(
         with eval_mode(model):
             for batch in batches:
                 output = model(**batch)
-                logits = output.logits if hasattr(output, "logits") else output
+                found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+                found = output[0] if found is None else found  # the states of a model without a head
                 mask = batch.get("attention_mask")
-                yield (logits if mask is None else logits[mask.to(logits.device).bool()]).cpu()
+                of_tokens = mask is not None and found.shape[:2] == mask.shape  # a classifier's are of rows
+                yield (found[mask.to(found.device).bool()] if of_tokens else found).cpu()
     finally:
         for counter in counters:
             counter.meter.paused = False

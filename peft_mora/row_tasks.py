@@ -32,7 +32,7 @@ class Rows:
 
     def __init__(self, names: Any = None, lengths: Sequence[int] = (), repeated: bool = False) -> None:
         names = names.tolist() if hasattr(names, "tolist") else names  # of torch or NumPy
-        names = [names] if isinstance(names, (str, int)) else names
+        names = [names] if is_one(names) else names
         self.names: list[Any] | None = None if names is None else list(names)
         self.lengths, self.repeated = set(lengths), repeated
         self.found: dict[tuple, int | Tensor] = {}
@@ -50,7 +50,7 @@ class Rows:
         if key not in self.found:
             places = [place(name, tasks) for name in self.names]
             one = len(set(places)) == 1
-            self.found[key] = places[0] if one else torch.tensor(places, device=device)
+            self.found[key] = places[0] if one else torch.tensor(places, dtype=torch.int64, device=device)
         return self.found[key]
 
     def check(self, shape: Sequence[int], what: str = "an input of a layer") -> None:
@@ -76,6 +76,11 @@ class Rows:
                 "(experts of a mixture, vision towers, poolers) out of `target_modules`, or put rows of one task into "
                 "a batch."
             )
+
+
+def is_one(task: Any) -> bool:
+    """Whether this names one task, for all rows: a name or a number, of torch or NumPy too."""
+    return isinstance(task, (str, Integral)) or getattr(task, "ndim", 1) == 0
 
 
 def place(name: Any, tasks: Sequence[str]) -> int:
@@ -145,7 +150,7 @@ class RowTasks:
         Raises:
             ValueError: the tasks are not one for all, nor one for each.
         """
-        if prompts is not None and not isinstance(task, (str, int)):
+        if prompts is not None and not is_one(task):
             Rows(task).check(prompts.shape[:2], "the prompts' batch")
         before = self.resting
         self.rows = self.resting = Rows(task, repeated=True)
@@ -167,7 +172,7 @@ class RowTasks:
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1]
             names = self.resting.names if task is None else task
             self.rows = Rows(names, [t.shape[0] * t.shape[1] for t in inputs], repeated=task is None)
-            if task is not None and not isinstance(task, (str, int)) and inputs:
+            if task is not None and not is_one(task) and inputs:
                 self.rows.check(inputs[0].shape[:2], "the batch")
         return (args, {k: v for k, v in kwargs.items() if k != "task"}) if "task" in kwargs else None
 

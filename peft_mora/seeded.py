@@ -136,26 +136,30 @@ class SeededLinear(AdapterLinear):
         """Put in what the seed draws where the file left it out, and check that it is what the file was made with."""
         drawn = zip(self.projection_names, self.projection(adapter_name), strict=True)
         used = [tensors.setdefault(name, tensor) for name, tensor in drawn]
-        self._compare(used, tensors.get(f"{self.prefix}checksum"), module_name, f" (here {config.seed})")
+        self._compare(used, tensors.get(f"{self.prefix}checksum"), repr(module_name), f" (here {config.seed})")
         return False
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.unchecked and not torch.compiler.is_compiling():
-            self.check_projections()
-        return super().forward(x, *args, **kwargs)
+            self.check_projections(adapter_names or self.active_adapters)
+        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """Also the first call after loading, by whatever loads: transformers' own loader does not go by `fit_file`."""
-        self.check_projections()
+        self.check_projections(self.active_adapters)
         return super().train(mode)
 
-    def check_projections(self) -> None:
+    def check_projections(self, adapter_names: Sequence[str]) -> None:
         """Compare with their checksums the projections that may have come from a file, once for each loading.
+
+        Args:
+            adapter_names: those that count now.
 
         Raises:
             ValueError: a projection is not what the file was made with, or the file has no checksum.
         """
-        for adapter_name, told in list(self.unchecked.items()):
+        for adapter_name in self.unchecked.keys() & {*adapter_names}:
+            told = self.unchecked[adapter_name]
             tensors = self.projection(adapter_name)
             if self.is_empty(adapter_name) or any(tensor.is_meta for tensor in tensors):
                 continue
@@ -164,20 +168,21 @@ class SeededLinear(AdapterLinear):
             if told or any(map(_is_loaded, weights)):
                 # Under ZeRO-3 buffers are filled in place, and lose their mark when they are moved.
                 has_checksum = told or _is_loaded(expected) or hasattr(weights[0], "ds_id")
-                self._compare(tensors, expected if has_checksum else None, self.module_names[adapter_name])
+                module = f"{self.module_names[adapter_name]!r} of adapter {adapter_name!r}"
+                self._compare(tensors, expected if has_checksum else None, module)
             self.unchecked.pop(adapter_name, None)
 
-    def _compare(self, tensors: Sequence[Tensor], expected: Tensor | None, module_name: str, seed: str = "") -> None:
+    def _compare(self, tensors: Sequence[Tensor], expected: Tensor | None, module: str, seed: str = "") -> None:
         if expected is None:
             raise ValueError(
-                f"The file has no `{self.prefix}checksum` for module {module_name!r}, which every saved adapter has, "
+                f"The file has no `{self.prefix}checksum` for module {module}, which every saved adapter has, "
                 "so it cannot be known whether this projection A is the one that the adapter was trained with. Take "
                 "the file as it was saved."
             )
         found = int(checksum(*tensors))
         if found != int(expected):
             raise ValueError(
-                f"The projection A of module {module_name!r} is not the one that this adapter was trained with: its "
+                f"The projection A of module {module} is not the one that this adapter was trained with: its "
                 f"checksum is {found}, the file says {int(expected)}. The file is damaged, or it was saved with "
                 f"save_projection=False and the seed{seed} or the module's name in the model has changed since. Load "
                 "it into the model class that it was trained with, or save it again there with save_projection=True."

@@ -213,9 +213,9 @@ class UsageMeter:
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
-            if self.is_open:
+            if self.is_open and output is not None:  # None: it broke off
                 self.pending += self.fresh.long()
-                self.fresh.zero_()
+            self.fresh.zero_()
             self.is_open, self.mask = False, None
             self._real.clear()
 

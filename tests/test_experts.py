@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate import dispatch_model
-from helpers import LORA, METHODS, adapted, gradients, randomize, sft
-from peft import PeftModel, get_peft_model
+from helpers import LORA, METHODS, adapted, gradients, randomize, sft, tiny_gpt2, tiny_llama
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from peft_mora import MoraConfig, sparsify, start_task
@@ -275,3 +276,48 @@ def test_what_would_be_wrong_is_refused_with_what_to_do(inputs, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a stack of updates, one for each expert.*merge_and_unload"):
         read_lora(tmp_path)
+
+
+def test_a_tied_parameter_is_not_merged(inputs):
+    model = adapted(
+        METHODS["lori"], tiny_llama(tied=True), target_modules=[], target_parameters=["embed_tokens.weight"]
+    )
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"into 'weight': another module has the very same parameter \(tied"):
+        model.merge_adapter()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_a_matrix_has_a_delta_of_its_own_shape_and_rows_may_be_named_while_it_is_off(inputs):
+    model = adapted(METHODS["lori"], mixture(), target_modules=[], target_parameters=["gate.weight"]).eval()
+    layer = next(m for m in model.modules() if isinstance(m, ExpertWeights))
+    assert layer.get_delta_weight("default").shape == layer.base_parameter().shape and layer.trained("default") is None
+    base = mixture().eval()
+    with model.disable_adapter():
+        assert torch.equal(model(inputs, adapter_names=["default"] * len(inputs)).logits, base(inputs).logits)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(inputs).logits, base(inputs).logits)
+
+
+def test_what_a_module_has_in_front_of_its_parameter_stays(inputs):
+    model = on_experts("lori", target_parameters=BOTH[:1]).eval()
+    layer = next(m for m in model.modules() if isinstance(m, ExpertWeights))
+    module, name = layer.get_base_layer(), layer.parameter_name
+    own = vars(module)[name] = getattr(module, name).detach().clone()
+    model(inputs)
+    assert vars(module)[name] is own
+
+
+def test_conv1d_and_computed_parameters_are_refused_and_wrappers_keep_the_mode(inputs):
+    with pytest.raises(ValueError, match="c_attn.weight' is the weight of a linear module"):
+        adapted(METHODS["lori"], tiny_gpt2(), target_modules=[], target_parameters=["c_attn.weight"])
+    base = mixture().eval()
+    inject_adapter_in_model(METHODS["lori"](target_modules=[], target_parameters=BOTH), base)
+    wrappers = [m for m in base.modules() if isinstance(m, ExpertWeights)]
+    assert wrappers and not any(wrapper.training for wrapper in wrappers)
+    model = on_experts("lori", target_modules=[])
+    layer = next(m for m in model.modules() if isinstance(m, ExpertWeights))
+    parametrize.register_parametrization(layer.get_base_layer(), layer.parameter_name, nn.Identity())
+    with pytest.raises(ValueError, match="is computed by Identity, and not by bitsandbytes"):
+        model.merge_adapter()

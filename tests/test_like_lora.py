@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import LORA, METHODS, randomize, reopened, tiny_llama
+from helpers import LORA, METHODS, STATIC, randomize, reopened, tiny_llama
 from peft import (
     PeftModel,
     get_peft_model,
@@ -443,3 +443,75 @@ def test_a_name_that_modules_cannot_have_leaves_nothing_behind(form, name):
     with pytest.raises(ValueError, match="`adapter_name` must be a name without dots"):
         model.add_adapter(name, METHODS[form](target_modules=["lin0"]))
     assert list(model.peft_config) == ["default"] == list(model.base_model.model.lin0.r)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"), [("lora", "lora"), ("lora", "lori"), ("lori", "lora"), ("mora-dense", "lori")]
+)
+def test_merges_of_an_adapted_model_in_another_one_are_taken_apart_again(inner, outer):
+    """PEFT unmerges in the order in which it merged, so that none finds the weight as it left it."""
+    model = mlp()
+    for method in (inner, outer):
+        torch.manual_seed(len(method))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a second time
+            model = get_peft_model(model, CONFIGS[method](init_weights=False, target_modules=["lin0", "lin1"])).eval()
+    want = model(X)
+    model.merge_adapter()
+    assert not torch.allclose(
+        model.get_submodule("base_model.model.base_model.model.lin0").get_base_layer().weight, mlp().lin0.weight
+    )
+    torch.testing.assert_close(model(X), want, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X), want, rtol=1e-5, atol=1e-6)
+    for name in ("lin0", "lin1"):
+        layer = model.get_submodule(f"base_model.model.base_model.model.{name}").get_base_layer()
+        torch.testing.assert_close(layer.weight, getattr(mlp(), name).weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", STATIC)
+def test_a_weight_goes_back_bit_for_bit_after_several_merges_and_in_the_dtype_of_its_model(method):
+    model = two_adapters(METHODS[method])
+    for name in ("default", "other"):
+        model.merge_adapter([name])
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model.lin0.base_layer.weight, mlp().lin0.weight)
+    model.merge_adapter()
+    model.half()
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model.lin0.base_layer.weight, mlp().lin0.weight.half())
+
+
+@pytest.mark.parametrize("form", METHODS)
+def test_an_adapter_that_fails_at_a_later_module_leaves_nothing_behind(form, monkeypatch):
+    layer_cls, made = METHODS[form].model.tuner_layer_cls, []
+    create = layer_cls.create_weights
+
+    def failing(self, *args):
+        made.append(self)
+        if len(made) == 2:
+            raise RuntimeError("out of memory")
+        create(self, *args)
+
+    def config():
+        return METHODS[form](target_modules=["lin0", "lin1"], init_weights=False)
+
+    model = mlp()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(layer_cls, "create_weights", failing)
+        get_peft_model(model, config())
+    assert len(made) == 2 and not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    model = get_peft_model(model, config()).eval()
+    before = model(X)
+    assert not torch.allclose(before, mlp()(X))
+    made.clear()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(layer_cls, "create_weights", failing)
+        model.add_adapter("b", config())
+    assert len(made) == 2 and not any(
+        "b" in layer.r for layer in (model.base_model.model.lin0, model.base_model.model.lin1)
+    )
+    assert torch.equal(model(X), before)
+    model.add_adapter("b", METHODS[form](target_modules=["lin1"]))
+    keys = get_peft_model_state_dict(model, adapter_name="b")
+    assert keys and all("lin1" in key for key in keys)

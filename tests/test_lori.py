@@ -440,3 +440,19 @@ def test_a_state_that_is_loaded_over_a_used_one_has_its_own_places():
         each.load_state_dict(other)
     torch.testing.assert_close(logits(model), logits(fresh))
     assert not torch.allclose(logits(model), before, atol=1e-3)
+
+
+@SEEDED
+def test_an_adapter_that_failed_to_load_stops_none_but_itself(method, inputs, tmp_path):
+    smaller = tiny_llama()
+    smaller.config.hidden_size = 32
+    adapted(method, AutoModelForCausalLM.from_config(smaller.config)).save_pretrained(tmp_path)
+    model = adapted(method)
+    before = model(inputs).logits
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_adapter(str(tmp_path), "other")
+    for mode in (True, False):
+        assert torch.equal(model.train(mode)(inputs).logits, before)
+    with pytest.raises(ValueError, match="of adapter 'other' is not the one"):
+        model.base_model.set_adapter("other")
+        model(inputs)

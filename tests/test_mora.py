@@ -143,3 +143,22 @@ def test_a_row_name_that_two_adapters_have_is_refused():
     ids = torch.randint(4, 60, (2, 5))
     with pytest.raises(ValueError, match="Row name 'a/b/c' is of a task of 'a' and 'a/b': which one is not said"):
         model.eval()(input_ids=ids, adapter_names=["a/b/c"] * 2)
+
+
+def test_a_task_that_cannot_start_in_a_later_module_starts_in_none(inputs, monkeypatch):
+    model = adapted(MoraConfig, r=4)
+    before, made, new_linear = model(inputs).logits, [], MoraLinear.new_linear
+
+    def failing(self, *args, **kwargs):
+        made.append(self)
+        if len(made) == 7:
+            raise RuntimeError("out of memory")
+        return new_linear(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(MoraLinear, "new_linear", failing)
+        start_task(model, "second")
+    assert torch.equal(model(inputs).logits, before) and model.peft_config["default"].tasks == ["initial"]
+    assert {tuple(m.mora_sizes["default"]) for m in model.modules() if isinstance(m, MoraLinear)} == {(4,)}
+    start_task(model, "second")
+    assert {tuple(m.mora_sizes["default"]) for m in model.modules() if isinstance(m, MoraLinear)} == {(4, 4)}

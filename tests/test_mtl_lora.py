@@ -17,6 +17,7 @@ from peft_mora import MtlLoraConfig, set_task
 from peft_mora.base import AdapterLinear
 from peft_mora.export import exact_lora
 from peft_mora.lora_file import read_lora
+from peft_mora.row_tasks import Rows
 from trl_callbacks import TaskColumnCallback
 
 
@@ -411,3 +412,14 @@ def test_a_task_s_number_may_be_numpy_s():
     with torch.no_grad():
         want = model(input_ids=ids, task=[1, 0]).logits
         assert torch.equal(model(input_ids=ids, task=[np.int64(1), np.int64(0)]).logits, want)
+
+
+@pytest.mark.parametrize("one", [np.int64(1), torch.tensor(1), np.array(1)])
+def test_one_task_for_all_rows_may_be_numpy_s_or_torch_s(one):
+    model = adapted("mtllora")
+    ids = torch.randint(4, 60, (3, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(input_ids=ids, task=1).logits
+        assert not torch.equal(model(input_ids=ids, task=0).logits, want)
+        assert torch.equal(model(input_ids=ids, task=one).logits, want)
+    assert Rows([]).places(["a", "b"], torch.device("cpu")).tolist() == []  # of a batch without rows

@@ -7,9 +7,10 @@ import json
 import helpers
 import pytest
 import torch
-from helpers import gradients, inputs_of, padded, randomize, reopened, tiny_llama
+from helpers import gradients, inputs_of, padded, randomize, reopened, tiny_bert, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from transformers import BertForSequenceClassification, BertModel
 
 from peft_mora import (
     FlyLoraConfig,
@@ -452,3 +453,46 @@ def test_the_summary_of_a_plain_module_and_growing_forget_old_counts():
     start_task(model, "b")
     with pytest.raises(ValueError, match="No token was counted"):
         expert_usage(model)
+
+
+def test_the_change_is_measured_for_a_classifier_and_for_a_model_without_a_head():
+    for head in (BertForSequenceClassification, BertModel):
+        model = adapted("mora", base=tiny_bert(head), target_modules=["query", "key", "value"])
+        batch = {
+            "input_ids": torch.arange(3, 13).view(2, 5),
+            "attention_mask": torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]),
+        }
+        count(model, **batch)
+        assert prune_experts(model, 0.9, inputs=batch).change > 0
+
+
+def test_inputs_without_a_token_that_is_none_of_padding_are_refused_before_anything_is_deleted(inputs):
+    model = adapted()
+    count(model, inputs)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="`inputs` must be batches with tokens"):
+        prune_experts(model, 0.9, inputs={"input_ids": inputs, "attention_mask": torch.zeros_like(inputs)})
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_a_forward_that_breaks_off_counts_for_nothing():
+    model = adapted().eval()
+    last = list(routed_layers(model).values())[-1]
+    with record_usage(model):
+        handle = last.register_forward_pre_hook(lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**padded())
+        handle.remove()
+        model(**padded())
+    assert tokens(model) == {22}
+
+
+def test_a_second_count_ends_the_first_and_a_close_within_a_forward_holds():
+    model = adapted()
+    first = UsageMeter(model)
+    second = UsageMeter(model)
+    assert not first._handles and second._handles
+    model.register_forward_hook(lambda *args: second.close())
+    model(**padded())
+    assert not second.is_open and not second._handles
