@@ -195,8 +195,10 @@ class Scorer:
         from lm_eval.tasks import TaskManager
 
         self.tasks, self.args, self.size = {task["name"]: task for task in tasks}, args, 4 * args.batch_size
+        self.on = args.score_on  # as rows say it; how many records are left over depends on --prompts
         if args.score_on == "train":
             self.tasks = {name: {**task, "test": held_out(task, args)} for name, task in self.tasks.items()}
+            self.on = f"train: {sum(len(task['test']) for task in self.tasks.values())}"
         self.own = dict(zip(self.tasks, write_lm_eval_tasks(list(self.tasks.values()), folder), strict=True))
         self.passages = write_lm_eval_perplexity(args.perplexity, folder) if args.perplexity else None
         self.manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -305,7 +307,12 @@ class Run:
         self.looked: tuple[Any, ...] | None = None  # what the statistics beside the adapters are of
 
     def key(self, by: str, **more: Any) -> dict[str, Any]:
-        return {"seed": self.seed, "method": self.method, "combined by": by, "scored": self.args.score_on, **more}
+        return {"seed": self.seed, "method": self.method, "combined by": by, "scored": self.score.on, **more}
+
+    def has(self, key: Mapping[str, Any], *tasks: str) -> bool:
+        """Whether a row is there with all that is asked of these tasks; of none, of all of them together."""
+        columns = [name + ENDS[metric] for name in tasks for metric in self.args.metrics]
+        return self.rows.find(key, columns or self.args.metrics) is not None
 
     def bare(self) -> tuple[Any, Any]:
         """The base to look through."""
@@ -345,9 +352,10 @@ class Run:
     def own(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The rows of the base, and of each task with its own adapter."""
         base_key = {**self.key("no adapter"), "method": "base"}
-        keys = [self.key(f"{task['name']} alone") for task in self.tasks]
+        names = [task["name"] for task in self.tasks]
+        keys = [self.key(f"{name} alone") for name in names]
         together = self.key("each task its own")
-        if all(map(self.rows.find, (base_key, *keys, together))):
+        if self.rows.find(base_key) and self.has(together) and all(map(self.has, keys, names)):
             return self.rows.find(base_key) or {}, self.rows.find(together) or {}
         model, tokenizer = self.adapters()
         if self.rows.find(base_key) is None:
@@ -355,7 +363,7 @@ class Run:
                 found = self.score(model, tokenizer, scores.METRICS)  # its labels are what is learnt above
             self.rows.add(base_key, found | means(found, self.tasks))
         for key, name, task in zip(keys, self.names, self.tasks, strict=True):
-            if self.rows.find(key) is None:
+            if not self.has(key, task["name"]):
                 model.set_adapter(name)
                 found = self.score.task(model, tokenizer, task["name"], self.args.metrics)
                 self.rows.add(key, found | self.score.perplexity(model, tokenizer))
@@ -366,7 +374,7 @@ class Run:
         worst = [row["perplexity"] for key in keys if (row := self.rows.find(key) or {}) and row["perplexity"]]
         every |= {"perplexity": max(worst, key=float)} if worst else {}
         base = self.rows.find(base_key) or {}
-        if self.rows.find(together) is None:
+        if not self.has(together):
             self.rows.add(together, every | summary(every, base, every, self.tasks))
         return base, self.rows.find(together) or {}
 
@@ -382,7 +390,7 @@ class Run:
             whole = sum(self.ranks)
             cuts = [whole if k == "sum" else k for k in self.args.merged_ranks if not isinstance(k, float)]
             for k, weight in product(cuts if "svd" in way else [None], self.args.weights):
-                yield self.key(way, weight=f"{weight:.3g}", rank="" if k is None else k), way, weight, k
+                yield self.key(way, weight=exactly(weight), rank="" if k is None else k), way, weight, k
 
     def merged(self) -> Iterator[tuple[dict[str, Any], str, Any, int | str, dict[str, Any]]]:
         """The rows of our rules: key, rule, rank, prompts, settings."""
@@ -425,14 +433,14 @@ class Run:
         self.train()
         self.own()
         for key, way, weight, k in self.combined():
-            if self.rows.find(key) is None:
+            if not self.has(key):
                 model, tokenizer = self.adapters()
                 start = time.perf_counter()
                 with said(way):
                     combine(model, self.method, way, weight, k, self.names)
                     self.add(key, (model, tokenizer), time.perf_counter() - start)
         for key, *how in self.merged():
-            if self.rows.find(key) is None:
+            if not self.has(key):
                 with said(how[0]):
                     folder, seconds = self.merge(*how)
                     self.add(key, scores.load(self.base, folder, self.args.device), seconds)
@@ -465,6 +473,11 @@ def plot(report: MergeReport, names: list[str], path: Path) -> None:
             for j, value in enumerate(row):
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.5 else "white")
     figure.savefig(path, dpi=120)
+
+
+def exactly(number: float) -> str:
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def mean(values: list[str]) -> str:

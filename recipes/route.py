@@ -91,6 +91,10 @@ def parse() -> argparse.Namespace:
         parser.error("--ways without a way: name some, or give --bank or --others")
     args.ways = list(dict.fromkeys(args.ways))
     rows = [*WAYS, *(name for name, _ in args.others)]
+    if len(args.prompts) > 1 and not args.look:
+        parser.error("--prompts takes several numbers with --look only: a run fits with one")
+    if "similar" in args.ways and not args.look and args.prompts[0] < 2:
+        parser.error("--prompts 1: similar holds each prompt of a task against its others; take 2, or other --ways")
     if twice := next((name for name in rows if rows.count(name) > 1), None):
         parser.error(f"{twice} would be two rows of one name: give it another in --others")
     return args

@@ -30,7 +30,7 @@ from shared import report, runs, scores
 from shared.base_model import EMBEDDED, find_base
 from shared.embedded_tasks import TASKS
 from shared.lm_eval_tasks import names_in_lm_eval, read_passages, write_lm_eval_perplexity, write_lm_eval_tasks
-from shared.tasks import find_task
+from shared.tasks import find_task, is_task
 
 from peft_mora.files import whole_file
 from peft_mora.lora_file import check_base_kept
@@ -84,7 +84,7 @@ def write_tasks(args: argparse.Namespace, folder: Path) -> tuple[list[str], list
     folder.mkdir(parents=True, exist_ok=True)
     ours, known, general = [], [], set()
     for name in dict.fromkeys([*args.task, *args.general]):
-        if name in TASKS or (args.data and (Path(args.data) / name).is_dir()):
+        if is_task(name, args.data):
             ours.append(find_task(name, args.data, args.passage_words, args.seed))
         else:
             known.append(name)

@@ -498,10 +498,19 @@ def test_the_merge_recipe_scores_every_combination_and_goes_on_with_more(
     (output / "run.json").write_text(json.dumps(run))  # of a version that had no such switch
     of_train = ["--score-on", "train", "--prompts", 4, "--metrics", "greedy"]
     run_recipe(recipe, *command, *more[:6], "mean", "--ways", *of_train)
-    on_train = [row for row in csv_rows(output / "merge.csv") if row["scored"] == "train"]
+    on_train = [row for row in csv_rows(output / "merge.csv") if row["scored"] != "test"]
+    assert {row["scored"] for row in on_train} == {"train: 4"}  # of both tasks
     assert len(on_train) == 5 and all(float(row["sky"] or 0) in (0, 0.5, 1) for row in on_train)  # of two records
     assert on_train[0]["sky label"] and on_train[0]["label"]  # of the base, whose labels say what is learnt
     assert all(row["sky label"] == row["label"] == "" for row in on_train[1:]) and on_train[-1]["learnt"]
+    run_recipe(recipe, *command, *more[:6], "mean", "--ways", *of_train, "label")  # what was not asked for is made
+    again = [row for row in csv_rows(output / "merge.csv") if row["scored"] != "test"]
+    assert [row["combined by"] for row in again] == [row["combined by"] for row in on_train]
+    assert all(float(row["label"]) > 0 for row in (again[0], *again[3:])) and again[1]["sky label"]
+    of_train[3] = 5  # one record less is left over to score on
+    run_recipe(recipe, *command, *more[:6], "mean", "--ways", *of_train)
+    others = [row for row in csv_rows(output / "merge.csv") if row["scored"] == "train: 2"]
+    assert [row["combined by"] for row in others] == [row["combined by"] for row in on_train]
     with pytest.raises(SystemExit, match="is a run with other arguments.*'r': "):
         run_recipe(recipe, *command, "--reuse", "--r", 2)
     run = json.loads((output / "run.json").read_text())

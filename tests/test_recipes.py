@@ -32,7 +32,7 @@ from shared import base_model, scores
 from shared.embedded_tasks import make_task
 from shared.lm_eval_tasks import write_lm_eval_tasks
 from shared.scores import load
-from shared.tasks import find_task, read_task
+from shared.tasks import cut_passage, find_task, is_task, read_task
 from shared.training import equal_rank, trainable
 from transformers import AutoTokenizer
 
@@ -363,6 +363,32 @@ def test_a_task_is_cut_into_parts_by_its_labels():
     for wrong in ("museum-0of2", "museum-3of2", "museum-1of5"):
         with pytest.raises(ValueError, match=r"museum has 4 labels; write museum-KofN with 1 <= K <= N <= 4"):
             find_task(wrong)
+    assert is_task("museum-9of9") and not is_task("muse-1of2") and not is_task("museum-of2")
+
+
+def test_a_part_of_which_a_split_has_no_record_is_refused(tmp_path):
+    records = [{"prompt": f"{label}? Answer:", "answer": label} for label in ("a", "b")]
+    jsonl(tmp_path / "sides/train.jsonl", *records)
+    jsonl(tmp_path / "sides/test.jsonl", records[0])
+    (tmp_path / "sides/labels.json").write_text('["a", "b"]')
+    assert find_task("sides-1of2", tmp_path)["test"] == records[:1] and is_task("sides-2of2", tmp_path)
+    with pytest.raises(ValueError, match="sides-2of2 has no test records: none is labelled b"):
+        find_task("sides-2of2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cut"),
+    [
+        ("Q?\nw w w Answer: ", "Q?\nw w w Answer:"),  # no space behind it, cut or not
+        ("Q?\n" + "w " * 9 + "Answer:\n", "Q?\nw w w w w\nAnswer:"),
+        ("Q?\n" + " " * 50 + "Answer:", "Q?\nAnswer:"),
+        ("Q?\n" + "w" * 1000 + "\nAnswer:", "Q?\n" + "w" * 40 + "\nAnswer:"),
+        ("Q?\nw w w w w\nAnswer:", "Q?\nw w w w w\nAnswer:"),
+        ("no such end ", "no such end "),
+    ],
+)
+def test_a_passage_is_cut_and_its_question_stays(prompt, cut):
+    assert cut_passage(prompt, 5) == cut
 
 
 def test_demo_protects_general_text_where_the_method_allows_it_and_says_what_was_kept(
@@ -573,7 +599,8 @@ WRONG = {  # a program: arguments, and what is said of them
     "score": {"--limit 0": ONE, "--batch_size 0": ONE, "--task a a": "--task, --general: 'a' is there twice"},
     "route": {
         "--prompts 0": ONE, "--others told=x": "told would be two rows of one name",
-        "--false-alarms nan": "'nan' is not a number in [0, 1)",
+        "--false-alarms nan": "'nan' is not a number in [0, 1)", "--prompts 8 16": "with --look only",
+        "--prompts 1": "similar holds each prompt of a task against its others",
     },
     "continual": {
         **dict.fromkeys(("--steps 0", "--batch-size 0", "--r x"), ONE), "--seeds -1": NONE,

@@ -181,3 +181,40 @@ def test_score_says_in_a_line_what_it_cannot_score(passages, message, run_recipe
         run_recipe(
             "score", "--adapter", tmp_path / "classifier", "--perplexity", passages, "--output", tmp_path / "out"
         )
+
+
+def plain(score: float, error: float | None, metric: str = "acc", better: bool | None = True) -> dict:
+    """One task's score with its error, without samples."""
+    found = {"results": {"t": {f"{metric},none": score, f"{metric}_stderr,none": error}}, "higher_is_better": {}}
+    if better is not None:
+        found["higher_is_better"]["t"] = {metric: better}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [(0.53, "did not clearly change"), (0.56, "learnt"), (0.47, "did not clearly change"), (0.44, "got worse at")],
+)
+def test_a_change_counts_from_two_of_its_errors_on(after, said):
+    error = 0.02 / math.sqrt(2)  # of each: .02 of the change
+    found, _ = judged(plain(0.5, error), plain(after, error), general=())
+    assert f"The adapter {said} t (" in found["verdict"]
+
+
+def test_a_score_that_is_no_accuracy_changes_by_a_share_of_what_it_was():
+    _, found = judged(plain(10.0, 0.3, "f1"), plain(12.0, 0.4, "f1"), general=())
+    assert found["t"]["change"] == pytest.approx(0.2) and found["t"]["change_error"] == pytest.approx(0.05)
+    assert found["t"]["loss"] == pytest.approx(-0.2)
+    _, found = judged(plain(10.0, 0.3, "f1", better=None), plain(12.0, 0.4, "f1", better=None), general=())
+    assert found["t"]["loss"] == pytest.approx(-0.2)  # higher is better where it is not said
+    assert not report.drifted({"metric": "f1", "loss": 0.05, "change_error": 0.04}, 0.02)
+    assert report.drifted({"metric": "word_perplexity", "loss": 0.03, "change_error": 0.02}, 0.02)
+
+
+def test_answers_to_other_samples_are_no_pairs():
+    before, after = results({"kept": half(0)}), results({"kept": half(3)})
+    for i, sample in enumerate(after["samples"]["kept"]):
+        sample["doc_id"] = i + 50
+    _, found = judged(before, after)
+    row = found["kept"]
+    assert row["change_error"] == pytest.approx(math.hypot(row["before_error"], row["after_error"]))

@@ -58,6 +58,13 @@ def test_labels_that_begin_with_one_token_are_ranked_whole(tokenizer):
         right += sums.index(max(sums)) == labels.index(record["answer"])
     found = answers(model, tokenizer, records, 5, labels)
     assert found["label"] == pytest.approx(right / 12) and 0 < right < 12
+    firsts = []
+    for record in records:
+        ids = tokenizer(record["prompt"], return_tensors="pt").input_ids
+        first = tokenizer(f" {record['answer']}", add_special_tokens=False).input_ids[0]
+        with torch.no_grad():
+            firsts.append(-float(model(ids).logits[0, -1].log_softmax(-1)[first]))
+    assert found["loss"] == pytest.approx(sum(firsts) / 12, rel=1e-4)
 
 
 class Oracle(LM):

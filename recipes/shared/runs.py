@@ -6,7 +6,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -206,12 +206,15 @@ class Rows:
         if self.rows and list(self.rows[0]) != self.columns:
             raise SystemExit(f"{path} has other columns than a run with these tasks: give another --output")
 
-    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row[n] == str(key.get(n, "")) for n in self.key)), None)
+    def find(self, key: Mapping[str, Any], columns: Iterable[str] = ()) -> dict[str, Any] | None:
+        """The row of a key, if it has something in all of these columns."""
+        row = next((row for row in self.rows if all(row[n] == str(key.get(n, "")) for n in self.key)), None)
+        return row if row is not None and all(row[name] for name in columns) else None
 
     def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """A row, in the place of the one that has its key."""
         row = {name: str({**key, **values}.get(name, "")) for name in self.columns}
-        self.rows.append(row)
+        self.rows[:] = [*(other for other in self.rows if other is not self.find(key)), row]
         write_csv(self.path, self.rows)
         print("  ".join(row[name] for name in self.key if row[name]), "->", *(
             f"{name} {float(row[name]):.3f}" for name in self.shown if row[name]

@@ -16,14 +16,25 @@ def cut_passage(prompt: str, max_words: int) -> str:
 
     A passage is also cut at 8 * max_words characters, else one unbroken run of signs is 1,400 tokens (yahoo has it).
     """
-    body, answer = (prompt[: -len("Answer:")], "Answer:") if prompt.rstrip().endswith("Answer:") else (prompt, "")
+    prompt = prompt.rstrip() if prompt.rstrip().endswith("Answer:") else prompt
+    body, answer = (prompt[: -len("Answer:")], "Answer:") if prompt.endswith("Answer:") else (prompt, "")
     head = re.match(r"[^\n]*\n(?:[ \t]*Options?:[^\n]*\n)?", body)
     start = head.end() if head else 0
     words = list(re.finditer(r"\S+", body[start:]))
     if len(words) <= max_words and len(body) - start <= 8 * max_words:
         return prompt
-    length = min(words[:max_words][-1].end(), 8 * max_words)
+    length = min(words[:max_words][-1].end() if words else 0, 8 * max_words)
     return body[: start + length].rstrip() + ("\n" if head else " ") + answer
+
+
+PART = re.compile(r"(.+)-(\d+)of(\d+)")
+
+
+def is_task(name: str, data_dir: str | Path | None = None) -> bool:
+    """Whether `find_task` looks for a task under that name, or a part of it."""
+    part = PART.fullmatch(name)
+    folder = bool(data_dir) and (Path(str(data_dir)) / name).is_dir()
+    return folder or name in TASKS or (part is not None and is_task(part[1], data_dir))
 
 
 def find_task(name: str, data_dir: str | Path | None = None, max_passage_words: int = 48, seed: int = 0) -> Any:
@@ -42,7 +53,7 @@ def find_task(name: str, data_dir: str | Path | None = None, max_passage_words: 
         return read_task(data_dir, name, max_passage_words)
     if name in TASKS:
         return make_task(name, seed=seed)
-    if part := re.fullmatch(r"(.+)-(\d+)of(\d+)", name):
+    if part := PART.fullmatch(name):
         return _part(find_task(part[1], data_dir, max_passage_words, seed), name, int(part[2]), int(part[3]))
     if data_dir:
         raise ValueError(
@@ -60,6 +71,8 @@ def _part(task: dict[str, Any], name: str, k: int, n: int) -> dict[str, Any]:
         )
     labels = task["labels"][k - 1 :: n]
     records = {split: [r for r in task[split] if r["answer"] in labels] for split in ("train", "test")}
+    if empty := next((split for split, found in records.items() if not found), None):
+        raise ValueError(f"{name} has no {empty} records: none is labelled {' or '.join(labels)}")
     return {"name": name, "labels": labels, **records}
 
 
