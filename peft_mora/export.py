@@ -9,6 +9,7 @@ inputs: `lora_errors` module by module, `effect_error` at the logits.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import registry
 from .base import AdapterLinear, check_in_memory
-from .checks import check_field, is_int, listed
+from .checks import check_field, is_int, is_number, listed
 from .experts import ExpertWeights
 from .inputs import base_of, eval_mode, parts, real_rows, removed_after, visit, writes_text
 from .linalg import reduced_rank_regression
@@ -68,7 +69,7 @@ def fit_lora(
         batches: what the model is called with, `attention_mask` included; a list, if one pass is not enough.
         adapter_name: which adapter.
         rank: k. None takes as many as a module has experts: more cannot help, the output has no other directions.
-        ridge: damping, as a share of the inputs' mean square.
+        ridge: damping, as a share of the inputs' mean square, >= 0.
         gram_bytes: memory for XᵀX of the modules that are fitted in one pass, half of it at least, and for solving one
             of them, which takes three more of its size. One module takes what it takes.
 
@@ -77,6 +78,7 @@ def fit_lora(
             finite.
     """
     check_field(rank is None or (is_int(rank) and rank >= 1), "rank", rank, "an integer >= 1, or None")
+    check_field(is_number(ridge) and ridge >= 0, "ridge", ridge, "a number >= 0")
     loras = {}
     layers = exportable_layers(model, adapter_name)
     _check_finite(((name, layer.factors(adapter_name)) for name, layer in layers.items()), adapter_name)
@@ -103,7 +105,15 @@ def fit_lora(
                     f"What goes into module {name!r}, or what the adapter adds there, is not finite (NaN, inf), so "
                     "that no LoRA is near: look at the base's weights and dtype, and at the adapter's."
                 )
-            A, C = reduced_rank_regression(xx, xz, min(rank or xz.shape[1], xz.shape[1]), ridge)
+            if not xx.any():  # nothing but padding, or zeros
+                continue
+            try:
+                A, C = reduced_rank_regression(xx, xz, min(rank or xz.shape[1], xz.shape[1]), ridge)
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(
+                    f"What goes into module {name!r} does not say what the adapter does in all directions ({error}): "
+                    f"give a larger `ridge` than {ridge:g}, or more text."
+                ) from error
             loras[name] = Lora(A.float(), (bases[name] @ C).float())
     if unseen := [name for name in layers if name not in loras]:
         raise ValueError(
@@ -123,21 +133,23 @@ def lora_errors(
     A few tokens with outputs a hundred times the others' decide these; `effect_error` is what reaches the output.
 
     Raises:
-        ValueError: as `exportable_layers`, or outputs that are not finite.
+        ValueError: as `exportable_layers` and `check_alike`, or outputs that are not finite.
     """
+    layers = exportable_layers(model, adapter_name)
+    check_alike(layers, loras)
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in loras}
 
     def add(name: str, x: Tensor, y: Tensor) -> None:
         error = y - x @ loras[name].A.T @ loras[name].B.T
         sums[name] += torch.stack([error.square().sum(), y.square().sum()]).double().cpu()
 
-    _visit(model, exportable_layers(model, adapter_name), batches, adapter_name, add)
+    _visit(model, layers, batches, adapter_name, add)
     if wrong := next((name for name, both in sums.items() if not both.isfinite().all()), None):
         raise ValueError(
             f"What the adapter or the LoRA adds in module {wrong!r} is not finite (NaN, inf) on these inputs, so that "
             "there is no error: look at the base's weights and dtype, and at the adapter's."
         )
-    return {name: (e / y).sqrt().item() if y > 0 else 0.0 for name, (e, y) in sums.items()}
+    return {name: _share(*both.tolist()) ** 0.5 for name, both in sums.items()}
 
 
 class Effect(NamedTuple):
@@ -160,9 +172,11 @@ def effect_error(
     are in memory at a time, in the model's dtype.
 
     Raises:
-        ValueError: as `exportable_layers`, a model that writes no text, no token, or logits that are not finite.
+        ValueError: as `exportable_layers` and `check_alike`, a model that writes no text, no token, or logits that are
+            not finite.
     """
     layers = exportable_layers(model, adapter_name)
+    check_alike(layers, loras)
     _check_linear(layers)
     if not writes_text(base := base_of(model)):
         raise ValueError(
@@ -197,7 +211,12 @@ def effect_error(
             "at the base's weights and dtype, and at the adapter's."
         )
     (error, same_lora), (size, same_base) = missed.tolist(), effect.tolist()
-    return Effect((error / size) ** 0.5 if size else 0.0, same_lora / count, same_base / count)
+    return Effect(_share(error, size) ** 0.5, same_lora / count, same_base / count)
+
+
+def _share(error: float, size: float) -> float:
+    """error / size; of nothing, nothing is no error and anything infinitely much."""
+    return error / size if size else math.inf if error else 0.0
 
 
 def _compared(logits: Tensor, others: Tensor, tokens: Tensor) -> Tensor:
@@ -230,11 +249,7 @@ def save_lora(
     """
     source = model.peft_config[adapter_name]
     layers = exportable_layers(model, adapter_name)
-    if differs := sorted(layers.keys() ^ loras.keys()):
-        raise ValueError(
-            f"The adapter has {len(layers)} modules, and there are {len(loras)} LoRAs, not alike in {differs[0]!r}: "
-            "what it does there would be lost. Give those of exact_lora or fit_lora as they are."
-        )
+    check_alike(layers, loras)
     parameters = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertWeights)}
     paths = {id(module): path.removeprefix("base_model.model.") for path, module in model.named_modules()}
     keys = {name: paths[id(layer)] for name, layer in parameters.items()}
@@ -294,6 +309,19 @@ def save_with_base(
         shutil.rmtree(folder)
         raise
     return config
+
+
+def check_alike(layers: Mapping[str, Any], loras: Mapping[str, Any]) -> None:
+    """Refuse LoRAs that are not those of an adapter's modules, each one.
+
+    Raises:
+        ValueError: naming a module.
+    """
+    if differs := sorted(layers.keys() ^ loras.keys()):
+        raise ValueError(
+            f"The adapter has {len(layers)} modules, and there are {len(loras)} LoRAs, not alike in {differs[0]!r}: "
+            "what it does there would be lost. Give those of exact_lora or fit_lora as they are."
+        )
 
 
 def check_apart(folder: str | Path, base_folder: str | Path) -> None:

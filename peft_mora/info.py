@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from . import registry
 from .base import matching_key
+from .checks import check_field
 from .lora_file import HEADS, PREFIX, TENSORS, check_plain, damage_named, empty_layer, read_config
 
 
@@ -43,6 +44,7 @@ BY_CLASS = {
     "ForImageClassification": "image-classification",
     "ForQuestionAnswering": "AutoPeftModelForQuestionAnswering",
 }
+MOST = 2**16  # rank that is looked at: what a file says is not allocated
 LABELS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # a row each
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that its --max-lora-rank takes
 
@@ -106,14 +108,19 @@ class AdapterInfo:
     def serve(self) -> list[str]:
         """Shell commands that serve it, in their order; the last one stays. Of what writes no text, what opens it."""
         base, folder = shlex.quote(self.base or "BASE"), shlex.quote(self.folder)
-        lora, name = folder, Path(self.folder).name or "adapter"
+        path = Path(self.folder)
+        path = path if path.name not in ("", "..") else path.resolve()
+        name = path.name or "adapter"
         rank = vllm_rank(max(self.ranks.values(), default=1))
         if self.lora != "no" and rank is not None and self.opens == TEXT:
             export = []
             if self.lora == "exports":
-                lora = shlex.quote(f"{self.folder}-lora")
-                export = [f"peft-mora export {folder} --output {lora}"]
-            modules = f"--lora-modules {shlex.quote(name)}={lora}"
+                path = Path(f"{path}-lora")
+                export = [f"peft-mora export {folder} --output {shlex.quote(str(path))}"]
+            item = f"{shlex.quote(name)}={shlex.quote(str(path))}"
+            if {"=", ","} & {*name, *str(path)}:  # vLLM cuts NAME=PATH there
+                item = shlex.quote(json.dumps({"name": name, "path": str(path)}))
+            modules = f"--lora-modules {item}"
             return [*export, f"vllm serve {base} --enable-lora --max-lora-rank {rank} {modules}"]
         if self.opens.startswith("AutoPeft"):
             imports, model = f"from peft import {self.opens}", "model"
@@ -193,7 +200,9 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
         own: Any = PeftConfig.from_pretrained(str(folder))
         # What it says of single modules does not matter here, and need not fit a layer of any size.
         plainly = replace(own, **{f.name: {} for f in fields(own) if isinstance(getattr(own, f.name), dict)})
-        layer = empty_layer(plainly, "", 8 * own.r, 8 * own.r)
+        check_field(own.r <= MOST, "r", own.r, f"a rank up to {MOST:,}")
+        plainly = replace(plainly, **{name: 1 for name in ("ups",) if hasattr(own, name)})
+        layer = empty_layer(plainly, "", 8, 8)  # of no size that a file says
         merges, routed = layer.is_static("default"), getattr(layer, "is_routed", lambda _: False)("default")
         refusal = "" if merges else layer.lora_refusal("default") or layer.merge_refusal
         lora = "exports" if merges else "no"

@@ -179,6 +179,19 @@ def _check_config(config: Mapping[str, Any]) -> None:
     for key in ("target_modules", "modules_to_save"):
         names = config.get(key)
         check_field(names is None or isinstance(names, str) or is_names(names), key, names, "a list of names")
+    tables = {
+        "auto_mapping": "a table, or null", "rows": "a table of names", "adapters": "a table of configs",
+        "router": "a table",
+    }  # fmt: skip
+    for key, what in tables.items():
+        table = config.get(key)
+        check_field(table is None or isinstance(table, dict), key, table, what)
+    for name, entry in (config.get("adapters") or {}).items():
+        ok = isinstance(entry, dict) and isinstance(entry.get("peft_type"), str)
+        check_field(ok, f"adapters[{name!r}]", entry, "a config with its peft_type")
+    rows, tasks = (config.get("rows") or {}).values(), config.get("tasks")
+    check_field(is_names(list(rows)), "rows", config.get("rows"), "a table of names")
+    check_field(tasks is None or is_names(tasks), "tasks", tasks, "a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key)
         check_field(patterns is None or isinstance(patterns, dict), key, patterns, "a table of names to numbers")
@@ -201,7 +214,7 @@ def damage_named(folder: str | Path) -> Iterator[None]:
     """A file that cannot be read is a ValueError that names the folder."""
     try:
         yield
-    except (ValueError, SafetensorError) as error:  # JSON's and Unicode's are ValueErrors
+    except (ValueError, SafetensorError, RecursionError) as error:  # JSON's and Unicode's are ValueErrors
         raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}): save the adapter again.") from error
 
 
@@ -399,6 +412,8 @@ def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple
     loras = {}
     for name, found in files.items():
         r = config.rank_pattern.get(matching_key(config.rank_pattern, name), config.r)
+        ends = ("A", "A.weight", "B.weight")
+        _check_floats(name, [found[key] for x in ends if (key := layer_cls.prefix + x) in found], folder)
         layer = empty_layer(config, name, *_sizes(found, layer_cls.prefix, r, name, folder))
         if not layer.is_static("default"):
             if refusal := layer.lora_refusal("default"):
@@ -417,6 +432,7 @@ def _own_factors(method: str, tensors: dict[str, Tensor], folder: Path) -> tuple
                 f"{folder}: {(wrong or sorted(state.keys() - wanted.keys()))[0]!r} of module {name!r} does not fit "
                 f"{CONFIG}. The file is damaged or not of this config: save the adapter again."
             )
+        _check_floats(name, [state[key] for key, tensor in wanted.items() if tensor.is_floating_point()], folder)
         layer.load_state_dict(state, strict=False)
         A, B = layer.factors("default")
         check_finite(name, (A, B), folder, "save the adapter again")
@@ -432,6 +448,14 @@ def _sizes(tensors: dict[str, Tensor], prefix: str, r: int, name: str, folder: P
             f"{folder} leaves out the projection of module {name!r} (save_projection=False), and with it the module's "
             "size. Load it onto its base model and write a plain LoRA (peft-mora export), or save it again "
             "with save_projection=True."
+        )
+    mask = tensors.get(f"{prefix}mask")
+    fits = A.dim() == 2 and (B.dim() == 2 or (B.dim() == 1 and mask is not None and mask.dim() == 1))
+    if not fits or not A.shape[1] or (B.dim() == 2 and not len(B)):
+        shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}{'' if mask is not None else ' without a mask'}"
+        raise ValueError(
+            f"{folder}: module {name!r} has {shapes}, which are no factors of an update. The file is damaged: save "
+            "the adapter again."
         )
     if B.dim() == 2:
         return A.shape[1], B.shape[0]

@@ -51,7 +51,8 @@ def start_of(tokenizer: Any) -> int:
 
 def continued(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, stop: bool = False) -> list[Tensor]:
     """Each prompt with what the model samples behind it at temperature 1: (S,) int64, S = `length`; with `stop`, to
-    the end of its text, S <= `length`, and without the token that ends it."""
+    the end of its text, S <= `length`, without the tokenizer's token that ends it (another one of the model's stays).
+    """
     device = device_of(model)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     batch = left_padded([torch.tensor(row) for row in prompts], end)

@@ -34,7 +34,7 @@ from .base import BASE_ADAPTER
 from .checks import check_field, is_indices, is_int, is_number
 from .files import check_own, whole_folder
 from .fingerprint import differences, fingerprint
-from .inputs import base_of, check_length, device_of, eval_mode, load_tokenizer, text_tokenizer
+from .inputs import base_of, check_length, check_text, device_of, eval_mode, load_tokenizer, text_tokenizer
 from .lora_file import CONFIG, check_base_kept
 from .lora_file import TENSORS as WEIGHTS
 from .task_driver import Driver, Rows
@@ -67,7 +67,8 @@ class TaskRouter:
         layers: the hidden states to look at, counted from 1; one is enough. None is the layer at 8/30 of the depth.
         ridge: of the fit, as a share of the mean of the diagonal, > 0.
         false_alarms: prompts of a task that may be taken for unknown, as a share in [0, 1): what is as unfamiliar as
-            that share of the tasks' own prompts is "none". 0 turns that off.
+            that share of the tasks' own prompts is "none". 0 turns that off, but for what is likelier general text,
+            where that was added.
 
     Raises:
         ValueError: an argument out of range, or a model without a list of layers.
@@ -188,7 +189,8 @@ class TaskRouter:
         """(n, D) float32 on the CPU: the base's features of texts or conversations; features come back as they are.
 
         Raises:
-            ValueError: a prompt is empty, a feature is not finite, or there is no model to look with.
+            ValueError: a prompt is empty or has tokens that stand for images, a feature is not finite, or there is no
+                model to look with.
         """
         if isinstance(prompts, Tensor):
             rows = prompts.detach().to("cpu", torch.float32)
@@ -212,9 +214,16 @@ class TaskRouter:
                 longest = len(ids[part[-1]])
                 batch = torch.tensor([ids[i] + [0] * (longest - len(ids[i])) for i in part], device=device)
                 mask = torch.tensor([[1] * len(ids[i]) + [0] * (longest - len(ids[i])) for i in part], device=device)
+                check_text(self.base, [{"input_ids": batch}], "give prompts without images.")
                 states = self._states.of({"input_ids": batch, "attention_mask": mask})
                 found.update(zip(part, pooled(states, mask), strict=True))
-        return torch.stack([found[i] for i in range(len(ids))]) if ids else torch.zeros(0, 0)
+        rows = torch.stack([found[i] for i in range(len(ids))]) if ids else torch.zeros(0, 0)
+        if not rows.isfinite().all():
+            raise ValueError(
+                "What the base makes of these prompts is not finite (NaN, inf), so that nothing can be told by it: "
+                "look at the base's weights and dtype."
+            )
+        return rows
 
     def _ids(self, prompt: Any, number: int) -> list[int]:
         if self.tokenizer is None:
@@ -276,7 +285,7 @@ class TaskRouter:
         return scores.tasks_of(features)
 
     def _names(self, best: Tensor, usual: Tensor) -> list[str]:
-        unknown = usual < self.false_alarms
+        unknown = (usual < self.false_alarms) | (usual == 0)  # likelier general text, also where nothing else is none
         return [NONE if no else self.scores.names[i] for i, no in zip(best.tolist(), unknown.tolist(), strict=True)]
 
     # Driving adapters
@@ -313,7 +322,7 @@ class TaskRouter:
 
     def _drive(self, model: Any, adapters: dict[str, str], mode: str, none: bool) -> None:
         self._open(model)
-        check_base_kept(getattr(self.base, "peft_config", {}))
+        check_rows(getattr(self.base, "peft_config", {}))
         assert self._states is not None
         driver = Driver(self.base, self._states, self._rows)
         try:
@@ -391,6 +400,10 @@ class TaskRouter:
         router.rows = {name: rows[name].float() for name in text["tasks"]}
         if any(len(router.rows[name]) != n for name, n in text["tasks"].items()):
             raise ValueError("The router's features and its description are not of the same save.")
+        for name, found in router.rows.items():
+            if not len(router.features(found)):
+                raise ValueError(f"The router's task {name!r} has no rows.")
+            router._check_width(found, f"of task {name!r}")
         return router
 
     def save(self, folder: str | Path) -> None:
@@ -421,7 +434,8 @@ class TaskRouter:
         try:
             text = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             router = cls._from_text(text, load_file(folder / TENSORS))
-        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError,
+                SafetensorError) as error:  # fmt: skip
             raise ValueError(f"{folder} does not hold a router: {type(error).__name__}: {error}.") from error
         router.tokenizer = text_tokenizer(tokenizer)
         if model is not None:
@@ -459,13 +473,9 @@ class TaskRouter:
         saved = {name: next(free) if name == "default" else name for name in set(used.values())}
         tensors: dict[str, Tensor] = {}
         configs: dict[str, Any] = {}
+        check_saved({name: self.base.peft_config[name] for name in saved})
         for name, new in sorted(saved.items()):
             config = self.base.peft_config[name]
-            if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
-                raise ValueError(
-                    f"Adapter {name!r} has modules_to_save or trained tokens, which a routed folder does not hold. "
-                    "Save the adapters one by one and the router with router.save(folder); attach it after loading."
-                )
             prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
             for key, tensor in self.base.state_dict().items():
                 bare = _without_adapter(key, prefix, name)
@@ -515,8 +525,51 @@ def check_routed(folder: str | Path) -> None:
     """
     check_own(folder, ROUTED)
     config = Path(folder, CONFIG)
-    if config.exists() and TaskRouterConfig.method not in config.read_text(encoding="utf-8", errors="replace"):
+    text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
+    if TaskRouterConfig.method not in text and (text or Path(folder, WEIGHTS).exists()):
         raise FileExistsError(f"{folder} holds an adapter, which would be deleted: give a folder of its own.")
+
+
+def check_rows(configs: Mapping[str, Any]) -> None:
+    """Refuse adapters beside which rows of others, and of none, are not what they are alone, or that take no rows.
+
+    Args:
+        configs: name -> PeftConfig, or what its file says.
+
+    Raises:
+        ValueError: naming the adapter and what to do.
+    """
+    check_base_kept(configs)
+    for name, config in configs.items():
+        said = config if isinstance(config, Mapping) else vars(config)
+        if said.get("bias", "none") != "none":
+            raise ValueError(
+                f"Adapter {name!r} has trained the base's own biases (bias={said['bias']!r}), through which rows of "
+                "others, and of none, would go too. Train it with bias='none'."
+            )
+        for field_name in ("use_dora", "target_parameters"):
+            if said.get(field_name):
+                raise ValueError(
+                    f"Adapter {name!r} has {field_name}={said[field_name]!r}, for which PEFT computes no batch of "
+                    "rows with adapters of their own. Take one prompt at a time: "
+                    "model.set_adapter(router.route([prompt]).names[0]); or train it without."
+                )
+
+
+def check_saved(configs: Mapping[str, Any]) -> None:
+    """Refuse adapters that a folder with their router does not hold as they are.
+
+    Raises:
+        ValueError: naming the adapter and what to do.
+    """
+    for name, config in configs.items():
+        said = config if isinstance(config, Mapping) else vars(config)
+        for field_name in ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens"):
+            if said.get(field_name):
+                raise ValueError(
+                    f"Adapter {name!r} has {field_name}={said[field_name]!r}, which a routed folder does not hold. "
+                    "Save the adapters one by one and the router with router.save(folder); attach it after loading."
+                )
 
 
 def _without_adapter(key: str, prefix: str, name: str) -> str | None:
@@ -629,7 +682,8 @@ class TaskRouterModel:
             raise ValueError(
                 f'The folder has an adapter named {adapter_name!r}: open it under another name, adapter_name="routed".'
             )
-        check_base_kept(config.adapters)
+        check_rows(config.adapters)
+        check_saved(config.adapters)
         probe = TaskRouter._from_text({**config.router, "tasks": {}}, {})
         probe._open(model)  # refuses another base
         assert probe._states is not None

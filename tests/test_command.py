@@ -636,3 +636,30 @@ def test_every_example_in_the_help_is_a_command_that_is_taken(command, capsys):
         if verb in VERBS:
             parse(verb, [word.strip('"') for word in arguments])
     assert len(examples) > 10 and main(["--version"]) is None
+
+
+@pytest.mark.parametrize("name", ["lr=1e-3", "a,b", "plain"])
+def test_the_line_for_vllm_is_one_that_it_reads(name, llama_folder, here):
+    trained("lori", llama_folder, name)
+    export, serve = adapter_info(name).serve
+    item = shlex.split(serve)[-1]
+    found = json.loads(item) if item.startswith("{") else dict(zip(("name", "path"), item.split("="), strict=True))
+    assert found == {"name": name, "path": f"{name}-lora"} and shlex.split(export)[-1] == f"{name}-lora"
+
+
+def test_a_folder_s_own_name_is_found_from_within(llama_folder, here, monkeypatch):
+    trained("lori", llama_folder, "pets")
+    monkeypatch.chdir("pets")
+    export, _ = adapter_info(".").serve
+    assert shlex.split(export)[-1] == f"{here}/pets-lora"
+
+
+def test_info_allocates_nothing_of_the_size_that_a_file_says(llama_folder, here):
+    trained("lori", llama_folder, "pets")
+    path = here / "pets/adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"r": 2**16}))
+    assert adapter_info("pets").merges
+    path.write_text(json.dumps(config | {"r": 10**9}))
+    with pytest.raises(ValueError, match="`r` must be a rank up to 65,536"):
+        adapter_info("pets")

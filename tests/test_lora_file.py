@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LORA, adapted, tiny_gpt2, tiny_llama
+from helpers import LORA, METHODS, STATIC, adapted, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, VeloraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peft_mora.export import exact_lora
 from peft_mora.files import check_new, check_own, whole_folder
-from peft_mora.lora_file import Lora, read_lora, write_lora
+from peft_mora.lora_file import Lora, digest, read_lora, write_lora
 from peft_mora.merging import collect_inputs, merge_adapters, merge_into_base
 from trl_callbacks.subspace import Subspace
 
@@ -324,14 +324,15 @@ def test_a_backward_that_keeps_less_in_memory_leaves_the_update_a_lora_s(inputs,
     [
         {"base_model_name_or_path": ["x"]}, {"task_type": ["x"]}, {"revision": 3}, {"modules_to_save": 5},
         {"target_modules": [1, "a"]}, {"rank_pattern": {"(": 3}}, {"alpha_pattern": {"*": 3}},
-        {"rank_pattern": 5}, {"alpha_pattern": ["q"]},
+        {"rank_pattern": 5}, {"alpha_pattern": ["q"]}, {"auto_mapping": "x"}, {"rows": ["x"]}, {"rows": {"a": 1}},
+        {"tasks": 3}, {"adapters": {"a": 3}}, {"adapters": {"a": {}}}, {"router": [1]},
     ],
 )  # fmt: skip
 def test_fields_of_another_kind_than_peft_writes_are_damage(fields, tmp_path):
     write_lora(tmp_path / "lora", {"lin": Lora(torch.ones(2, 3), torch.ones(4, 2))})
     path = tmp_path / "lora/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    with pytest.raises(ValueError, match=f"lora is damaged .*`{next(iter(fields))}`.*save the adapter again"):
+    with pytest.raises(ValueError, match=f"lora is damaged .*`{next(iter(fields))}.*save the adapter again"):
         read_lora(tmp_path / "lora")
 
 
@@ -342,3 +343,53 @@ def test_updates_in_no_float_of_16_bits_are_refused(dtype, tmp_path):
     save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
     with pytest.raises(ValueError, match=f"module 'lin' is stored as {dtype}, .*save the adapter again"):
         read_lora(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("method", STATIC)
+def test_own_updates_in_no_float_of_16_bits_are_refused_too(method, dtype, tmp_path):
+    fields = {"save_projection": True} if "lori" in method else {}
+    adapted(
+        METHODS[method], target_modules=["q_proj"], **fields | ({} if method == "furina" else {"r": 8})
+    ).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    found = load_file(path)
+    assert read_lora(tmp_path).loras
+    save_file({key: x.to(dtype) if x.is_floating_point() else x for key, x in found.items()}, path)
+    with pytest.raises(ValueError, match=f"is stored as {dtype}, .*save the adapter again"):
+        read_lora(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["A", "B"])
+@pytest.mark.parametrize("shape", [(), (5,), (0, 0)])
+def test_own_factors_of_no_size_are_damage(what, shape, tmp_path):
+    adapted(METHODS["mora-dense"], target_modules=["q_proj"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: torch.ones(shape) if f"mora_{what}" in k else x for k, x in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="no factors of an update. The file is damaged"):
+        read_lora(tmp_path)
+
+
+def test_nested_too_deeply_is_damage(tmp_path):
+    write_lora(tmp_path / "lora", {"lin": Lora(torch.ones(2, 3), torch.ones(4, 2))})
+    (tmp_path / "lora/adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="lora is damaged .RecursionError"):
+        read_lora(tmp_path / "lora")
+
+
+def test_weights_that_differ_at_their_end_have_another_digest_and_float64_stays(tmp_path):
+    long = torch.zeros(2, 700_000)
+    for name, last in (("one", 0.0), ("two", 1.0)):
+        long[-1, -1] = last
+        write_lora(tmp_path / name, {"lin": Lora(long, torch.ones(4, 2, dtype=torch.float64))})
+    assert (tmp_path / "one/adapter_model.safetensors").stat().st_size > 5 * 2**20
+    assert digest(tmp_path / "one") != digest(tmp_path / "two")
+    A, B = read_lora(tmp_path / "one").loras["lin"]
+    assert A.dtype == torch.float32 and B.dtype == torch.float64
+
+
+def test_the_first_of_two_patterns_counts_as_in_the_file(tmp_path):
+    write_lora(tmp_path / "lora", {"model.lin": Lora(torch.ones(2, 3), torch.ones(4, 2))})
+    path = tmp_path / "lora/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"lin": 6, ".*lin": 10}}))
+    assert read_lora(tmp_path / "lora").loras["model.lin"].B[0, 0] == 3

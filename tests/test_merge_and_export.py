@@ -27,7 +27,7 @@ from helpers import (
     tiny_llama,
     tiny_t5,
 )
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from shared.tasks import find_task
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -674,3 +674,27 @@ def test_an_adapted_output_layer_is_exported_where_its_weight_is_its_own(method,
                 exportable_layers(model)
         else:
             assert "lm_head" in exportable_layers(model)
+
+
+def test_a_lora_of_what_does_nothing_is_infinitely_far_and_none_of_less_is_measured(inputs):
+    model = get_peft_model(tiny_llama(), METHODS["lori"](target_modules="all-linear")).eval()
+    batch = {"input_ids": inputs}
+    loras = {name: Lora(A, B + 1) for name, (A, B) in exact_lora(model).items()}
+    assert (
+        effect_error(model, loras, [batch]).error == float("inf") == max(lora_errors(model, loras, [batch]).values())
+    )
+    assert effect_error(model, exact_lora(model), [batch]).error == 0
+    loras.popitem()
+    for measured in (effect_error, lora_errors):
+        with pytest.raises(ValueError, match="there are 13 LoRAs, not alike in"):
+            measured(model, loras, [batch])
+
+
+def test_inputs_that_say_nothing_are_refused_by_a_fit(inputs):
+    model = adapted("mora")
+    with pytest.raises(ValueError, match="14 of 14 adapted modules saw no input"):
+        fit_lora(model, [{"input_ids": inputs, "attention_mask": torch.zeros_like(inputs)}])
+    with pytest.raises(ValueError, match="`ridge` must be a number >= 0"):
+        fit_lora(model, [{"input_ids": inputs}], ridge=-1)
+    with pytest.raises(ValueError, match="give a larger `ridge` than 0, or more text"):
+        fit_lora(model, [{"input_ids": inputs[:1, :3]}], ridge=0)

@@ -21,6 +21,7 @@ from transformers import (
 
 from peft_mora import TaskRouter, start_task
 from peft_mora.task_features import HiddenStates, real_tokens
+from peft_mora.task_router import check_rows
 from peft_mora.task_scores import Scores
 
 
@@ -686,3 +687,143 @@ def test_what_changes_under_an_attached_router_is_refused_where_it_shows():
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged into the base"):
         model(TEST)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match", "attached"),
+    [
+        ({"bias": "lora_only"}, "has trained the base's own biases", False),
+        ({"use_dora": True}, "has use_dora=True, for which PEFT computes no batch of rows", False),
+        ({"alora_invocation_tokens": [5]}, "has alora_invocation_tokens=.*does not hold", True),
+    ],
+)
+def test_adapters_whose_rows_would_be_others_are_refused(fields, match, attached, tmp_path):
+    model = two_adapters()
+    model.add_adapter("c", LORA(**{"target_modules": ["q_proj"], **fields}))
+    router = fitted(model, "default", "c")
+    if attached:
+        router.attach()
+    with pytest.raises(ValueError, match=f"Adapter 'c' {match}"):
+        router.save_pretrained(tmp_path / "routed") if attached else router.attach()
+    assert not (tmp_path / "routed").exists() and ("generate" in vars(model.get_base_model())) is attached
+    with pytest.raises(ValueError, match="Adapter 'x' has target_parameters="):  # as a folder's config says it
+        check_rows({"x": {"target_parameters": ["experts.down_proj"]}})
+
+
+def test_general_text_is_none_though_nothing_else_is():
+    router = TaskRouter(false_alarms=0)
+    for name, seed in (("a", 1), ("b", 2), ("none", 3)):
+        router.add_task(name, features(20, 40, seed))
+    general, strange = features(30, 40, 3)[20:], features(10, 40, 9)
+    assert set(router.route(general).names) == {"none"} and not router.familiarity(general).any()
+    assert "none" not in router.route(router.rows["a"]).names
+    router.remove_task("none")
+    assert "none" not in router.route(torch.cat([general, strange])).names
+
+
+def test_a_removed_task_is_gone_from_the_fit_that_was_there():
+    router, fresh = TaskRouter(), TaskRouter()
+    for name, seed in (("a", 1), ("b", 2), ("c", 3)):
+        router.add_task(name, features(20, 40, seed))
+        if name != "c":
+            fresh.add_task(name, features(20, 40, seed))
+    asked = features(9, 40, 3)
+    assert "c" in router.route(asked).names
+    router.remove_task("c")
+    names, probabilities = router.route(asked)
+    assert names == fresh.route(asked).names and torch.equal(probabilities, fresh.route(asked).probabilities)
+
+
+@pytest.mark.parametrize("mode", ["top1", "top2"])
+def test_beside_general_text_rows_go_to_tasks_alone(mode):
+    model = two_adapters()
+    router = fitted(model)
+    router.add_task("none", texts(tokens(*UNKNOWN)))
+    router.attach(mode=mode)
+    names = router.route(texts(TEST)).names
+    assert names[6:] == ["none", "none"] and set(names[:6]) == {"default", "b"}
+    with model.disable_adapter():
+        base = model(TEST).logits
+    routed = model(TEST).logits
+    torch.testing.assert_close(routed[6:], base[6:])
+    assert not torch.allclose(routed[:6], base[:6])
+    router.attach(mode=mode, none=False)  # to the likeliest task, which "none" is not
+    model(TEST)
+    assert set(router.last) <= {"default", "b"}
+    assert not torch.allclose(model(TEST).logits[6:], base[6:])
+
+
+def test_two_adapters_of_one_task_are_one_where_there_is_no_other():
+    model = two_adapters()
+    router = TaskRouter(model, Numbers(), layers=1)
+    router.add_task("b", texts(tokens(*A)))
+    router.attach(mode="top2", none=False)
+    torch.testing.assert_close(model(TEST).logits, model(TEST, adapter_names=["b"] * len(TEST)).logits)
+
+
+def test_a_base_that_gives_no_numbers_and_text_with_stand_ins_are_refused():
+    base = tiny_llama()
+    router = TaskRouter(base, Numbers(), layers=1)
+    base.model.layers[0].mlp.down_proj.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="of these prompts is not finite"):
+        router.add_task("a", ["5 6"])
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                              image_size=4, patch_size=2)  # fmt: skip
+    llava = LlavaConfig(vision_config=vision, text_config=tiny_llama().config, image_token_index=3)
+    with pytest.raises(ValueError, match="tokens that stand for images, .*give prompts without images"):
+        TaskRouter(LlavaForConditionalGeneration(llava), Numbers(), layers=1).add_task("a", ["3 3 5 6"])
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "match"),
+    [
+        ('{"version": 1, "tasks": []}', None, "does not hold a router"),
+        (b"\xff\xfe{", None, "does not hold a router"),
+        ("[" * 100_000, None, "does not hold a router"),
+        (None, {"a": torch.ones(4)}, "finite features"),
+        (None, {"a": torch.full((2, 3), float("nan"))}, "finite features"),
+        (None, {"a": torch.zeros(0, 3)}, "task 'a' has no rows"),
+        (None, {"a": torch.ones(2, 3), "b": torch.ones(2, 4)}, "of task 'b' have 4 dimensions"),
+        ('"version": 2', None, "has version 2, this release reads 1"),
+        ('"a": 3', None, "are not of the same save"),
+    ],
+)
+def test_a_damaged_router_is_refused(text, rows, match, tmp_path):
+    router = TaskRouter()
+    router.add_task("a", features(2, 3, 0))
+    router.save(tmp_path)
+    path = tmp_path / "router.json"
+    if rows is not None:
+        save_file(rows, tmp_path / "router.safetensors")
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"tasks": {name: len(x) for name, x in rows.items()}}))
+    elif isinstance(text, bytes):
+        path.write_bytes(text)
+    elif text.startswith('"'):
+        name = text.partition(":")[0]
+        end = "" if name == '"a"' else ","
+        lines = [f"{text}{end}" if name in line else line for line in path.read_text().splitlines()]
+        path.write_text("\n".join(lines))
+    else:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=match):
+        TaskRouter.load(tmp_path)
+
+
+def test_weights_without_a_config_are_not_taken_for_an_earlier_save(tmp_path):
+    model = two_adapters()
+    router = fitted(model)
+    router.attach()
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FileExistsError, match="holds an adapter, which would be deleted"):
+        router.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == {"x"}
+
+
+def test_a_folder_with_an_adapter_of_the_name_that_it_gets_says_so(tmp_path):
+    model = two_adapters()
+    router = fitted(model)
+    router.attach()
+    router.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has an adapter named 'b': open it under another name"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="b")

@@ -34,7 +34,7 @@ from peft_mora.inputs import (
     visit,
 )
 from peft_mora.json_lines import read_jsonl
-from peft_mora.sampling import ROWS, check_writes, continued, start_of
+from peft_mora.sampling import ROWS, check_writes, continued, ends_of, start_of
 
 from .subspace import Subspace
 
@@ -270,7 +270,8 @@ def sample(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Batch
             if turns is not None and talks:
                 before, between = turns
                 asked = continued(model, tokenizer, [before] * talks, len(before) + length // 4, stop=True)
-                ids = [row.tolist() + between for row in asked]
+                ends = ends_of(model, tokenizer)  # where the user's turn came to one of the model's, it is over, too
+                ids = [row[: len(row) - (int(row[-1]) in ends)].tolist() + between for row in asked]
                 batches.append(right_padded(continued(model, tokenizer, ids, length)))
             left -= rows
     return batches
