@@ -96,8 +96,8 @@ def _outputs(
         with eval_mode(model):
             for batch in batches:
                 output = model(**batch)
-                found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-                found = output[0] if found is None else found  # the states of a model without a head
+                logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+                found: Tensor = output[0] if logits is None else logits  # the states of a model without a head
                 mask = batch.get("attention_mask")
                 of_tokens = mask is not None and found.shape[:2] == mask.shape  # a classifier's are of rows
                 yield (found[mask.to(found.device).bool()] if of_tokens else found).cpu()
