@@ -99,8 +99,9 @@ def _outputs(
                 logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
                 found: Tensor = output[0] if logits is None else logits  # the states of a model without a head
                 mask = batch.get("attention_mask")
-                of_tokens = mask is not None and found.shape[:2] == mask.shape  # a classifier's are of rows
-                yield (found[mask.to(found.device).bool()] if of_tokens else found).cpu()
+                if mask is not None and found.shape[:2] == mask.shape:  # a classifier's are of rows
+                    found = found[mask.to(found.device).bool()]
+                yield found.cpu()
     finally:
         for counter in counters:
             counter.meter.paused = False
