@@ -645,6 +645,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
 
 def bits_of(weight: Tensor) -> tuple[torch.dtype, int]:
     """A weight's dtype, and the sum of its elements' bits, read as integers: whatever the order, it is the same."""
+    weight = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor, this process's part
     as_integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return weight.dtype, int(weight.contiguous().view(as_integer).sum(dtype=torch.int64))
 
@@ -684,10 +685,12 @@ class AdapterModel(BaseTuner):
             before = copy.deepcopy(config)
             vars(before).update(made)
             self.peft_config.update(dict.fromkeys(others, before))
+        there = any(adapter_name in m.r for m in model.modules() if isinstance(m, AdapterLinear))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            taken_out(model, adapter_name)
+            if not there:
+                taken_out(model, adapter_name)
             raise
         for module in towers(model):
             if isinstance(module, AdapterLinear):

@@ -201,7 +201,7 @@ def adapter_info(folder: str | Path) -> AdapterInfo:
         # What it says of single modules does not matter here, and need not fit a layer of any size.
         plainly = replace(own, **{f.name: {} for f in fields(own) if isinstance(getattr(own, f.name), dict)})
         check_field(own.r <= MOST, "r", own.r, f"a rank up to {MOST:,}")
-        plainly = replace(plainly, **{name: 1 for name in ("ups",) if hasattr(own, name)})
+        plainly = replace(plainly, ups=1) if hasattr(own, "ups") else plainly
         layer = empty_layer(plainly, "", 8, 8)  # of no size that a file says
         merges, routed = layer.is_static("default"), getattr(layer, "is_routed", lambda _: False)("default")
         refusal = "" if merges else layer.lora_refusal("default") or layer.merge_refusal

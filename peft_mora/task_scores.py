@@ -96,7 +96,8 @@ class Scores:
         # get below 1 / (1 + rows).
         width = self.known.square().mean().sqrt().clamp_min(1e-6)
         beyond = torch.special.log_ndtr(familiarity / width) - torch.special.log_ndtr(self.known[0] / width)
-        usual = (1 + rank).double().where(rank > 0, beyond.clamp_max(0).exp()) / (1 + len(self.known))
+        far = beyond.clamp_max(0).exp().clamp_min(1e-300)  # 0 is what general text has
+        usual = (1 + rank).double().where(rank > 0, far) / (1 + len(self.known))
         return best, usual.where(s.argmax(dim=1) < len(self.spans), torch.zeros_like(usual))
 
     def _familiarity(self, pairs: Tensor, task: Tensor) -> Tensor:

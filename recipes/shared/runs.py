@@ -212,9 +212,10 @@ class Rows:
         return row if row is not None and all(row[name] for name in columns) else None
 
     def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        """A row, in the place of the one that has its key."""
+        """A row, at the end; what was there of its key goes."""
         row = {name: str({**key, **values}.get(name, "")) for name in self.columns}
-        self.rows[:] = [*(other for other in self.rows if other is not self.find(key)), row]
+        before = self.find(key)
+        self.rows[:] = [*(other for other in self.rows if other is not before), row]
         write_csv(self.path, self.rows)
         print("  ".join(row[name] for name in self.key if row[name]), "->", *(
             f"{name} {float(row[name]):.3f}" for name in self.shown if row[name]
