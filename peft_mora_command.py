@@ -401,7 +401,14 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
         for name in args.remove:
             router.remove_task(name)
         for name, prompts in new.items():
+            if name in router.tasks:
+                raise ValueError(f"The router has a task {name!r} already: --remove {name} forgets it first.")
             router.add_task(name, prompts)
+        if unknown := adapters.keys() - set(router.tasks):
+            raise ValueError(
+                f"The router has no task {', '.join(map(repr, sorted(unknown)))}, but {', '.join(router.tasks)}: "
+                "--add TASK=FILE teaches it one, or leave its adapter out."
+            )
         if new or args.remove:
             router.save(args.router)
         if new or args.remove or not (texts or adapters):
@@ -411,11 +418,6 @@ router as one folder, which PEFT, pipeline and lm-eval open as they open an adap
             for text, name, row in zip(texts, routes.names, routes.probabilities.tolist(), strict=True):
                 print(f"{name}\t{max(row):.3f}\t{' '.join(text.split())}")
         if adapters:
-            if unknown := adapters.keys() - set(router.tasks):
-                raise ValueError(
-                    f"The router has no task {', '.join(map(repr, sorted(unknown)))}, but {', '.join(router.tasks)}: "
-                    "--add TASK=FILE teaches it one, or leave its adapter out."
-                )
             own = module_names(adapters, router.tasks)
             for name, folder in adapters.items():
                 model = with_adapter(model, folder, own[name])

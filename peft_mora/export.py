@@ -24,7 +24,8 @@ from . import registry
 from .base import AdapterLinear, check_in_memory
 from .checks import check_field, is_int, is_number, listed
 from .experts import ExpertWeights
-from .inputs import base_of, eval_mode, parts, real_rows, removed_after, visit, writes_text
+from .files import check_new
+from .inputs import base_of, eval_mode, parts, real_rows, removed_after, trainable_as_before, visit, writes_text
 from .linalg import reduced_rank_regression
 from .lora_file import Lora, check_finite, write_lora
 from .quantization import dequantized, save_plain
@@ -196,7 +197,7 @@ def effect_error(
         for batch in batches:
             adapter, mask = logits(batch), batch.get("attention_mask")
             real = torch.arange(len(adapter)) if mask is None else mask.flatten().nonzero().squeeze(1)
-            with model.disable_adapter():
+            with trainable_as_before(model), model.disable_adapter():
                 effect += _compared(logits(batch), adapter, real)
                 hooks = [layer.register_forward_hook(add_lora(loras[name])) for name, layer in layers.items()]
                 with removed_after(hooks):
@@ -280,12 +281,20 @@ def save_base(
     Raises:
         ValueError: the model is not quantised. FileExistsError: `output` exists.
     """
-    name = model.config.name_or_path
+    check_copy(model, output)
+    save_plain(dequantized(model, dtype), output, model.config.name_or_path, adapter)
+
+
+def check_copy(model: Any, output: str | Path) -> None:
+    """Refuse a copy of a base, before the model is changed.
+
+    Raises:
+        ValueError: the model is not quantised. FileExistsError: `output` exists.
+    """
     if getattr(model, "hf_quantizer", None) is None:
+        name = model.config.name_or_path
         raise ValueError(f"{name} is not quantised, so a server loads it as it is: leave out the copy of the base.")
-    if Path(output).exists():  # before the model is changed
-        raise FileExistsError(f"{output} exists: delete it or write to another folder.")
-    save_plain(dequantized(model, dtype), output, name, adapter)
+    check_new(output)
 
 
 def save_with_base(
@@ -301,6 +310,7 @@ def save_with_base(
         FileExistsError: one of the folders exists.
     """
     check_apart(folder, base_folder)
+    check_copy(base_of(model), base_folder)
     base = Path(base_folder).resolve()
     config = save_lora(model, loras, folder, base=base)
     try:
@@ -317,9 +327,15 @@ def check_alike(layers: Mapping[str, Any], loras: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming a module.
     """
-    if differs := sorted(layers.keys() ^ loras.keys()):
+    differs = layers.keys() ^ loras.keys()
+    for name in layers.keys() & loras.keys():
+        (A, B), layer = loras[name], layers[name]
+        wanted = (layer.in_features, layer.out_features)
+        if (A.shape[1], len(B)) != wanted:
+            differs.add(name)
+    if differs:
         raise ValueError(
-            f"The adapter has {len(layers)} modules, and there are {len(loras)} LoRAs, not alike in {differs[0]!r}: "
+            f"The adapter has {len(layers)} modules, and there are {len(loras)} LoRAs, not alike in {min(differs)!r}: "
             "what it does there would be lost. Give those of exact_lora or fit_lora as they are."
         )
 

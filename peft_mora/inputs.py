@@ -257,22 +257,26 @@ class LatestMask:
     def watch(self, modules: Iterable[nn.Module]) -> None:
         """Look at the mask of each call of modules that take one.
 
-        A mask that is not (B, S), such as (B, 1, S, S), changes nothing: a module further out has had the other one.
+        A mask that is not (B, S), such as (B, 1, S, S), changes nothing where a module further out has had the other
+        one; the outermost has none then.
         The innermost of them recall theirs: a model's output holds its encoder's too, whose mask is another.
         """
         names = {module: list(inspect.signature(module.forward).parameters) for module in modules}
         takes = {module: found.index("attention_mask") for module, found in names.items() if "attention_mask" in found}
+        inner = {part for module in takes for part in module.modules() if part is not module}
         for module, place in takes.items():
-            hook = partial(self._see, place)
+            hook = partial(self._see, place, module not in inner)
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            if not any(inner in takes for inner in module.modules() if inner is not module):
+            if not any(part in takes for part in module.modules() if part is not module):
                 self.handles.append(module.register_forward_hook(self._recall, with_kwargs=True))
 
-    def _see(self, place: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get("attention_mask", args[place] if place < len(args) else None)
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+    def _see(self, place: int, outermost: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = kwargs.get("attention_mask", args[place] if place < len(args) else None)
+        mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
+        if given is not None and mask is None and not outermost:
             return
-        found = next((t for t in (mask, *args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        others = (t for t in (*args, *kwargs.values()) if t is not given)
+        found = next((t for t in (mask, *others) if isinstance(t, Tensor)), None)
         if found is None:
             return
         sequences: list[tuple[torch.Size, Tensor | None]] = [(found.shape[:2], None if mask is None else mask.bool())]
@@ -353,6 +357,13 @@ def trainable_as_before(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, trainable in before:
             parameter.requires_grad = trainable
+
+
+def modules_back(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    """Put a model's modules where they were, by name, from the outside in."""
+    for name, module in before.items():
+        if name and model.get_submodule(name) is not module:
+            model.set_submodule(name, module)
 
 
 def generating_by(model: Any, config: Any) -> AbstractContextManager[None]:

@@ -169,7 +169,8 @@ def contrast_directions(new: Tensor, old: Tensor, V: Tensor, count: int, ridge: 
     N = torch.linalg.qr(V, mode="complete")[0][:, held:] if held else eye  # (I, I - k) the complement
     old = N.T @ (old + ridge / size * eye) @ N
     L = torch.linalg.cholesky(old)
-    half = torch.linalg.solve_triangular(L, N.T @ (new / new.trace()) @ N, upper=False)
+    new = new / new.trace() if new.trace() > 0 else new  # of no input any direction is as good
+    half = torch.linalg.solve_triangular(L, N.T @ new @ N, upper=False)
     ratio = torch.linalg.solve_triangular(L, half.T, upper=False)
     vectors = torch.linalg.eigh((ratio + ratio.T) / 2)[1].flip(1)[:, :count]
     found = torch.linalg.qr(N @ torch.linalg.solve_triangular(L.T, vectors, upper=True))[0]
@@ -195,8 +196,8 @@ def weakest_directions(covariance: Tensor, count: int, near: Tensor) -> Tensor:
     if last == count:
         return vectors[:, :count]
     equal = vectors[:, first:last]
-    rest = torch.linalg.qr(equal @ (equal.T @ near.T))[0][:, : count - first]
-    return torch.cat([vectors[:, :first], rest], dim=1)
+    rest = torch.linalg.qr(equal.T @ near.T, mode="complete")[0][:, : count - first]  # whatever near's part is
+    return torch.cat([vectors[:, :first], equal @ rest], dim=1)
 
 
 def reduced_rank_regression(xx: Tensor, xz: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:

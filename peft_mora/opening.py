@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from . import registry
+from .inputs import modules_back
 from .lora_file import check_base_kept
 
 
@@ -58,8 +59,29 @@ def with_adapter(model: Any, folder: str | Path, name: str = "default") -> PeftM
 
     Raises:
         ValueError: its weights are not those of this base's modules, or their file is damaged; it, or an adapter that
-            is there, has changed the base for the other (PiSSA).
+            is there, has changed the base for the other (PiSSA); the model has an adapter of that name. The model is
+            as it was then.
     """
+    there = isinstance(model, PeftModel)
+    if there and name in model.peft_config:
+        raise ValueError(
+            f"The model has an adapter {name!r} already, whose config would stay: give another name, or "
+            f"model.delete_adapter({name!r}) first."
+        )
+    modules, described = {} if there else dict(model.named_modules()), "peft_config" in vars(model)
+    try:
+        return _opened(model, folder, name)
+    except Exception:
+        if there and name in model.peft_config:
+            model.delete_adapter(name)
+        elif not there:
+            modules_back(model, modules)
+            if not described:
+                vars(model).pop("peft_config", None)
+        raise
+
+
+def _opened(model: Any, folder: str | Path, name: str) -> PeftModel:
     try:
         if not isinstance(model, PeftModel):
             with warnings.catch_warnings():

@@ -123,11 +123,12 @@ def save_plain(
     with whole_folder(output) as folder:
         model.save_pretrained(folder, **options)
         try:
-            options = {} if own else revision
-            load_tokenizer(adapter if own else base, **options).save_pretrained(folder)
+            tokenizer = load_tokenizer(adapter if own else base, **({} if own else revision))
         except (OSError, ValueError):  # a base without a tokenizer is one without
             if own:
                 raise
+        else:
+            tokenizer.save_pretrained(folder)
 
 
 class FourBit(NamedTuple):

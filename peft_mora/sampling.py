@@ -57,7 +57,7 @@ def continued(model: Any, tokenizer: Any, prompts: list[list[int]], length: int,
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     batch = left_padded([torch.tensor(row) for row in prompts], end)
     ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-    new = length - min(map(len, prompts))
+    new, ends = length - min(map(len, prompts)), ends_of(model, tokenizer)
     base = base_of(model)
     plain = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=end, max_new_tokens=new,
@@ -69,6 +69,8 @@ def continued(model: Any, tokenizer: Any, prompts: list[list[int]], length: int,
     rows = []
     for row, prompt in zip(out.tolist(), prompts, strict=True):
         added = row[ids.shape[1] :]
-        added = added[: added.index(end)] if stop and end in added else added
+        over = next((i for i, token in enumerate(added) if token in ends), None) if stop else None
+        if over is not None:
+            added = added[: over + (added[over] != tokenizer.eos_token_id)]
         rows.append(torch.tensor((prompt + added)[:length]))
     return rows

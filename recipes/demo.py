@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -69,10 +68,7 @@ def peak_mib(device: str) -> float:
     """Most memory since start_peak: of tensors on a GPU, of the whole process on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+    return runs.resident_mib()
 
 
 def main() -> None:
@@ -125,7 +121,8 @@ def main() -> None:
     print(*verdicts, sep="\n")
     print(f"Saved in {output}: " + ", ".join(f"{method}-{name}" for method in args.method))
     print("Evaluate one again with plain lm-eval:")
-    print(" ", scores.plain_lm_eval(base, folder, [task_name], tasks, args.device))
+    more = f" --limit {args.limit}" if args.limit else ""
+    print(" ", scores.plain_lm_eval(base, folder, [task_name], tasks, args.device) + more)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=runs.count, default=8, help="samples a step (%(default)s)")
     parser.add_argument("--tokens", type=runs.count, default=512, help="of each sample (%(default)s)")
     parser.add_argument("--steps", type=runs.count, default=10, help="timed, after three others (%(default)s)")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu only to try it (%(default)s)")
+    parser.add_argument(
+        "--device", type=device, default="cuda", help="cuda, cuda:1, …; cpu only to try it (%(default)s)"
+    )
     parser.add_argument("--output", type=runs.folder, default="out/gpu_report", metavar="DIR", help="(%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if twice := next((name for name in args.methods if args.methods.count(name) > 1), None):
+        parser.error(f"--methods: {twice} is there twice; name each once")
+    return args
+
+
+def device(text: str) -> str:
+    """As the type of an argument; whether there is a card is asked later."""
+    try:
+        torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch: cuda, cuda:1, cpu") from error
+    return text
 
 
 def make_base(shape: str, device: str) -> tuple[Any, str]:

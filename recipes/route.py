@@ -90,6 +90,8 @@ def parse() -> argparse.Namespace:
     if not (args.ways or args.bank or args.others or args.look):
         parser.error("--ways without a way: name some, or give --bank or --others")
     args.ways = list(dict.fromkeys(args.ways))
+    if "none" in args.tasks:
+        parser.error("--tasks: a task named none would be what a router calls rows of no task: give it another name")
     rows = [*WAYS, *(name for name, _ in args.others)]
     if len(args.prompts) > 1 and not args.look:
         parser.error("--prompts takes several numbers with --look only: a run fits with one")
@@ -189,7 +191,8 @@ def look(
                     for name, features in known.items()
                     for one in router.route(features[i][draws[name][count:]]).names
                 ]
-                unseen = [share_none(fit(known, name), known[name][i]) for name in known]
+                one_of = known if len(known) > 1 else {}  # with one task no other is left to know
+                unseen = [share_none(fit(known, name), known[name][i]) for name in one_of]
                 rows.append(
                     {
                         "layer": layer, "prompts": count, "seed": seed,
@@ -197,7 +200,8 @@ def look(
                         "bare": right(router, bare, none=False),
                         "bare, fitted bare": right(fit(bare), bare, none=False),
                         **{f"none: {name}": share_none(router, features[i]) for name, features in strange.items()},
-                        "none: unseen task": statistics.mean(unseen), "its worst": min(unseen),
+                        "none: unseen task": statistics.mean(unseen) if unseen else "",
+                        "its worst": min(unseen, default=""),
                     }
                 )  # fmt: skip
     table = Table(*rows[0], title=f"routing alone, {len(tasks)} tasks")
@@ -366,7 +370,9 @@ def main() -> None:
             raise SystemExit(f"--look --prompts {most} leaves none of {task['name']}'s {pool} to look at: give fewer")
     for folder in (args.bank, *(folder for _, folder in args.others)):
         if folder:
-            PeftConfig.from_pretrained(folder)  # before minutes of other ways
+            found: Any = PeftConfig.from_pretrained(folder)  # before minutes of other ways
+            if folder == args.bank and (lacks := set(args.tasks) - set(getattr(found, "tasks", ()))):
+                raise SystemExit(f"--bank {folder} is no MORA adapter that has learnt {', '.join(sorted(lacks))}")
     unknown = unknown_texts(args)
     passages = read_texts(args.perplexity, 400) if args.perplexity else []
     general = read_texts(args.general, 64) if args.general else []

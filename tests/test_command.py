@@ -663,3 +663,33 @@ def test_info_allocates_nothing_of_the_size_that_a_file_says(llama_folder, here)
     path.write_text(json.dumps(config | {"r": 10**9}))
     with pytest.raises(ValueError, match="`r` must be a rank up to 65,536"):
         adapter_info("pets")
+
+
+def test_an_adapter_that_does_not_open_leaves_the_model_as_it_was(tmp_path):
+    adapted("lori", base=tiny_llama(), alpha=64).save_pretrained(tmp_path / "right")
+    found = load_file(tmp_path / "right/adapter_model.safetensors")
+    shutil.copytree(tmp_path / "right", tmp_path / "less")
+    found.pop(next(key for key in found if "lori_B" in key))
+    save_file(found, tmp_path / "less/adapter_model.safetensors")
+    model = adapted("lori", alpha=8)
+    ids = torch.arange(4, 24).view(4, 5)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="has an adapter 'default' already, whose config would stay"):
+        with_adapter(model, tmp_path / "right")
+    with pytest.raises(ValueError, match="has nothing in the file for"):
+        with_adapter(model, tmp_path / "less", "other")
+    assert list(model.peft_config) == ["default"] and torch.equal(model(ids).logits, before)
+    bare = tiny_llama()
+    modules = dict(bare.named_modules())
+    with pytest.raises(ValueError, match="has nothing in the file for"):
+        with_adapter(bare, tmp_path / "less")
+    assert dict(bare.named_modules()) == modules and not hasattr(bare, "peft_config")
+    config = LlamaConfig(**{**tiny_llama().config.to_dict(), "hidden_size": 32})
+    narrow = AutoModelForCausalLM.from_config(config)
+    modules = dict(narrow.named_modules())
+    with pytest.raises(ValueError, match="is of another base"):
+        with_adapter(narrow, tmp_path / "right")
+    assert dict(narrow.named_modules()) == modules
+    opened, beside = with_adapter(bare, tmp_path / "right"), with_adapter(model, tmp_path / "right", "new")
+    beside.set_adapter("new")
+    assert torch.equal(opened.eval()(ids).logits, beside(ids).logits)

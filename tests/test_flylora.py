@@ -410,3 +410,16 @@ def test_a_projection_that_is_loaded_over_a_used_one_is_used():
         model.load_state_dict(other.state_dict())
         torch.testing.assert_close(model(input_ids=ids).logits, want)
     assert not torch.allclose(before, want, atol=1e-3)
+
+
+def test_a_mask_of_another_form_is_not_the_one_of_the_forward_before(inputs):
+    def moved(masked_before: bool) -> list[torch.Tensor]:
+        model = flylora(balance_rate=0.1)
+        if masked_before:
+            with torch.no_grad():
+                model.eval()(input_ids=inputs, attention_mask=torch.ones_like(inputs).tril())
+        whole = torch.ones(len(inputs), 1, inputs.shape[1], inputs.shape[1], dtype=torch.bool).tril()
+        model.train()(attention_mask=whole, input_ids=inputs, labels=inputs).loss.backward()
+        return offsets(model)
+
+    assert all(torch.equal(got, want) for got, want in zip(moved(True), moved(False), strict=True))

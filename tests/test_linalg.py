@@ -158,3 +158,24 @@ def test_reduced_rank_regression_reaches_the_least_error_that_its_rank_allows(ra
     bound = (z - best).square().sum() + torch.linalg.svdvals(best)[rank:].square().sum()
     assert (z - x @ A.T @ C.T).square().sum().item() == pytest.approx(bound.item(), rel=1e-12)
     torch.testing.assert_close(C.T @ C, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("near", [torch.zeros(2, 6), torch.eye(6)[:1].repeat(2, 1)])
+def test_the_weakest_directions_are_weak_whatever_they_are_to_be_near(near):
+    covariance = torch.diag(torch.tensor([0.0, 0, 0, 0, 5, 9], dtype=torch.float64))
+    found = linalg.weakest_directions(covariance, 2, near.double())
+    torch.testing.assert_close(found.T @ found, torch.eye(2, dtype=torch.float64))
+    assert (covariance @ found).abs().max() < 1e-8
+
+
+def test_directions_of_no_input_are_directions_all_the_same():
+    old, V = torch.eye(6, dtype=torch.float64) / 6, torch.eye(6, dtype=torch.float64)[:, :2]
+    found = linalg.contrast_directions(torch.zeros(6, 6, dtype=torch.float64), old, V, 3)
+    torch.testing.assert_close(found.T @ found, torch.eye(3, dtype=torch.float64))
+    assert (V.T @ found).abs().max() < 1e-10
+
+
+def test_what_is_held_reaches_the_energy_alone():
+    C = torch.diag(torch.tensor([9.0, 1, 0.1, 0.1], dtype=torch.float64))
+    held = torch.eye(4, dtype=torch.float64)[:, :1]
+    assert linalg.leading_directions(C, 0.8, held=held).shape[1] == 0

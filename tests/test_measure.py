@@ -1,10 +1,15 @@
 """The programs of recipes/measure: what they count, and that they end."""
 
 import csv
+import subprocess
+import sys
 import threading
 
 import pytest
-from helpers import load_recipe
+import torch
+from helpers import RECIPES, load_recipe
+from shared import runs
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def test_bench_layers_counts_what_is_kept_and_what_acts(run_recipe, tmp_path):
@@ -47,3 +52,33 @@ def test_a_trainer_that_fails_ends_bench_training(run_recipe, monkeypatch, tmp_p
     thread.start()
     thread.join(60)
     assert ended
+
+
+@pytest.mark.parametrize("arm", ["base", "lora", "mora", "mtllora"])
+def test_the_products_that_bench_layers_states_are_those_that_are_made(arm):
+    recipe = load_recipe("measure/bench_layers")
+    base = torch.nn.Linear(48, 80, bias=False, dtype=torch.bfloat16)
+    layers = recipe.arms(base, 8, False)
+    layer = layers[arm if arm in layers else f"{arm} eager"]
+    x = torch.randn(5, 48, dtype=torch.bfloat16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    own = counter.get_total_flops() - (0 if arm == "base" else 2 * 5 * 48 * 80)
+    assert own / 5e6 == pytest.approx(recipe.megaflops(arm, 48, 80, 8), rel=0.02)
+
+
+def test_the_memory_of_a_child_is_not_its_parents():
+    big = torch.ones(2**27)  # half a GiB
+    program = f"import sys; sys.path.insert(0, {str(RECIPES)!r}); from shared import runs; print(runs.resident_mib())"
+    child = float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert child < runs.resident_mib() - 256 and big[0] == 1
+
+
+@pytest.mark.parametrize("text", ["greedy", ""])
+def test_a_matrix_that_is_none_is_refused_with_its_name(text, run_recipe, tmp_path):
+    path = tmp_path / "matrix.csv"
+    with pytest.raises(SystemExit, match="is no file"):
+        run_recipe("measure/forgetting", path)
+    path.write_text(f"after,a greedy,perplexity\nbase,0,5\na,{text},6\n")
+    with pytest.raises(SystemExit, match="matrix.csv has what is no score"):
+        run_recipe("measure/forgetting", path)

@@ -44,6 +44,7 @@ from transformers import (
 from peft_mora import export
 from peft_mora.export import effect_error, exact_lora, exportable_layers, fit_lora, lora_errors, save_lora
 from peft_mora.lora_file import Lora, read_lora
+from peft_mora.quantization import save_plain
 from trl_callbacks.subspace import Subspace
 
 
@@ -698,3 +699,35 @@ def test_inputs_that_say_nothing_are_refused_by_a_fit(inputs):
         fit_lora(model, [{"input_ids": inputs}], ridge=-1)
     with pytest.raises(ValueError, match="give a larger `ridge` than 0, or more text"):
         fit_lora(model, [{"input_ids": inputs[:1, :3]}], ridge=0)
+
+
+def test_measuring_leaves_a_frozen_adapter_frozen_and_takes_loras_of_its_sizes_alone(inputs, tmp_path):
+    adapted("lori").save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    loras = exact_lora(model)
+    assert effect_error(model, loras, [{"input_ids": inputs}]).error < 1e-3
+    assert not any(p.requires_grad for p in model.parameters())
+    name = next(iter(loras))
+    A, B = loras[name]
+    with pytest.raises(ValueError, match=f"not alike in {name!r}"):
+        save_lora(model, {**loras, name: Lora(A[:, 1:], B)}, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_base_that_is_not_copied_keeps_its_adapter(inputs, tmp_path):
+    model = adapted("lori")
+    before = model(inputs).logits
+    with pytest.raises(ValueError, match="is not quantised, so a server loads it as it is"):
+        export.save_with_base(model, exact_lora(model), tmp_path / "lora", tmp_path / "base", tmp_path)
+    assert torch.equal(model(inputs).logits, before) and not any(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_error(llama_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_plain(tiny_llama(), tmp_path / "whole", llama_folder)
+    assert not (tmp_path / "whole").exists()

@@ -1,18 +1,21 @@
 """What an adapter that has learnt whole texts writes itself, in the place of prompts."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
-from helpers import WORDS, randomize, tiny_gpt2
+from helpers import WORDS, randomize, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from peft_mora.inputs import batches_of
+from peft_mora.inputs import batches_of, seeded
 from peft_mora.merging import collect_inputs, merge_adapters
 from peft_mora.merging.inputs import Statistics, adapted, input_spreads
 from peft_mora.merging.written import learnt as learnt_of
 from peft_mora.merging.written import own_texts, surprises, written
+from peft_mora.sampling import continued
 
 
 def begins_texts(tokenizer):
@@ -258,3 +261,18 @@ def test_where_nothing_can_be_written_prompts_are_asked_for(writers, llama_folde
     with pytest.raises(ValueError, match="writes none"):
         collect_inputs(classifier, "self", folders[0])
     assert not (tmp_path / "out").exists() and Statistics.load(folders[0]) is None
+
+
+def test_a_tokenizer_without_an_end_cuts_no_text_at_its_first_token():
+    model = tiny_llama()
+    model.lm_head.weight.data.zero_()  # any token, as often
+    model.generation_config.eos_token_id = None
+    tokenizer = Mock(eos_token_id=None)
+    with seeded(0):
+        rows = continued(model, tokenizer, [[5]] * 40, 20, stop=True)
+    assert {len(row) for row in rows} == {20} and any((row == 0).any() for row in rows)
+    model.generation_config.eos_token_id = 7  # the model's own stays, and nothing behind it
+    with seeded(0):
+        rows = continued(model, tokenizer, [[5]] * 40, 20, stop=True)
+    ends = [row.tolist().index(7) for row in rows if 7 in row]
+    assert ends and all(len(row) == row.tolist().index(7) + 1 for row in rows if 7 in row)

@@ -601,6 +601,7 @@ WRONG = {  # a program: arguments, and what is said of them
         "--prompts 0": ONE, "--others told=x": "told would be two rows of one name",
         "--false-alarms nan": "'nan' is not a number in [0, 1)", "--prompts 8 16": "with --look only",
         "--prompts 1": "similar holds each prompt of a task against its others",
+        "--tasks none,museum": "a task named none would be what a router calls rows of no task",
     },
     "continual": {
         **dict.fromkeys(("--steps 0", "--batch-size 0", "--r x"), ONE), "--seeds -1": NONE,
@@ -610,10 +611,19 @@ WRONG = {  # a program: arguments, and what is said of them
     },
     "demo": {f"--output {__file__}": "is a file, and results go into a folder"},
     "measure/methods": {"--steps 0": ONE, "--rates 0": "'0' is not a finite number > 0"},
-    "measure/callbacks": {"--scenes mixed --ways prompt": "--scenes mixed has none of --ways"},
-    "gpu_report": {f"--output {__file__}": "is a file", "--steps 0": ONE, "--r 6": "6 has no quarter"},
+    "measure/callbacks": {
+        "--scenes mixed --ways prompt": "--scenes mixed has none of --ways",
+        "--steps 1": "--steps 1: lorasculpt takes half of it", "--r 1": "--r 1: growth takes half of it",
+    },
+    "gpu_report": {
+        f"--output {__file__}": "is a file", "--steps 0": ONE, "--r 6": "6 has no quarter",
+        "--device nonsense": "'nonsense' is no device of torch", "--methods mora lori mora": "mora is there twice",
+    },
     "measure/bench_layers": {"--repeats 1": "not an integer >= 2", "--r 2": "2 has no quarter"},
-    "measure/bench_merge": {"--rank 1.5": "'1.5' is not sum, an integer >= 1", "--layers 0": ONE},
+    "measure/bench_merge": {
+        "--rank 1.5": "'1.5' is not sum, an integer >= 1", "--layers 0": ONE,
+        f"--output {Path(__file__).parent}": "is a folder: name the CSV file",
+    },
     "measure/bench_training": {
         "--methods lora lora": "each once", "--steps 1": "at least 2, for the spread", "--r 6": "6 has no quarter",
     },
@@ -621,6 +631,7 @@ WRONG = {  # a program: arguments, and what is said of them
     "measure/protected_energy": {
         "--look self --energy 1.5": "'1.5' is not a share in (0, 1]",
         "--look self self": "--look: self would be the name of two",
+        "--look room.jsonl": "--look: room would be two columns of one name",
     },
     "measure/adapter_size": {
         "--sparsity 1.5": "'1.5' is not a number in [0, 1)", "--device cpu": "unrecognized arguments: --device",

@@ -26,7 +26,16 @@ from torch.nn.functional import kl_div
 from transformers import GenerationConfig
 
 from ..checks import check_field, is_int, is_number
-from ..inputs import contiguous_head, eval_mode, generating_by, left_padded, placeholders, removed_after, writes_text
+from ..inputs import (
+    contiguous_head,
+    eval_mode,
+    generating_by,
+    left_padded,
+    placeholders,
+    removed_after,
+    trainable_as_before,
+    writes_text,
+)
 from ..lora_file import Lora
 from ..sampling import ends_of
 from .report import bar
@@ -126,7 +135,7 @@ def lessons_of(
         for start in range(0, len(texts), batch_size):
             asked = texts[start : start + batch_size], lengths[start : start + batch_size], blocks
             each, states = answer_states(model, *asked)
-            with model.disable_adapter():
+            with trainable_as_before(model), model.disable_adapter():
                 plain = answer_states(model, *asked)[1] if blocks else states
             for ids, logits, with_it, without in zip(asked[0], each, states, plain, strict=True):
                 top = logits.topk(min(TOP, logits.shape[-1] - 1), dim=-1).indices

@@ -35,6 +35,7 @@ from ..inputs import (
     check_length,
     check_text,
     load_tokenizer,
+    modules_back,
     parts,
     real_rows,
     seeded,
@@ -262,9 +263,7 @@ def adapted(model: nn.Module, folder: str | Path, trainable: bool = False) -> It
             for found, own in hooks:
                 found.clear()
                 found.update(own)
-            for name, module in before.items():  # from the outside in: also where an adapter broke off in loading
-                if name and model.get_submodule(name) is not module:
-                    model.set_submodule(name, module)
+            modules_back(model, before)  # also where an adapter broke off in loading
             if not described:
                 vars(model).pop("peft_config", None)
             for module, training in modes:

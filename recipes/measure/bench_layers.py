@@ -30,6 +30,8 @@ sys.path.append(str(Path(__file__).parent.parent))  # of `shared`
 from shared import runs
 from shared.training import BENCH, bench_config, bench_rank
 
+from peft_mora import MtlLoraConfig
+
 
 SHAPES = {  # in and out features of q_proj and of up_proj
     "smollm2": ((576, 576), (576, 1536)),
@@ -76,6 +78,8 @@ def megaflops(arm: str, inputs: int, outputs: int, r: int) -> float:
     down, up = inputs * r, outputs * r
     if arm.startswith("lori-s"):
         up *= 0.1
+    if arm.startswith("mtllora"):
+        down, up = down + r * r, up * MtlLoraConfig.ups  # Λ, and each of the up-projections
     if arm.startswith("flylora"):
         down, up = down / 4, up / 4
     if arm.startswith("smora"):

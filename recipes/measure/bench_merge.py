@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -61,7 +60,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=runs.count, default=2, help="(%(default)s)")
     parser.add_argument("--output", default="out/bench_merge.csv", metavar="CSV", help="(%(default)s)")
     parser.add_argument("--one", nargs=2, metavar=("RULE", "FOLDER"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if Path(args.output).is_dir():
+        parser.error(f"--output {args.output} is a folder: name the CSV file")
+    return args
 
 
 def write_adapters(folder: Path, args: argparse.Namespace) -> None:
@@ -89,13 +91,13 @@ def run_one(rule: str, folder: Path, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     rank = args.r if rule in ("lego", "opcm") and args.rank == "sum" else args.rank  # k clusters, or a budget
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = runs.resident_mib()
     start, processor = time.perf_counter(), time.process_time()
     report = merge_adapters(sorted(folder.glob("task*")), rule, rank=rank, output=folder / rule)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = runs.resident_mib()
     row = {"rule": report.rule, "rank": report.rank, "seconds": round(seconds, 1), "processor": round(processor, 1)}
-    print(json.dumps({**row, "peak GiB": round(peak / 2**20, 2), "of that imports": round(before / 2**20, 2)}))
+    print(json.dumps({**row, "peak GiB": round(peak / 2**10, 2), "of that imports": round(before / 2**10, 2)}))
 
 
 def peft_svd(args: argparse.Namespace) -> tuple[float, float]:

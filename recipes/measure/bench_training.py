@@ -168,7 +168,7 @@ def memory(method: str, args: argparse.Namespace) -> dict[str, float]:
         "peak_mib": (still + step) / 2**20,
         "step_mib": step / 2**20,
         "optimizer_mib": sum(t.nbytes for t in state) / 2**20,
-        "rss_mib": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10,
+        "rss_mib": runs.resident_mib(),
     }
 
 

@@ -41,6 +41,8 @@ def parse() -> argparse.Namespace:
 
 def read(path: Path, metric: str) -> tuple[list[str], list[list[float]], list[float]]:
     """Tasks, their scores (stages, tasks) after each was learnt, and perplexity by the first row's, if it is there."""
+    if not path.is_file():
+        raise SystemExit(f"{path} is no file: give the matrix.csv of a run of continual.py")
     with open(path, newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))
     if len(lines) < 3:
@@ -50,8 +52,11 @@ def read(path: Path, metric: str) -> tuple[list[str], list[list[float]], list[fl
     if not places:
         raise SystemExit(f"{path} has no column of {metric!r}; it has {', '.join(head[1:])}")
     general = next((i for i, name in enumerate(head) if "perplexity" in name), None)
-    scores = [[float(row[i]) for i in places] for row in rows]
-    ratios = [float(row[general]) / float(first[general]) for row in rows] if general is not None else []
+    try:
+        scores = [[float(row[i]) for i in places] for row in rows]
+        ratios = [float(row[general]) / float(first[general]) for row in rows] if general is not None else []
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise SystemExit(f"{path} has what is no score ({error}): give the matrix.csv of a whole run") from error
     return [head[i].removesuffix(f" {metric}") for i in places], scores, ratios
 
 

@@ -30,6 +30,9 @@ from shared import runs
 from shared.base_model import find_base, load_base
 
 
+COLUMNS = ("source", "tokens", "energy", "directions", "room")
+
+
 def parse() -> argparse.Namespace:
     parser = runs.parser(__doc__, output="out/protected_energy")
     add = parser.add_argument
@@ -43,6 +46,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     for option, sources in (("--protect", args.protect), ("--look", args.look)):
         names = [title(source) for source in sources]
+        if option == "--look" and (taken := next((name for name in names if name in COLUMNS), None)):
+            parser.error(f"{option}: {taken} would be two columns of one name: rename the file")
         if twice := next((name for name in names if names.count(name) > 1), None):
             parser.error(f"{option}: {twice} would be the name of two: rename a file")
     return args
@@ -76,7 +81,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for source in args.protect:
         for tokens in args.tokens:
-            found = input_statistics(model, layers, text(source, tokens, model, tokenizer, seed=0)).all()
+            batches = text(source, tokens, model, tokenizer, seed=0)
+            found = input_statistics(model, layers, batches).all()
+            there = sum(int(batch["attention_mask"].sum()) for batch in batches)  # a file may have less, self in rows
             ranks: dict[float, list[float]] = {energy: [] for energy in args.energy}
             room: dict[float, list[float]] = {energy: [] for energy in args.energy}
             held: dict[tuple[float, str], list[float]] = {(e, name): [] for e in args.energy for name in names}
@@ -93,8 +100,11 @@ def main() -> None:
                     for name, share in shares.items():
                         held[energy, name].append(float(share[k - 1]))
             for energy in args.energy:
-                row = {"source": title(source), "tokens": tokens, "energy": energy}
-                row |= {"directions": fmean(ranks[energy]), "room": fmean(room[energy])}
+                row = dict(
+                    zip(
+                        COLUMNS, (title(source), there, energy, fmean(ranks[energy]), fmean(room[energy])), strict=True
+                    )
+                )
                 for name in names:
                     least = sorted(held[energy, name])[: max(1, len(found) // 10)]
                     row |= {name: fmean(held[energy, name]), f"{name}, least tenth": fmean(least)}

@@ -134,7 +134,12 @@ def claim(output: Path, args: argparse.Namespace, *free: str, **content: str) ->
 def check_program(output: Path) -> dict[str, Any]:
     """What a run's `run.json` says, {} where there is none; refuse another program's, which could not go on then."""
     path = output / "run.json"
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(there, dict):
+            raise ValueError(f"a {type(there).__name__}")
+    except ValueError as error:  # JSON's and Unicode's are
+        raise SystemExit(f"{path} is damaged ({error}): delete the run, or give another --output") from error
     if there.get("program", program()) != program():
         raise SystemExit(f"{output} is a run of {there['program']}, not of {program()}; give another --output")
     return there
@@ -142,6 +147,16 @@ def check_program(output: Path) -> dict[str, Any]:
 
 def program() -> str:
     return Path(sys.argv[0]).name
+
+
+def resident_mib() -> float:
+    """The most memory that this process has had, in MiB. On Linux `ru_maxrss` is its parent's too."""
+    status = Path("/proc/self/status")
+    if status.exists() and "VmHWM:" in (text := status.read_text()):
+        return int(text.split("VmHWM:")[1].split()[0]) / 2**10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
 def digest(what: Any) -> str:
