@@ -141,3 +141,11 @@ def test_what_it_is_to_start_from_is_looked_for_before_the_first_step(llama_fold
         LoriCalibrationCallback(onto=3)
     with pytest.raises(ValueError, match="`adapter_name` must be"):
         LoriCalibrationCallback(adapter_name=None)
+
+
+def test_a_run_as_long_as_the_calibration_is_refused_before_its_first_step(llama_folder, tmp_path):
+    run = sft(quantized(llama_folder), llama_folder, tmp_path, LoriConfig(r=4, target_modules="all-linear"),
+              [LoriCalibrationCallback(0.75, calibration_steps=3)], max_steps=3)  # fmt: skip
+    with pytest.raises(ValueError, match="calibration_steps"):
+        run.train()
+    assert run.state.global_step == 0

@@ -236,6 +236,10 @@ def test_new_ranks_leave_the_update_and_the_scale_as_they_are(rslora):
     for name, pair in pairs(model).items():
         assert len(pair.A) == pair.layer.r["default"] == 5
         assert 0 < pair.A[2:].abs().max() <= pair.A.shape[1] ** -0.5
+        down, up, r = pair.layer.lora_A["default"], pair.layer.lora_B["default"], 5
+        assert down.out_features == up.in_features == r
+        alpha = pair.layer.lora_alpha["default"]
+        assert alpha / (r**0.5 if rslora else r) == pytest.approx(pair.layer.scaling["default"])
         torch.testing.assert_close((pair.B @ pair.A).detach(), before[name])
     assert [pair.layer.scaling["default"] for pair in pairs(model).values()] == scales
     config = model.peft_config["default"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_mora import base, use_exact_4bit_kernels
 from peft_mora.base import AdapterLinear
-from peft_mora.quantization import dequantized
+from peft_mora.quantization import dequantized, frozen_base
 from trl_callbacks.factors import base_weight
 
 
@@ -162,3 +162,21 @@ def test_8_bit_layers_that_keep_their_weight_train_and_are_not_read(llama_folder
             attempt()
     assert torch.equal(model(inputs).logits, want)
     assert gradients(model.train(), inputs)
+
+
+def test_a_base_is_read_only_where_it_computes_as_its_weight_says():
+    x = torch.randn(2, 3)
+    layer = nn.Linear(3, 4).requires_grad_(False)
+    assert frozen_base(layer, x) is not None
+    assert frozen_base(layer, x.double()) is None  # of another dtype
+    layer.bias.requires_grad_(True)
+    assert frozen_base(layer, x) is None  # the bias trains
+    layer.bias.requires_grad_(False)
+    layer.weight.requires_grad_(True)
+    assert frozen_base(layer, x) is None
+
+    class Own(nn.Parameter):
+        pass
+
+    layer.weight = Own(layer.weight.detach(), requires_grad=False)
+    assert frozen_base(layer, x) is None  # of a class that may compute otherwise

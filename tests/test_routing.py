@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from peft_mora.routing import softmax_gate
+from peft_mora.routing import selection_loss, selection_loss_backward, sigmoid_gate, softmax_gate
 
 
 def reference_gate(h: torch.Tensor, top_k: int, temperature: float, threshold: float) -> torch.Tensor:
@@ -54,3 +54,21 @@ def test_a_token_that_wakes_nobody_has_finite_weights_and_gradients():
     (weights * h).sum().backward()
     assert torch.isfinite(weights).all() and torch.isfinite(h.grad).all()
     assert math.isclose(weights[0].sum().item(), 1, rel_tol=1e-6)
+
+
+def test_a_batch_of_padding_alone_costs_nothing_and_has_finite_gradients():
+    h = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    G = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1).requires_grad_()
+    none = torch.zeros(4, 1, dtype=torch.bool)
+    loss = selection_loss(h, G, 2, 0.5, 0.5, none)
+    loss.backward()
+    assert loss == 0 and not h.grad.any() and not G.grad.any()
+    assert all(not grad.any() for grad in selection_loss_backward(h.detach(), G.detach(), 2, 0.5, 0.5, none))
+
+
+def test_scores_far_below_zero_still_choose_and_never_give_nan():
+    scores = torch.full((2, 4), -200.0, requires_grad=True)
+    weights, index = sigmoid_gate(scores, torch.zeros(4), 2)
+    assert weights.isfinite().all() and index.shape == (2, 2)
+    weights.sum().backward()
+    assert scores.grad.isfinite().all()

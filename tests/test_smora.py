@@ -189,3 +189,20 @@ def test_with_nothing_to_choose_and_one_weight_for_all_the_fit_is_exact():
     ids = torch.randint(4, 64, (64, 12), generator=generator)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(32)]
     assert effect_error(model, fit_lora(model, batches, ridge=1e-12), batches).error < 1e-3
+
+
+def test_a_frozen_adapter_is_pruned_frozen_and_counts_its_new_experts(inputs):
+    model = smora(rank_partition=2, r=8).eval()
+    for layer in layers(model):
+        layer.smora_offset["default"] += torch.tensor([0.0, -2.0, 0.0, 0.0])
+    model.requires_grad_(False)
+    with record_usage(model):
+        model(inputs)
+    prune_experts(model, 1e-6)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="No token was counted"):
+        expert_usage(model)
+    with record_usage(model):
+        model(inputs)
+    sizes = {name: layer.expert_count("default") for name, layer in routed_layers(model).items()}
+    assert {name: len(share) for name, share in expert_usage(model).items()} == sizes and max(sizes.values()) < 4
