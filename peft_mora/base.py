@@ -599,7 +599,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         before, written = self._before_merge
         weight = self.get_base_weight()
         now = bits_of(weight)
-        if now == written or now[0] != written[0]:  # of another dtype: it was cast, which the one before is too
+        cast = now[0] != written[0]  # as the weight from before will be
+        if now == written or cast or isinstance(before, BaseTunerLayer):  # or a whole adapter, as it was with its base
             self._put_back(before)
         else:
             delta = reduce(torch.add, map(self.get_delta_weight, self.merged_adapters))
@@ -647,7 +648,8 @@ def bits_of(weight: Tensor) -> tuple[torch.dtype, int]:
     """A weight's dtype, and the sum of its elements' bits, read as integers: whatever the order, it is the same."""
     weight = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor, this process's part
     as_integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return weight.dtype, int(weight.contiguous().view(as_integer).sum(dtype=torch.int64))
+    bits = weight.contiguous().view(as_integer).flatten()
+    return weight.dtype, int(sum(part.sum(dtype=torch.int64) for part in bits.split(2**22)))  # which are made int64
 
 
 def warn_of_rounding(backend_name: str) -> None:
@@ -685,12 +687,13 @@ class AdapterModel(BaseTuner):
             before = copy.deepcopy(config)
             vars(before).update(made)
             self.peft_config.update(dict.fromkeys(others, before))
-        there = any(adapter_name in m.r for m in model.modules() if isinstance(m, AdapterLinear))
+        kind = self.tuner_layer_cls  # another model inside of this one may have an adapter of that name
+        there = any(adapter_name in m.r for m in model.modules() if isinstance(m, kind))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             if not there:
-                taken_out(model, adapter_name)
+                taken_out(model, adapter_name, kind)
             raise
         for module in towers(model):
             if isinstance(module, AdapterLinear):
@@ -908,10 +911,10 @@ def refuse_part_of_adapter(model: nn.Module, parts: set[str]) -> None:
         )
 
 
-def taken_out(model: nn.Module, adapter_name: str) -> None:
+def taken_out(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLinear]) -> None:
     """Take an adapter that came onto some of its layers out of them, and layers without another out of the model."""
     for name, layer in reversed(list(model.named_modules())):  # what is wrapped goes before its wrapper
-        if isinstance(layer, AdapterLinear) and adapter_name in layer.r:
+        if isinstance(layer, layer_cls) and adapter_name in layer.r:
             with warnings.catch_warnings():  # which adapter is active instead
                 warnings.simplefilter("ignore")
                 layer.delete_adapter(adapter_name)

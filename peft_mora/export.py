@@ -118,9 +118,9 @@ def fit_lora(
             loras[name] = Lora(A.float(), (bases[name] @ C).float())
     if unseen := [name for name in layers if name not in loras]:
         raise ValueError(
-            f"{len(unseen)} of {len(layers)} adapted modules saw no input, e.g. {unseen[0]!r}, so that no LoRA can be "
-            "fitted there: give batches that reach them all (a tower needs images), as a list, which can be gone "
-            "through several times."
+            f"{len(unseen)} of {len(layers)} adapted modules saw no input, or zeros alone, e.g. {unseen[0]!r}, so "
+            "that no LoRA can be fitted there: give batches that reach them all (a tower needs images), as a list, "
+            "which can be gone through several times."
         )
     _check_finite(loras.items(), adapter_name)
     return loras
@@ -137,6 +137,7 @@ def lora_errors(
         ValueError: as `exportable_layers` and `check_alike`, or outputs that are not finite.
     """
     layers = exportable_layers(model, adapter_name)
+    _check_linear(layers)
     check_alike(layers, loras)
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in loras}
 
@@ -177,8 +178,8 @@ def effect_error(
             not finite.
     """
     layers = exportable_layers(model, adapter_name)
-    check_alike(layers, loras)
     _check_linear(layers)
+    check_alike(layers, loras)
     if not writes_text(base := base_of(model)):
         raise ValueError(
             f"How close a LoRA comes is measured by next tokens, and {type(base).__name__} gives none: compare its "

@@ -303,6 +303,8 @@ class LoriModel(ExpertModel, SeededModel):
             for name, layer in self.model.named_modules()
             if isinstance(layer, LoriLinear) and any(adapter in layer.r for adapter in adapters)
         }
+        for layer in layers.values():
+            layer.check_projections(adapters)
         same_A = all(share_projection(layer, adapters) for layer in layers.values())
         if combination_type == "linear" and not same_A:
             raise ValueError(

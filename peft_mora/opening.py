@@ -69,6 +69,7 @@ def with_adapter(model: Any, folder: str | Path, name: str = "default") -> PeftM
             f"model.delete_adapter({name!r}) first."
         )
     modules, described = {} if there else dict(model.named_modules()), "peft_config" in vars(model)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         return _opened(model, folder, name)
     except Exception:
@@ -78,6 +79,8 @@ def with_adapter(model: Any, folder: str | Path, name: str = "default") -> PeftM
             modules_back(model, modules)
             if not described:
                 vars(model).pop("peft_config", None)
+        for parameter, trains in trained:
+            parameter.requires_grad = trains
         raise
 
 

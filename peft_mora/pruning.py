@@ -72,7 +72,8 @@ def prune_experts(
     batches = [] if inputs is None else [inputs] if isinstance(inputs, Mapping) else list(inputs)
     before = list(_outputs(model, batches, layers, adapter_name))
     size = sum(old.double().square().sum().item() for old in before)
-    check_field(not batches or size > 0, "inputs", inputs, "batches with tokens that are no padding, or None")
+    what = "batches with tokens that are no padding, or None"
+    check_field(not batches or size != 0, "inputs", f"{len(batches)} without any", what)
     parts = {name: layer.without(adapter_name, usage[name] >= below) for name, layer in layers.items()}
     experts = {name: layer.expert_count(adapter_name) for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -99,7 +100,9 @@ def _outputs(
                 logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
                 found: Tensor = output[0] if logits is None else logits  # the states of a model without a head
                 mask = batch.get("attention_mask")
-                if mask is not None and found.shape[:2] == mask.shape:  # a classifier's are of rows
+                if (
+                    mask is not None and found.dim() > 2 and found.shape[:2] == mask.shape
+                ):  # a classifier's are of rows
                     found = found[mask.to(found.device).bool()]
                 yield found.cpu()
     finally:

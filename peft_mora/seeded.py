@@ -144,6 +144,10 @@ class SeededLinear(AdapterLinear):
             self.check_projections(adapter_names or self.active_adapters)
         return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
 
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        self.check_projections([adapter_name])
+        return super().get_delta_weight(adapter_name)
+
     def train(self, mode: bool = True) -> Any:
         """Also the first call after loading, by whatever loads: transformers' own loader does not go by `fit_file`."""
         self.check_projections(self.active_adapters)

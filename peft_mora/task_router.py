@@ -322,12 +322,16 @@ class TaskRouter:
 
     def _drive(self, model: Any, adapters: dict[str, str], mode: str, none: bool) -> None:
         self._open(model)
-        check_rows(getattr(self.base, "peft_config", {}))
+        there = getattr(self.base, "peft_config", {})
+        check_routable(there)
         assert self._states is not None
         driver = Driver(self.base, self._states, self._rows)
         try:
             names = self._row_names(driver.names(), adapters)
             driver.check(names.values())
+            rows = {f"{row}/" for row in names.values()}
+            driven = {name for name in there if any(row.startswith(f"{name}/") for row in rows)}
+            check_by_row({name: there[name] for name in driven})
         except ValueError:
             driver.remove()
             raise
@@ -530,8 +534,8 @@ def check_routed(folder: str | Path) -> None:
         raise FileExistsError(f"{folder} holds an adapter, which would be deleted: give a folder of its own.")
 
 
-def check_rows(configs: Mapping[str, Any]) -> None:
-    """Refuse adapters beside which rows of others, and of none, are not what they are alone, or that take no rows.
+def check_routable(configs: Mapping[str, Any]) -> None:
+    """Refuse adapters on a model beside which rows of others, and of none, are not what they are alone.
 
     Args:
         configs: name -> PeftConfig, or what its file says.
@@ -547,13 +551,26 @@ def check_rows(configs: Mapping[str, Any]) -> None:
                 f"Adapter {name!r} has trained the base's own biases (bias={said['bias']!r}), through which rows of "
                 "others, and of none, would go too. Train it with bias='none'."
             )
-        for field_name in ("use_dora", "target_parameters"):
-            if said.get(field_name):
-                raise ValueError(
-                    f"Adapter {name!r} has {field_name}={said[field_name]!r}, for which PEFT computes no batch of "
-                    "rows with adapters of their own. Take one prompt at a time: "
-                    "model.set_adapter(router.route([prompt]).names[0]); or train it without."
-                )
+        _refuse_by_row(name, said, "target_parameters")  # whose modules take no rows, whichever they are of
+
+
+def check_by_row(configs: Mapping[str, Any]) -> None:
+    """Refuse adapters that a router is to drive and that take no rows.
+
+    Raises:
+        ValueError: naming the adapter and what to do.
+    """
+    for name, config in configs.items():
+        _refuse_by_row(name, config if isinstance(config, Mapping) else vars(config), "use_dora")
+
+
+def _refuse_by_row(name: str, said: Mapping[str, Any], field_name: str) -> None:
+    if said.get(field_name):
+        raise ValueError(
+            f"Adapter {name!r} has {field_name}={said[field_name]!r}, for which PEFT computes no batch of rows with "
+            "adapters of their own. Take one prompt at a time: model.set_adapter(router.route([prompt]).names[0]); or "
+            "train it without."
+        )
 
 
 def check_saved(configs: Mapping[str, Any]) -> None:
@@ -682,7 +699,8 @@ class TaskRouterModel:
             raise ValueError(
                 f'The folder has an adapter named {adapter_name!r}: open it under another name, adapter_name="routed".'
             )
-        check_rows(config.adapters)
+        check_routable(config.adapters)
+        check_by_row(config.adapters)
         check_saved(config.adapters)
         probe = TaskRouter._from_text({**config.router, "tasks": {}}, {})
         probe._open(model)  # refuses another base

@@ -684,6 +684,7 @@ def test_an_adapter_that_does_not_open_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="has nothing in the file for"):
         with_adapter(bare, tmp_path / "less")
     assert dict(bare.named_modules()) == modules and not hasattr(bare, "peft_config")
+    assert all(parameter.requires_grad for parameter in bare.parameters())
     config = LlamaConfig(**{**tiny_llama().config.to_dict(), "hidden_size": 32})
     narrow = AutoModelForCausalLM.from_config(config)
     modules = dict(narrow.named_modules())

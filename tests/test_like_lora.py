@@ -515,3 +515,22 @@ def test_an_adapter_that_fails_at_a_later_module_leaves_nothing_behind(form, mon
     model.add_adapter("b", METHODS[form](target_modules=["lin1"]))
     keys = get_peft_model_state_dict(model, adapter_name="b")
     assert keys and all("lin1" in key for key in keys)
+
+
+def test_what_fails_around_an_adapter_of_the_same_name_leaves_that_one(monkeypatch):
+    inner = get_peft_model(mlp(), METHODS["mora"](target_modules=["lin0", "lin1"], init_weights=False)).eval()
+    before, create, made = inner(X), METHODS["lori"].model.tuner_layer_cls.create_weights, []
+
+    def failing(self, *args):
+        made.append(self)
+        if len(made) == 2:
+            raise RuntimeError("out of memory")
+        create(self, *args)
+
+    monkeypatch.setattr(METHODS["lori"].model.tuner_layer_cls, "create_weights", failing)
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="out of memory"):
+        warnings.simplefilter("ignore")
+        get_peft_model(inner, METHODS["lori"](target_modules=["lin0", "lin1"]))
+    assert torch.equal(inner(X), before)
+    kinds = {type(m).__name__ for m in inner.modules() if isinstance(m, BaseTunerLayer)}
+    assert kinds == {"MoraLinear"}

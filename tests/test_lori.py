@@ -456,3 +456,18 @@ def test_an_adapter_that_failed_to_load_stops_none_but_itself(method, inputs, tm
     with pytest.raises(ValueError, match="of adapter 'other' is not the one"):
         model.base_model.set_adapter("other")
         model(inputs)
+
+
+def test_a_projection_that_differs_is_in_no_sum_and_no_merge(inputs):
+    model = adapted("lori")
+    model.add_adapter("b", METHODS["lori"](target_modules="all-linear"))
+    state = {key: x + (("lori_A.b" in key) & x.is_floating_point()) for key, x in model.state_dict().items()}
+    model.load_state_dict(state)
+    model(inputs)  # of the other
+    for use in (
+        lambda: model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "both"),
+        lambda: model.merge_adapter(["b"]),
+    ):
+        with pytest.raises(ValueError, match="of adapter 'b' is not the one"):
+            use()
+    assert set(model.peft_config) == {"default", "b"}

@@ -21,7 +21,7 @@ from transformers import (
 
 from peft_mora import TaskRouter, start_task
 from peft_mora.task_features import HiddenStates, real_tokens
-from peft_mora.task_router import check_rows
+from peft_mora.task_router import check_routable
 from peft_mora.task_scores import Scores
 
 
@@ -707,7 +707,15 @@ def test_adapters_whose_rows_would_be_others_are_refused(fields, match, attached
         router.save_pretrained(tmp_path / "routed") if attached else router.attach()
     assert not (tmp_path / "routed").exists() and ("generate" in vars(model.get_base_model())) is attached
     with pytest.raises(ValueError, match="Adapter 'x' has target_parameters="):  # as a folder's config says it
-        check_rows({"x": {"target_parameters": ["experts.down_proj"]}})
+        check_routable({"x": {"target_parameters": ["experts.down_proj"]}})
+
+
+def test_an_adapter_that_no_task_has_may_be_of_a_kind_that_takes_no_rows():
+    model = two_adapters()
+    model.add_adapter("idle", LORA(target_modules=["q_proj"], use_dora=True))
+    router = fitted(model)
+    router.attach()
+    assert model(TEST).logits.isfinite().all() and {"default", "b"} <= set(router.last)
 
 
 def test_general_text_is_none_though_nothing_else_is():

@@ -22,6 +22,7 @@ from peft_mora import (
     record_usage,
     start_task,
 )
+from peft_mora.pruning import _outputs
 from peft_mora.routed import RoutedLinear, routed_layers, set_top_k
 from peft_mora.routing import expert_scores, select_by_magnitude, softmax_gate
 from peft_mora.usage import UsageMeter
@@ -464,6 +465,10 @@ def test_the_change_is_measured_for_a_classifier_and_for_a_model_without_a_head(
         }
         count(model, **batch)
         assert prune_experts(model, 0.9, inputs=batch).change > 0
+    model = adapted("mora", base=tiny_bert(BertForSequenceClassification), target_modules=["query", "key", "value"])
+    batch = {name: tokens[:, :3] for name, tokens in batch.items()}  # as many as there are labels
+    count(model, **batch)
+    assert [x.shape for x in _outputs(model, [batch], {}, "default")] == [(2, 3)]
 
 
 def test_inputs_without_a_token_that_is_none_of_padding_are_refused_before_anything_is_deleted(inputs):
