@@ -99,10 +99,8 @@ def _outputs(
                 output = model(**batch)
                 logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
                 found: Tensor = output[0] if logits is None else logits  # the states of a model without a head
-                mask = batch.get("attention_mask")
-                if (
-                    mask is not None and found.dim() > 2 and found.shape[:2] == mask.shape
-                ):  # a classifier's are of rows
+                mask = batch.get("attention_mask") if found.dim() > 2 else None  # a classifier's are of rows
+                if mask is not None and found.shape[:2] == mask.shape:
                     found = found[mask.to(found.device).bool()]
                 yield found.cpu()
     finally:
