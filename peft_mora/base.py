@@ -47,7 +47,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import registry
 from .checks import check_field, is_indices, is_int, is_names, is_number, listed
-from .inputs import removed_after, towers
+from .inputs import modules_back, removed_after, towers
 from .lean import Parts, add_update, can_run, plain_add_update
 from .model_card import complete_card
 from .quantization import check_codes, frozen_base, is_bare, use_exact_4bit_kernels
@@ -577,10 +577,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         if not names:
             return
         self.check_merge(names)
-        delta = reduce(torch.add, map(self.get_delta_weight, names))
         weight = self.get_base_weight()
-        wide = torch.promote_types(weight.dtype, delta.dtype)
-        merged = (weight.to(wide) + delta.to(weight.device)).to(weight.dtype)
+        merged = self._shifted(weight, names, 1)
         if safe_merge and not torch.isfinite(merged).all():
             broken = [name for name in names if not torch.isfinite(self.get_delta_weight(name)).all()]
             which = broken or names  # each is finite, and their sum with the base is too large for its dtype
@@ -603,11 +601,15 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # PEFT's "all-linear" looks for
         if now == written or cast or isinstance(before, BaseTunerLayer):  # or a whole adapter, as it was with its base
             self._put_back(before)
         else:
-            delta = reduce(torch.add, map(self.get_delta_weight, self.merged_adapters))
-            wide = torch.promote_types(weight.dtype, delta.dtype)
-            self.set_base_weight((weight.to(wide) - delta.to(weight.device)).to(weight.dtype))
+            self.set_base_weight(self._shifted(weight, self.merged_adapters, -1))
         self._before_merge = []
         self.merged_adapters.clear()
+
+    def _shifted(self, weight: Tensor, adapter_names: list[str], sign: int) -> Tensor:
+        """A weight with the adapters' ΔW, or less it, in its dtype, added up in the wider one."""
+        delta = reduce(torch.add, map(self.get_delta_weight, adapter_names))
+        wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
+        return torch.add(wide, delta.to(weight.device), alpha=sign).to(weight.dtype)
 
     def _keep_weight(self, weight: Tensor) -> Any:
         """What `_put_back` will need of the base that a merge is about to write to, which may be made anew."""
@@ -687,13 +689,15 @@ class AdapterModel(BaseTuner):
             before = copy.deepcopy(config)
             vars(before).update(made)
             self.peft_config.update(dict.fromkeys(others, before))
-        kind = self.tuner_layer_cls  # another model inside of this one may have an adapter of that name
-        there = any(adapter_name in m.r for m in model.modules() if isinstance(m, kind))
+        before = dict(model.named_modules())
+        layers = [m for m in before.values() if isinstance(m, AdapterLinear) and adapter_name not in m.r]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            if not there:
-                taken_out(model, adapter_name, kind)
+        except BaseException:  # it may have come onto some of the modules
+            modules_back(model, before)
+            for layer in layers:
+                if adapter_name in layer.r:
+                    layer.delete_adapter(adapter_name)
             raise
         for module in towers(model):
             if isinstance(module, AdapterLinear):
@@ -909,17 +913,6 @@ def refuse_part_of_adapter(model: nn.Module, parts: set[str]) -> None:
             f"Rows cannot be named {', '.join(map(repr, sorted(parts)))} on a model with modules_to_save or trained "
             "tokens: those are as the last task left them. Name the whole adapter, or train without them."
         )
-
-
-def taken_out(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLinear]) -> None:
-    """Take an adapter that came onto some of its layers out of them, and layers without another out of the model."""
-    for name, layer in reversed(list(model.named_modules())):  # what is wrapped goes before its wrapper
-        if isinstance(layer, layer_cls) and adapter_name in layer.r:
-            with warnings.catch_warnings():  # which adapter is active instead
-                warnings.simplefilter("ignore")
-                layer.delete_adapter(adapter_name)
-            if not layer.r:
-                model.set_submodule(name, layer.base_layer)
 
 
 def own_fields(config: AdapterConfig) -> dict[str, Any]:

@@ -137,7 +137,6 @@ def lora_errors(
         ValueError: as `exportable_layers` and `check_alike`, or outputs that are not finite.
     """
     layers = exportable_layers(model, adapter_name)
-    _check_linear(layers)
     check_alike(layers, loras)
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in loras}
 
@@ -328,13 +327,8 @@ def check_alike(layers: Mapping[str, Any], loras: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming a module.
     """
-    differs = layers.keys() ^ loras.keys()
-    for name in layers.keys() & loras.keys():
-        (A, B), layer = loras[name], layers[name]
-        wanted = (layer.in_features, layer.out_features)
-        if (A.shape[1], len(B)) != wanted:
-            differs.add(name)
-    if differs:
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    if differs := dict(sizes.items() ^ {(name, (A.shape[1], len(B))) for name, (A, B) in loras.items()}):
         raise ValueError(
             f"The adapter has {len(layers)} modules, and there are {len(loras)} LoRAs, not alike in {min(differs)!r}: "
             "what it does there would be lost. Give those of exact_lora or fit_lora as they are."

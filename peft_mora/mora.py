@@ -244,7 +244,7 @@ class MoraLinear(RoutedLinear):
             config.frozen_top_k.get(module_name, [top_k] * (len(config.tasks) - 1))
         )
         self.mora_tasks[adapter_name] = {f"{adapter_name}/{task}": i for i, task in enumerate(config.tasks, 1)}
-        self._add_fresh_experts(adapter_name, sizes[-1], zero_B=config.init_weights)
+        self.mora_A[adapter_name], self.mora_B[adapter_name] = self._fresh_experts(sizes[-1], config.init_weights)
         frozen = sum(sizes[:-1])
         if adapter_name == REFERENCE and original in self.mora_bank_A:
             self.mora_bank_A[adapter_name] = self.mora_bank_A[original].clone()
@@ -254,9 +254,10 @@ class MoraLinear(RoutedLinear):
             self.mora_bank_A[adapter_name] = torch.zeros(frozen, self.in_features, device=device, dtype=dtype)
             self.mora_bank_B[adapter_name] = torch.zeros(self.out_features, frozen, device=device, dtype=dtype)
 
-    def _add_fresh_experts(self, adapter_name: str, experts: int, zero_B: bool) -> None:
-        self.mora_A[adapter_name] = self.new_linear(self.in_features, experts, zero=False)
-        self.mora_B[adapter_name] = self.new_linear(experts, self.out_features, zero=zero_B)
+    def _fresh_experts(self, experts: int, zero_B: bool) -> tuple[nn.Linear, nn.Linear]:
+        """Their A and B."""
+        A = self.new_linear(self.in_features, experts, zero=False)
+        return A, self.new_linear(experts, self.out_features, zero=zero_B)
 
     def blocks(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """A (r, I) and B (O, r) of each task, oldest first, the one in training last; fewer than r where pruned."""
@@ -365,13 +366,12 @@ class MoraLinear(RoutedLinear):
         """What `grow` puts in place, computed without touching a thing: the bank's A and B with this task's experts,
         and r fresh ones (B = 0) for the next."""
         A, B = self.mora_A[adapter_name].weight.detach(), self.mora_B[adapter_name].weight.detach()
-        device, dtype, r = A.device, A.dtype, self.r[adapter_name]
+        device, dtype = A.device, A.dtype
         if adapter_name in self.mora_bank_A:
             A = torch.cat([self.mora_bank_A[adapter_name], A])
             B = torch.cat([self.mora_bank_B[adapter_name], B], dim=1)
-        shapes = ((self.in_features, r, False), (r, self.out_features, True))
-        fresh = (self.new_linear(*shape).to(device, dtype) for shape in shapes)
-        return A.clone(), B.clone(), *fresh
+        fresh_A, fresh_B = self._fresh_experts(self.r[adapter_name], zero_B=True)
+        return A.clone(), B.clone(), fresh_A.to(device, dtype), fresh_B.to(device, dtype)
 
     def grow(self, adapter_name: str, task: str, *grown: Any) -> None:
         """Freeze this task's experts into the bank and go on with fresh ones, for a new one.
@@ -428,9 +428,10 @@ class MoraLinear(RoutedLinear):
         """Go on with the experts that `without` has picked out, which are new parameters."""
         A, B, *bank = tensors
         trainable = self.mora_A[adapter_name].weight.requires_grad
-        self._add_fresh_experts(adapter_name, sizes[-1], zero_B=True)
-        for linear, values in ((self.mora_A[adapter_name], A), (self.mora_B[adapter_name], B)):
+        fresh = self._fresh_experts(sizes[-1], zero_B=True)
+        for linear, values in zip(fresh, (A, B), strict=True):
             linear.weight = nn.Parameter(values.contiguous(), requires_grad=trainable)
+        self.mora_A[adapter_name], self.mora_B[adapter_name] = fresh
         if bank:
             self.mora_bank_A[adapter_name], self.mora_bank_B[adapter_name] = (t.contiguous() for t in bank)
         self.mora_sizes[adapter_name] = sizes

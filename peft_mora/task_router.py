@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -323,15 +323,12 @@ class TaskRouter:
     def _drive(self, model: Any, adapters: dict[str, str], mode: str, none: bool) -> None:
         self._open(model)
         there = getattr(self.base, "peft_config", {})
-        check_routable(there)
         assert self._states is not None
         driver = Driver(self.base, self._states, self._rows)
         try:
             names = self._row_names(driver.names(), adapters)
             driver.check(names.values())
-            rows = {f"{row}/" for row in names.values()}
-            driven = {name for name in there if any(row.startswith(f"{name}/") for row in rows)}
-            check_by_row({name: there[name] for name in driven})
+            check_routable(there, {_adapter_of(row, there) for row in names.values()})
         except ValueError:
             driver.remove()
             raise
@@ -470,8 +467,7 @@ class TaskRouter:
                 f"Every task is for the base alone ({BASE_ADAPTER!r}), so that there is no adapter to save: "
                 "router.save(folder) keeps the router."
             )
-        longest = sorted(self.base.peft_config, key=len, reverse=True)  # a task's name may have a "/", as an adapter's
-        used = {row: next(name for name in longest if f"{row}/".startswith(f"{name}/")) for row in names}
+        used = {row: _adapter_of(row, self.base.peft_config) for row in names}
         # "default" is what whoever opens the folder calls the whole of it.
         free = (name for name in chain(["adapter"], map("adapter{}".format, count(2))) if name not in used.values())
         saved = {name: next(free) if name == "default" else name for name in set(used.values())}
@@ -534,11 +530,18 @@ def check_routed(folder: str | Path) -> None:
         raise FileExistsError(f"{folder} holds an adapter, which would be deleted: give a folder of its own.")
 
 
-def check_routable(configs: Mapping[str, Any]) -> None:
-    """Refuse adapters on a model beside which rows of others, and of none, are not what they are alone.
+def _adapter_of(row: str, adapters: Iterable[str]) -> str:
+    """The adapter that a row of this name goes through; a task's name may have a "/", as an adapter's. "" is none."""
+    return max((name for name in adapters if f"{row}/".startswith(f"{name}/")), key=len, default="")
+
+
+def check_routable(configs: Mapping[str, Any], driven: Container[str] = ()) -> None:
+    """Refuse adapters on a model beside which rows of others, and of none, are not what they are alone, and those that
+    are to be driven and take no rows.
 
     Args:
         configs: name -> PeftConfig, or what its file says.
+        driven: names of those that rows go through.
 
     Raises:
         ValueError: naming the adapter and what to do.
@@ -551,26 +554,14 @@ def check_routable(configs: Mapping[str, Any]) -> None:
                 f"Adapter {name!r} has trained the base's own biases (bias={said['bias']!r}), through which rows of "
                 "others, and of none, would go too. Train it with bias='none'."
             )
-        _refuse_by_row(name, said, "target_parameters")  # whose modules take no rows, whichever they are of
-
-
-def check_by_row(configs: Mapping[str, Any]) -> None:
-    """Refuse adapters that a router is to drive and that take no rows.
-
-    Raises:
-        ValueError: naming the adapter and what to do.
-    """
-    for name, config in configs.items():
-        _refuse_by_row(name, config if isinstance(config, Mapping) else vars(config), "use_dora")
-
-
-def _refuse_by_row(name: str, said: Mapping[str, Any], field_name: str) -> None:
-    if said.get(field_name):
-        raise ValueError(
-            f"Adapter {name!r} has {field_name}={said[field_name]!r}, for which PEFT computes no batch of rows with "
-            "adapters of their own. Take one prompt at a time: model.set_adapter(router.route([prompt]).names[0]); or "
-            "train it without."
-        )
+        # Modules with adapted parameters take no rows, whichever adapter they are of.
+        for field_name in ("target_parameters", *(["use_dora"] if name in driven else [])):
+            if said.get(field_name):
+                raise ValueError(
+                    f"Adapter {name!r} has {field_name}={said[field_name]!r}, for which PEFT computes no batch of "
+                    "rows with adapters of their own. Take one prompt at a time: "
+                    "model.set_adapter(router.route([prompt]).names[0]); or train it without."
+                )
 
 
 def check_saved(configs: Mapping[str, Any]) -> None:
@@ -699,8 +690,7 @@ class TaskRouterModel:
             raise ValueError(
                 f'The folder has an adapter named {adapter_name!r}: open it under another name, adapter_name="routed".'
             )
-        check_routable(config.adapters)
-        check_by_row(config.adapters)
+        check_routable(config.adapters, config.adapters)
         check_saved(config.adapters)
         probe = TaskRouter._from_text({**config.router, "tasks": {}}, {})
         probe._open(model)  # refuses another base

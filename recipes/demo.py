@@ -121,8 +121,7 @@ def main() -> None:
     print(*verdicts, sep="\n")
     print(f"Saved in {output}: " + ", ".join(f"{method}-{name}" for method in args.method))
     print("Evaluate one again with plain lm-eval:")
-    more = f" --limit {args.limit}" if args.limit else ""
-    print(" ", scores.plain_lm_eval(base, folder, [task_name], tasks, args.device) + more)
+    print(" ", scores.plain_lm_eval(base, folder, [task_name], tasks, args.device, args.limit))
 
 
 if __name__ == "__main__":

@@ -476,6 +476,7 @@ def plot(report: MergeReport, names: list[str], path: Path) -> None:
 
 
 def exactly(number: float) -> str:
+    """As short as it can be without being another."""
     short = f"{number:g}"
     return short if float(short) == number else repr(number)
 

@@ -215,11 +215,11 @@ def main() -> None:
         print(record["report"]["verdict"])
         print(f"Before and after, on one page: {output / 'report.html'}")
     print(f"Everything lm-eval reports: {output / 'results.json'}. The same with plain lm-eval:")
-    more = f" --batch_size {args.batch_size}" + (f" --limit {args.limit}" if args.limit else "")
+    more = f" --batch_size {args.batch_size}"
     more += " --apply_chat_template" if args.apply_chat_template else ""
     for group, folder in ((written, tasks), (known, args.include_path)):  # it takes one folder at a time
         if group:
-            print(" ", scores.plain_lm_eval(base, args.adapter, group, folder, args.device) + more)
+            print(" ", scores.plain_lm_eval(base, args.adapter, group, folder, args.device, args.limit) + more)
     if args.report and record["report"]["within"] is False:
         raise SystemExit(record["report"]["verdict"])  # status 1, and the sentence on stderr
 

@@ -270,13 +270,18 @@ def test_padding_does_not_count(left, lean, inputs, monkeypatch):
         assert torch.equal(got, want) and want.any()
 
 
-def test_a_forward_without_a_mask_counts_all_tokens_also_after_one_with(inputs):
+@pytest.mark.parametrize("form", ["none", "by pairs of tokens"])
+def test_a_forward_without_a_mask_of_rows_counts_all_tokens_also_after_one_with(form, inputs):
+    size = inputs.shape[1]
+    pairs = torch.ones(len(inputs), 1, size, size, dtype=torch.bool).tril()
+    given = {} if form == "none" else {"attention_mask": pairs}
+
     def moved(masked_before: bool) -> list[torch.Tensor]:
         model = flylora(balance_rate=0.1)
         if masked_before:
             with torch.no_grad():
                 model.eval()(input_ids=inputs, attention_mask=torch.ones_like(inputs).tril())
-        model.train()(input_ids=inputs, labels=inputs).loss.backward()
+        model.train()(**given, input_ids=inputs, labels=inputs).loss.backward()
         return offsets(model)
 
     assert all(torch.equal(got, want) for got, want in zip(moved(True), moved(False), strict=True))
@@ -410,16 +415,3 @@ def test_a_projection_that_is_loaded_over_a_used_one_is_used():
         model.load_state_dict(other.state_dict())
         torch.testing.assert_close(model(input_ids=ids).logits, want)
     assert not torch.allclose(before, want, atol=1e-3)
-
-
-def test_a_mask_of_another_form_is_not_the_one_of_the_forward_before(inputs):
-    def moved(masked_before: bool) -> list[torch.Tensor]:
-        model = flylora(balance_rate=0.1)
-        if masked_before:
-            with torch.no_grad():
-                model.eval()(input_ids=inputs, attention_mask=torch.ones_like(inputs).tril())
-        whole = torch.ones(len(inputs), 1, inputs.shape[1], inputs.shape[1], dtype=torch.bool).tril()
-        model.train()(attention_mask=whole, input_ids=inputs, labels=inputs).loss.backward()
-        return offsets(model)
-
-    assert all(torch.equal(got, want) for got, want in zip(moved(True), moved(False), strict=True))

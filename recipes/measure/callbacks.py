@@ -84,9 +84,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if len(args.tasks) < 2:
         parser.error("--tasks: give two or more")
-    for option, ways, least in (("steps", ("lorasculpt",), 2), ("r", ("growth",), 2)):
-        if "apart" in args.scenes and set(ways) & set(args.ways) and getattr(args, option) < least:
-            parser.error(f"--{option} {getattr(args, option)}: {ways[0]} takes half of it, so at least {least}")
+    for option, way in (("steps", "lorasculpt"), ("r", "growth")):
+        if "apart" in args.scenes and way in args.ways and getattr(args, option) < 2:
+            parser.error(f"--{option} {getattr(args, option)}: {way} takes half of it, so at least 2")
     for scene in args.scenes:
         if not set(WAYS[scene]) & set(args.ways):
             parser.error(f"--scenes {scene} has none of --ways, but {', '.join(WAYS[scene])}")

@@ -100,11 +100,8 @@ def main() -> None:
                     for name, share in shares.items():
                         held[energy, name].append(float(share[k - 1]))
             for energy in args.energy:
-                row = dict(
-                    zip(
-                        COLUMNS, (title(source), there, energy, fmean(ranks[energy]), fmean(room[energy])), strict=True
-                    )
-                )
+                values = (title(source), there, energy, fmean(ranks[energy]), fmean(room[energy]))
+                row = dict(zip(COLUMNS, values, strict=True))
                 for name in names:
                     least = sorted(held[energy, name])[: max(1, len(found) // 10)]
                     row |= {name: fmean(held[energy, name]), f"{name}, least tenth": fmean(least)}

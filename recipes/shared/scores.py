@@ -39,12 +39,15 @@ def tokenizer_of(base: str, adapter: str | Path | None) -> str:
     return str(adapter) if own else str(base)
 
 
-def plain_lm_eval(base: str, adapter: str | Path | None, names: list[str], folder: Any, device: str) -> str:
-    """The `lm_eval` command for the tasks `names`, those of `folder` among them."""
+def plain_lm_eval(
+    base: str, adapter: str | Path | None, names: list[str], folder: Any, device: str, limit: int | None = None
+) -> str:
+    """The `lm_eval` command for the tasks `names`, those of `folder` among them, `limit` samples of each."""
     own = f",peft={adapter},tokenizer={tokenizer_of(base, adapter)}" if adapter is not None else ""
     arguments = shlex.quote(f"pretrained={base}{own},dtype=bfloat16,softmax_dtype=float32")
     where = f" --include_path {shlex.quote(str(folder))}" if folder else ""
-    return f"lm_eval --model hf --model_args {arguments} --tasks {','.join(names)}{where} --device {device}"
+    most = f" --limit {limit}" if limit else ""
+    return f"lm_eval --model hf --model_args {arguments} --tasks {','.join(names)}{where} --device {device}{most}"
 
 
 def lm_eval(model: Any, tokenizer: Any, names: list[str], manager: Any, batch_size: int, **options: Any) -> Any:
